@@ -1,0 +1,917 @@
+"""Make token shards and tokenizers: what `train_gpt.py` reads, from text or from the published exports.
+
+    python data/prepare.py embedded                         Python's own documentation: small, offline
+    python data/prepare.py text FILE... --tokenizer MODEL   your own .txt / .jsonl files, also .zst compressed
+    python data/prepare.py fineweb --train-shards 10        the published FineWeb shards
+
+Every command writes `<out>/datasets/<name>/fineweb_{train,val}_%06d.bin` and `<out>/tokenizers/*.model`,
+notes in `dataset.json` beside the shards where they come from, and ends by printing the settings that
+`train_gpt.py` needs.
+
+A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros) followed by the tokens as
+little-endian uint16. A document is the BOS token followed by its pieces; there is no EOS. A tokenizer is a
+SentencePiece model like the published ones: byte-pair pieces, byte fallback, NFKC, pad 0, BOS 1, EOS 2,
+unknown 3.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+import warnings
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple
+
+import numpy as np
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_INTS
+MAX_SHARD_TOKENS = 2**31 - 1  # the header counts tokens in an int32
+MAX_VOCAB = 2**16  # tokens are stored as uint16
+SHARD_TOKENS = 100_000_000  # as published
+
+SPACE = "\u2581"  # SentencePiece's visible space
+TOKENIZER_TEXT_CHARS = 64_000_000  # more hardly changes a BPE vocabulary, and all of it has to sit in memory
+BATCH_CHARS = 8_000_000  # text encoded at once: enough to keep all threads busy, small enough to hold twice
+
+EMBEDDED_RECIPE = 1  # raise it when the choice or cleaning of embedded text changes: builds are then remade
+EMBEDDED_VAL_FRACTION = 0.05
+EMBEDDED_MIN_CHARS = 200_000  # below this there is nothing to learn from: part of this Python is missing
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages",
+                   "ensurepip", "encodings", "pydoc_data", "__pycache__"}
+
+Document = tuple[str, str]  # ("train" or "val", text)
+
+
+class UserError(Exception):
+    """Something the user can put right; printed as one line `error: ...`, exit code 2."""
+
+
+# ---- helpers -----------------------------------------------------------------------------------------------
+
+def need(module: str, package: str) -> Any:
+    """Import an optional package where it is used, so that each command needs only its own packages."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"this command needs {package} ({e}): python -m pip install {package}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message (its class name if it has none)."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def cpu_count() -> int:
+    """Cores this process may use, which in a container is often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def stable_fraction(name: str) -> float:
+    """A number in [0, 1) that depends on `name` alone: the same on every machine, run and Python."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears as `path` when the block ends well; otherwise what was there stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename stays on one file system
+    try:
+        with open(temp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # the name must never outlive a power cut that the bytes did not
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def settle_swap(path: Path, old: Path) -> None:
+    """Finish or undo the exchange of a folder, whichever its state calls for."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of `path` when the block ends well and disappears otherwise."""
+    stage, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    settle_swap(path, old)  # an earlier run may have been killed at any point
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        if path.exists():
+            path.rename(old)  # a folder cannot be replaced in one step unless it is empty
+        stage.rename(path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        settle_swap(path, old)
+
+
+def install(source: Path, path: Path) -> None:
+    """Copy a small file to its final name, atomically, also across file systems."""
+    with atomic_file(path) as file:
+        file.write(source.read_bytes())
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write `value` as readable JSON, atomically; equal values give equal bytes."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """The object in `path`, or {} when there is none that can be read."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# ---- shards ------------------------------------------------------------------------------------------------
+
+def write_shard(path: str | Path, tokens: np.ndarray) -> None:
+    """Write one shard atomically: after a failure (a full disk) `path` is as before, nothing else is left.
+
+    tokens: integers [count], each in 0..65535. ValueError for anything else; OSError when the disk refuses.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens must be a vector of integers, not {tokens.dtype}{list(tokens.shape)}")
+    if tokens.size > MAX_SHARD_TOKENS:
+        raise ValueError(f"a shard holds at most {MAX_SHARD_TOKENS:,} tokens, not {tokens.size:,}")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < MAX_VOCAB:
+        raise ValueError(f"token ids must be in 0..{MAX_VOCAB - 1}, not {tokens.min()}..{tokens.max()}")
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
+    with atomic_file(Path(path)) as file:
+        file.write(header.tobytes())
+        file.write(np.ascontiguousarray(tokens, "<u2").data)
+
+
+def check_shard(path: Path) -> int:
+    """Number of tokens in a shard, from its header. UserError when header and file size do not agree."""
+    with open(path, "rb") as file:
+        header = np.frombuffer(file.read(HEADER_BYTES), np.uint8)
+        size = file.seek(0, os.SEEK_END)
+    if header.size < HEADER_BYTES:
+        raise UserError(f"{path}: not a token shard ({size:,} bytes, shorter than a header)")
+    magic, version, count = (int(x) for x in header.view("<i4")[:3])
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UserError(f"{path}: not a token shard (magic {magic}, version {version})")
+    if size != HEADER_BYTES + 2 * count:
+        raise UserError(f"{path}: the header promises {count:,} tokens, {HEADER_BYTES + 2 * count:,} bytes; "
+                        f"the file has {size:,} bytes")
+    return count
+
+
+class ShardWriter:
+    """Collects one split's documents and writes a shard each time `shard_tokens` tokens are there."""
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int):
+        self.folder, self.split = folder, split
+        self.buffer = np.empty(shard_tokens, np.uint16)  # untouched pages cost no memory
+        self.filled = 0
+        self.files: dict[str, str] = {}  # name -> sha256
+        self.documents = self.tokens = self.text_bytes = 0
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Append one document's token ids [count]."""
+        self.documents += 1
+        self.tokens += ids.size
+        self.text_bytes += text_bytes
+        while ids.size:
+            part = ids[: self.buffer.size - self.filled]
+            self.buffer[self.filled : self.filled + part.size] = part
+            self.filled += part.size
+            ids = ids[part.size :]
+            if self.filled == self.buffer.size:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is collected as the next shard."""
+        if self.filled:
+            path = self.folder / f"fineweb_{self.split}_{len(self.files):06d}.bin"
+            write_shard(path, self.buffer[: self.filled])
+            self.files[path.name] = sha256_file(path)
+            self.filled = 0
+
+    def summary(self) -> dict:
+        """What `dataset.json` says about this split."""
+        return {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes,
+                "files": self.files}
+
+
+# ---- tokenizers --------------------------------------------------------------------------------------------
+
+def sample_evenly(texts: Iterable[str], limit: int) -> list[str]:
+    """At most about `limit` characters: every text, or every 2nd, 4th, 8th ... when there are more."""
+    kept: list[str] = []
+    size, stride = 0, 1
+    for i, text in enumerate(texts):
+        if i % stride:
+            continue
+        kept.append(text)
+        size += len(text)
+        while size > limit and len(kept) > 1:
+            kept, stride = kept[::2], stride * 2
+            size = sum(map(len, kept))
+    return kept
+
+
+def sentences(texts: Iterable[str], length: int = 16_384) -> Iterator[str]:
+    """Texts on one line each, as the normaliser sees them, in parts: SentencePiece skips overlong lines."""
+    for text in texts:
+        line = " ".join(text.split())
+        for start in range(0, len(line), length):
+            yield line[start : start + length]
+
+
+def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> None:
+    """Train a SentencePiece model with exactly `vocab_size` pieces on `texts` and write it to `path`.
+
+    The settings are those of the published tokenizers. Equal texts in equal order give equal bytes.
+    UserError when the text is empty, or has too little variety (or too much) for that many pieces.
+    """
+    spm = need("sentencepiece", "sentencepiece")
+    sample = sample_evenly(texts, TOKENIZER_TEXT_CHARS)
+    if not any(text.strip() for text in sample):
+        raise UserError("there is no text to train a tokenizer on")
+    model = io.BytesIO()  # a model written by SentencePiece itself would carry the path it was written to
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=sentences(sample), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
+            character_coverage=0.999, required_chars=SPACE, normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False, max_sentence_length=1 << 17,
+            num_threads=1,  # the result must not depend on how threads interleave
+            minloglevel=3)
+    except (RuntimeError, ValueError, OSError) as e:
+        reason = re.sub(r"^.*\)\] ", "", first_line(e))  # without the C++ condition that failed
+        raise UserError(f"cannot train {vocab_size:,} pieces on this text: {reason}") from None
+    load_tokenizer_bytes(model.getvalue(), Path(path))
+    with atomic_file(Path(path)) as file:
+        file.write(model.getvalue())
+
+
+def load_tokenizer_bytes(model: bytes, path: Path) -> Any:
+    """A SentencePieceProcessor from a model's bytes, checked for what training and scoring rely on."""
+    spm = need("sentencepiece", "sentencepiece")
+    try:
+        tokenizer = spm.SentencePieceProcessor(model_proto=model) if model else None
+    except (RuntimeError, ValueError, OSError):
+        tokenizer = None
+    if tokenizer is None or not tokenizer.vocab_size():
+        raise UserError(f"{path}: not a SentencePiece model")
+    if tokenizer.bos_id() < 0:
+        raise UserError(f"{path}: this tokenizer has no BOS token, which separates documents")
+    if tokenizer.vocab_size() > MAX_VOCAB:
+        raise UserError(f"{path}: {tokenizer.vocab_size():,} pieces, but shards hold ids below {MAX_VOCAB:,}")
+    if tokenizer.piece_to_id(SPACE) == tokenizer.unk_id():
+        # bits per byte count a leading space as one byte, which is only right if a space can always be spelt
+        raise UserError(f"{path}: this tokenizer has no piece for a single space (U+2581)")
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """A SentencePieceProcessor from a file; UserError when it is missing or unfit."""
+    try:
+        return load_tokenizer_bytes(Path(path).read_bytes(), Path(path))
+    except OSError as e:
+        raise UserError(f"tokenizer {path}: {e.strerror}") from None
+
+
+def batches(documents: Iterable[Document], chars: int) -> Iterator[list[Document]]:
+    """Consecutive documents in lists of about `chars` characters."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
+        if size >= chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode(tokenizer: Any, documents: Iterable[Document]) -> Iterator[tuple[str, np.ndarray, int]]:
+    """(split, uint16 ids [count] beginning with BOS, UTF-8 bytes of the text) for each document, in order."""
+    threads = cpu_count()
+    for batch in batches(documents, BATCH_CHARS):
+        encoded = tokenizer.encode([text for _, text in batch], add_bos=True, num_threads=threads)
+        for (split, text), ids in zip(batch, encoded):
+            tokens = np.array(ids, np.uint16)
+            if (tokens == tokenizer.unk_id()).any():
+                raise UserError("the tokenizer has no byte fallback and the text has characters it does not "
+                                "know: their bytes could not be counted")
+            yield split, tokens, len(text.encode())
+
+
+def write_dataset(folder: Path, tokenizer: Any, documents: Iterable[Document], shard_tokens: int) -> dict:
+    """Encode documents into shards in `folder`. Returns {"train": ..., "val": ...}, see ShardWriter.summary.
+
+    UserError when one of the two splits stays empty.
+    """
+    writers = {split: ShardWriter(folder, split, shard_tokens) for split in ("train", "val")}
+    for split, ids, text_bytes in encode(tokenizer, documents):
+        writers[split].add(ids, text_bytes)
+    for split, writer in writers.items():
+        writer.flush()
+        if not writer.files:
+            raise UserError(f"no document is left for the {split} split: give more text")
+    return {split: writer.summary() for split, writer in writers.items()}
+
+
+def build_dataset(folder: Path, model: Path, documents: Callable[[str], Iterable[Document]], train_new: bool,
+                  vocab_size: int, shard_tokens: int, facts: dict) -> dict:
+    """Make the whole of `folder`, and the tokenizer `model` too if `train_new`; neither appears half-made.
+
+    documents: called with a word for the progress bar, gives all documents; called once for each pass.
+    facts: where the text comes from. Returns what `dataset.json` holds.
+    """
+    with atomic_folder(folder) as stage:
+        source = stage / "tokenizer.model" if train_new else model
+        if train_new:
+            texts = (text for split, text in documents("tokenizer") if split == "train")
+            train_tokenizer(texts, source, vocab_size)
+        info = {**facts, "vocab_size": vocab_size,
+                "tokenizer": {"name": model.name, "sha256": sha256_file(source)},
+                **write_dataset(stage, load_tokenizer(source), documents("encode"), shard_tokens)}
+        if train_new:
+            install(source, model)
+            source.unlink()
+        write_json(stage / "dataset.json", info)
+    report(folder, model, info)
+    return info
+
+
+def report(folder: Path, tokenizer: Path, info: dict) -> None:
+    """Print what there is and the settings that use it."""
+    for split in ("train", "val"):
+        part = info[split]
+        print(f"{split:5} {part['tokens']:>13,} tokens {part['documents']:>9,} documents "
+              f"{part['text_bytes']:>13,} bytes of text, shards: {len(part['files'])}")
+    print_settings(folder, tokenizer, info["vocab_size"])
+
+
+def print_settings(folder: Path, tokenizer: Path, vocab_size: int) -> None:
+    """The last line of every command: what to put before `train_gpt.py`."""
+    data, model = shlex.quote(str(folder)), shlex.quote(str(tokenizer))
+    print(f"DATA_PATH={data} TOKENIZER_PATH={model} VOCAB_SIZE={vocab_size}")
+
+
+# ---- embedded: a corpus out of Python's own documentation --------------------------------------------------
+
+def prose(text: str) -> str:
+    """The paragraphs of a docstring that read as English: no doctests, rules or tables of symbols."""
+    def reads_well(paragraph: str) -> bool:
+        letters = sum(c.isalpha() or c.isspace() for c in paragraph)
+        return letters >= 0.8 * len(paragraph) and not re.search(r"^\s*>>>", paragraph, re.MULTILINE)
+
+    return "\n\n".join(p for p in re.split(r"\n\s*\n", text) if p.strip() and reads_well(p))
+
+
+def python_files(root: Path) -> Iterator[Path]:
+    """The .py files below `root` in a fixed order, without tests, bundled packages and generated tables."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
+        for name in sorted(names):
+            # _sysconfigdata*.py is written by the build of each Python: its name differs between machines
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                yield Path(folder, name)
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    """The docstrings of one source file in source order; nothing when it cannot be read or parsed."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+        if text := ast.get_docstring(node):
+            yield text
+
+
+def embedded_documents(stdlib: Path) -> dict[str, str]:
+    """name -> text: one document a source file of the standard library and one a topic of `help()`."""
+    try:
+        from pydoc_data.topics import topics  # plain data, nothing runs
+    except ImportError:
+        topics = {}
+    sources = [(f"topic {name}", [text]) for name, text in sorted(topics.items())]
+    for path in python_files(stdlib):
+        sources.append((f"module {path.relative_to(stdlib).as_posix()}", docstrings(path)))
+    documents, seen = {}, set()
+    for name, texts in sources:
+        kept = []
+        for text in map(prose, texts):
+            if len(text) >= 60 and text not in seen:  # one-liners and inherited copies teach nothing
+                seen.add(text)
+                kept.append(text)
+        if sum(map(len, kept)) >= 200:
+            documents[name] = "\n\n".join(kept)
+    return documents
+
+
+def embedded_is_complete(folder: Path, tokenizer: Path, vocab_size: int) -> dict:
+    """The `dataset.json` of an earlier build when every file is still what it says, else {}."""
+    info = read_json(folder / "dataset.json")
+    found = [info.get(key) for key in ("kind", "recipe", "vocab_size")]
+    if found != ["embedded", EMBEDDED_RECIPE, vocab_size]:
+        return {}
+    try:
+        expected = {tokenizer: info["tokenizer"]["sha256"]}
+        for split in ("train", "val"):
+            expected.update((folder / name, digest) for name, digest in info[split]["files"].items())
+        return info if all(sha256_file(path) == digest for path, digest in expected.items()) else {}
+    except (OSError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def build_embedded(out: Path, vocab_size: int = 1024, force: bool = False,
+                   stdlib: Path | None = None) -> dict:
+    """Build `<out>/datasets/embedded_sp<V>` and its tokenizer; returns the contents of `dataset.json`.
+
+    Deterministic for a given Python version. `stdlib` is the folder whose docstrings are used (default: this
+    Python's). UserError when there is almost no text.
+    """
+    folder = out / "datasets" / f"embedded_sp{vocab_size}"
+    model = out / "tokenizers" / f"embedded_{vocab_size}_bpe.model"
+    if not force and (info := embedded_is_complete(folder, model, vocab_size)):
+        print(f"{folder} is already complete (built from Python {info['python']}); --force builds it again")
+        report(folder, model, info)
+        return info
+    documents = embedded_documents(stdlib or Path(sysconfig.get_paths()["stdlib"]))
+    chars = sum(map(len, documents.values()))
+    if chars < EMBEDDED_MIN_CHARS:
+        raise UserError(f"this Python ships almost no documentation ({chars:,} characters of docstrings and "
+                        "help topics): use another Python, or your own text with: prepare.py text FILE...")
+    # one hash shuffles and splits: documents in order of their fraction, the lowest 5 % are validation
+    order = sorted(documents, key=stable_fraction)
+    chosen = [("val" if stable_fraction(name) < EMBEDDED_VAL_FRACTION else "train", documents[name])
+              for name in order]
+    facts = {"kind": "embedded", "recipe": EMBEDDED_RECIPE, "python": platform.python_version()}
+    return build_dataset(folder, model, lambda purpose: chosen, True, vocab_size, SHARD_TOKENS, facts)
+
+
+# ---- text: anyone's files ----------------------------------------------------------------------------------
+
+def read_chunks(path: Path, advance: Callable[[int], Any]) -> Iterator[bytes]:
+    """The bytes of a file, decompressed if it is a .zst; `advance` is told how many were read from disk."""
+    def raw() -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                advance(len(chunk))
+                yield chunk
+
+    yield from decompressed(raw(), path) if path.suffix == ".zst" else raw()
+
+
+def decompressed(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """Zstandard frames, one after another, decompressed. UserError when they are broken or cut off."""
+    zstandard = need("zstandard", "zstandard")
+    decoder = zstandard.ZstdDecompressor(max_window_size=2**27)  # `zstd --long` writes windows up to this
+    frame = decoder.decompressobj()
+    started = False
+    try:
+        for chunk in chunks:
+            while chunk:
+                if frame.eof:
+                    frame = decoder.decompressobj()
+                yield frame.decompress(chunk)
+                started, chunk = True, frame.unused_data if frame.eof else b""
+    except zstandard.ZstdError as e:
+        raise UserError(f"{path}: not valid zstd data ({first_line(e)})") from None
+    if not (started and frame.eof):
+        raise UserError(f"{path}: the zstd data ends too early; the file is cut off")
+
+
+def read_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a byte stream, without their line ends."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def jsonl_text(line: bytes, where: str) -> str:
+    """The "text" of one line of a .jsonl file. UserError naming the line otherwise."""
+    try:
+        text = json.loads(line.decode("utf-8-sig"))["text"]
+        text.encode()  # an escaped lone surrogate is legal JSON but not text
+        return text
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: an unpaired surrogate escape is not a character") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not JSON ({first_line(e)})") from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{where}: expected an object with a \"text\" string, {{\"text\": ...}}") from None
+
+
+def file_kind(path: Path) -> str:
+    """".txt" or ".jsonl", from the name. UserError for any other."""
+    kind = Path(path.name.removesuffix(".zst")).suffix
+    if kind not in (".txt", ".jsonl"):
+        raise UserError(f"{path}: expected a name ending in .txt, .jsonl, .txt.zst or .jsonl.zst")
+    return kind
+
+
+def read_documents(paths: Iterable[Path], limit: int | None = None,
+                   advance: Callable[[int], Any] = lambda read: None) -> Iterator[str]:
+    """The first `limit` documents that are not blank: a .txt file is one, a line of a .jsonl file is one."""
+    def texts() -> Iterator[str]:
+        for path in paths:
+            if file_kind(path) == ".txt":
+                try:
+                    yield b"".join(read_chunks(path, advance)).decode("utf-8-sig")
+                except UnicodeDecodeError as e:
+                    raise UserError(f"{path}: not UTF-8 (at byte {e.start:,})") from None
+            else:
+                for number, line in enumerate(read_lines(read_chunks(path, advance)), 1):
+                    if line.strip():
+                        yield jsonl_text(line, f"{path}:{number}")
+
+    return itertools.islice((text for text in texts() if text.strip()), limit)
+
+
+def cut_in_two(text: str, val_fraction: float) -> list[Document]:
+    """One document as training and validation text: its end is held out, from the nearest word boundary."""
+    text = text.strip()
+    cut = len(text) - max(1, round(len(text) * val_fraction))
+    while cut > 0 and not text[cut].isspace():
+        cut -= 1
+    return [(split, part) for split, part in (("train", text[:cut]), ("val", text[cut:])) if part.strip()]
+
+
+def assign_splits(texts: Iterable[str], val_fraction: float) -> Iterator[Document]:
+    """Send about `val_fraction` of the documents to validation, chosen by a hash of their text.
+
+    So copies of a document stay on one side. When the hash chooses none, the one that came nearest is taken;
+    when there is only one document, its end is.
+    """
+    texts = iter(texts)
+    head = list(itertools.islice(texts, 2))
+    if len(head) == 1:
+        yield from cut_in_two(head[0], val_fraction)
+        return
+    nearest: tuple[float, str] | None = None  # held back until it is known whether validation needs it
+    chosen = False
+    for text in itertools.chain(head, texts):
+        fraction = stable_fraction(text)
+        if fraction < val_fraction:
+            chosen = True
+            yield "val", text
+        elif not chosen and (nearest is None or fraction < nearest[0]):
+            if nearest:
+                yield "train", nearest[1]
+            nearest = fraction, text
+        else:
+            yield "train", text
+    if nearest:
+        yield ("train" if chosen else "val"), nearest[1]
+
+
+class TextSource(NamedTuple):
+    """What `text` reads: files, and how they are divided."""
+    files: list[Path]
+    val_files: list[Path]
+    val_fraction: float
+    limit: int | None
+
+    def documents(self, purpose: str) -> Iterator[Document]:
+        """Every document with its split, in the order of the files, with a progress bar on a terminal."""
+        tqdm = need("tqdm", "tqdm").tqdm
+        total = sum(path.stat().st_size for path in self.files + self.val_files)
+        quiet = not sys.stderr.isatty()
+        with tqdm(total=total, desc=purpose, unit="B", unit_scale=True, disable=quiet) as bar:
+            texts = read_documents(self.files, self.limit, bar.update)
+            if self.val_files:
+                yield from (("train", text) for text in texts)
+                yield from (("val", text) for text in read_documents(self.val_files, None, bar.update))
+            else:
+                yield from assign_splits(texts, self.val_fraction)
+
+
+def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None, vocab_size: int,
+               shard_tokens: int) -> dict:
+    """Build `<out>/datasets/<name>_sp<V>`, with a new tokenizer when none is given; see build_dataset."""
+    for path in source.files + source.val_files:
+        file_kind(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        if path in source.files and path in source.val_files:
+            raise UserError(f"{path}: cannot be both training and validation text")
+    if tokenizer:
+        vocab_size = load_tokenizer(tokenizer).vocab_size()
+    model = tokenizer or out / "tokenizers" / f"{name}_{vocab_size}_bpe.model"
+    folder = out / "datasets" / f"{name}_sp{vocab_size}"
+    if folder.exists() and read_json(folder / "dataset.json").get("kind") != "text":
+        raise UserError(f"{folder} was not made by this command, so it stays: choose another --name")
+    facts = {"kind": "text", "sources": [path.name for path in source.files],
+             "val_sources": [path.name for path in source.val_files], "limit_documents": source.limit,
+             "val_fraction": None if source.val_files else source.val_fraction}
+    return build_dataset(folder, model, source.documents, tokenizer is None, vocab_size, shard_tokens, facts)
+
+
+# ---- fineweb: the published shards -------------------------------------------------------------------------
+
+class Hub(NamedTuple):
+    """Where published files are: a dataset repository, its folder with manifest.json, perhaps a mirror."""
+    repo_id: str
+    prefix: str
+    endpoint: str | None
+
+    def fetch(self, path: str, stage: Path) -> Path:
+        """Download one file, named relative to the prefix, to somewhere below `stage`, or UserError."""
+        hub = need("huggingface_hub", "huggingface_hub")
+        errors = need("huggingface_hub.errors", "huggingface_hub")
+        remote = f"{self.prefix}/{path}" if self.prefix else path
+        # without the network the library falls back on an earlier copy, silently; there must be none
+        (stage / remote).unlink(missing_ok=True)
+        try:
+            return Path(hub.hf_hub_download(self.repo_id, remote, repo_type="dataset", local_dir=stage,
+                                            endpoint=self.endpoint))
+        except errors.LocalEntryNotFoundError as e:
+            reason = first_line(e.__cause__ or e)
+            raise UserError(f"cannot reach {self.repo_id} ({reason}): is there a network?") from None
+        except errors.RepositoryNotFoundError:
+            raise UserError(f"there is no dataset repository {self.repo_id}, or it is private") from None
+        except errors.EntryNotFoundError:
+            raise UserError(f"{self.repo_id} has no file {remote}") from None
+        except errors.HFValidationError as e:
+            raise UserError(f"{self.repo_id!r} cannot be a repository: {first_line(e)}") from None
+        except Exception as e:  # the HTTP library, and with it the exceptions, changes between hub versions
+            raise UserError(f"{self.repo_id}: download of {remote} failed ({first_line(e)}); "
+                            "the same command continues where it stopped") from None
+
+
+class Published(NamedTuple):
+    """One variant as its manifest describes it."""
+    shards: list[str]  # file names, validation first
+    tokenizer_files: list[str]  # paths relative to the prefix, and to the data folder
+    vocab_size: int
+
+
+def local_path(path: str) -> str:
+    """A tokenizer's path out of a manifest. Others write manifests: it must not lead to any other place."""
+    parts = PurePosixPath(path).parts
+    if not parts or parts[0] not in ("tokenizers", "datasets") or ".." in parts or "\\" in path:
+        raise UserError(f"bad manifest: {path!r} is not a path below tokenizers/ or datasets/")
+    return path
+
+
+def read_manifest(manifest: object, variant: str, train_shards: int) -> Published:
+    """Find what `variant` needs in a manifest. UserError when it is not there or the manifest is unusable."""
+    name = f"fineweb10B_{variant}"
+    try:
+        datasets = {entry["name"]: entry for entry in manifest["datasets"]}
+        tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
+        if name not in datasets:
+            known = ", ".join(sorted(key.removeprefix("fineweb10B_") for key in datasets)) or "none"
+            raise UserError(f"variant {variant!r} is not published there; available: {known}")
+        entry = datasets[name]
+        files = {"train": int(entry["stats"]["files_train"]), "val": int(entry["stats"]["files_val"])}
+        tokenizer = tokenizers[entry["tokenizer_name"]]
+        keys = ("model_path", "vocab_path", "path")
+        paths = [local_path(tokenizer[key]) for key in keys if tokenizer.get(key)]
+        vocab_size = int(entry["vocab_size"])
+        if not paths:
+            raise KeyError("no file of the tokenizer is named")
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"bad manifest: {type(e).__name__} {first_line(e)}") from None
+    if train_shards > files["train"]:
+        raise UserError(f"--train-shards {train_shards}: {variant} has only {files['train']} training shards")
+    # exports with a case transform tell in a second file per shard the original bytes behind each token
+    kinds = ["val", "val_bytes"] if entry.get("val_bytes_glob") else ["val"]
+    shards = [f"fineweb_{kind}_{i:06d}.bin" for kind in kinds for i in range(files["val"])]
+    shards += [f"fineweb_train_{i:06d}.bin" for i in range(train_shards)]
+    return Published(shards, paths, vocab_size)
+
+
+def shard_is_there(path: Path) -> bool:
+    """Whether `path` is a whole shard."""
+    try:
+        return path.is_file() and check_shard(path) >= 0
+    except UserError:
+        return False
+
+
+def fetch_shards(hub: Hub, names: list[str], folder: Path, stage: Path) -> None:
+    """Bring those shards into `folder` that are not there yet, each checked before it gets its name."""
+    for number, name in enumerate(names, 1):
+        if not shard_is_there(folder / name):
+            fetched = hub.fetch(f"datasets/{folder.name}/{name}", stage)
+            try:
+                count = check_shard(fetched)
+            except UserError as e:
+                fetched.unlink()
+                raise UserError(f"{hub.repo_id} sent a broken shard: {e}") from None
+            os.replace(fetched, folder / name)
+            print(f"[{number}/{len(names)}] {name}  {count:,} tokens", flush=True)
+
+
+def quiet_hub(endpoint: str | None) -> None:
+    """Keep the hub library to its job: no usage reports, bars on a terminal only, the given server only."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if endpoint:
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # its chunks come from other hosts
+    hub_utils = need("huggingface_hub.utils", "huggingface_hub")
+    hub_utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty() and not hub_utils.are_progress_bars_disabled():
+        hub_utils.disable_progress_bars()
+
+
+def fetch_manifest(hub: Hub, stage: Path) -> object:
+    """The manifest, asked for every time: one kept from another repository would name the wrong shards."""
+    print(f"asking {hub.repo_id} what it has", flush=True)  # without a network the library tries for a while
+    try:
+        return json.loads(hub.fetch("manifest.json", stage).read_bytes())
+    except ValueError as e:
+        raise UserError(f"bad manifest: not JSON ({first_line(e)})") from None
+
+
+def build_fineweb(hub: Hub, out: Path, variant: str, train_shards: int) -> dict:
+    """Bring a published variant to `<out>`, keeping what is whole; returns what `dataset.json` holds."""
+    quiet_hub(hub.endpoint)
+    folder = out / "datasets" / f"fineweb10B_{variant}"
+    stage = folder / ".download"  # inside it, so that a shard moves into place without being copied
+    stage.mkdir(parents=True, exist_ok=True)
+    try:
+        published = read_manifest(fetch_manifest(hub, stage), variant, train_shards)
+        origin = {"kind": "fineweb", "repo_id": hub.repo_id, "remote_prefix": hub.prefix}
+        known = read_json(folder / "dataset.json")
+        if known and {key: known.get(key) for key in origin} != origin:
+            raise UserError(f"{folder} comes from {known.get('repo_id', 'another source')}: "
+                            "delete it, or choose another --out")
+        write_json(folder / "dataset.json", {**known, **origin})  # first: tells whose parts these are
+        for path in published.tokenizer_files:
+            install(hub.fetch(path, stage), out / path)
+        fetch_shards(hub, published.shards, folder, stage)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)  # the library cannot continue a partial download
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    tokens = {path.name: check_shard(path) for path in sorted(folder.glob("fineweb_*.bin"))}
+    info = {**origin, "vocab_size": published.vocab_size, "tokenizer": published.tokenizer_files,
+            "tokens": tokens}
+    write_json(folder / "dataset.json", info)
+    for split in ("train", "val"):
+        counts = [count for name, count in tokens.items() if re.match(rf"fineweb_{split}_\d", name)]
+        print(f"{split:5} {sum(counts):>14,} tokens, shards: {len(counts)}")
+    print_settings(folder, out / published.tokenizer_files[0], published.vocab_size)
+    return info
+
+
+# ---- command line ------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line, like every other error here."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: an integer in low..high."""
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low:,} to {high:,}")
+        return value
+
+    return parse
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number between 0 and 1, neither included."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction between 0 and 1")
+    return value
+
+
+def dataset_name(text: str) -> str:
+    """An argparse type: a name that can be part of a file name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: use letters, digits, '.', '_' and '-' only")
+    return text
+
+
+def run_embedded(args: argparse.Namespace) -> None:
+    build_embedded(args.out, args.vocab_size, args.force)
+
+
+def run_text(args: argparse.Namespace) -> None:
+    source = TextSource(args.files, args.val_file or [], args.val_fraction, args.limit_documents)
+    # the default name is the first file's: "my notes.jsonl.zst" -> "my_notes"
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", args.files[0].name.split(".")[0])
+    name = args.name or stem.lstrip("_-") or "text"
+    build_text(source, args.out, name, args.tokenizer, args.vocab_size, args.shard_tokens)
+
+
+def run_fineweb(args: argparse.Namespace) -> None:
+    build_fineweb(Hub(args.repo_id, args.remote_prefix.strip("/"), args.endpoint), args.out, args.variant,
+                  args.train_shards)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; its help texts are the reference."""
+    parser = Parser(prog="prepare.py", description="Make token shards and tokenizers for train_gpt.py.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    def command(name: str, run: Callable, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run)
+        sub.add_argument("--out", type=Path, default=Path("data"), help="data folder (default: %(default)s)")
+        return sub
+
+    vocab = dict(type=whole_number(2, MAX_VOCAB), default=1024, metavar="V")
+    sub = command("embedded", run_embedded, "A small corpus out of Python's own documentation; no network.")
+    sub.add_argument("--vocab-size", **vocab, help="pieces of the tokenizer (default: %(default)s)")
+    sub.add_argument("--force", action="store_true", help="build again even when it is already there")
+
+    sub = command("text", run_text, "Your own text: each .txt file or .jsonl line is a document.")
+    sub.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".txt or .jsonl, may end in .zst")
+    sub.add_argument("--name", type=dataset_name, help="name of the dataset (default: the first file's)")
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to use")
+    which.add_argument("--vocab-size", **vocab, help="or train one with V pieces (default: %(default)s)")
+    held = sub.add_mutually_exclusive_group()
+    held.add_argument("--val-fraction", type=fraction, default=0.02, metavar="F",
+                      help="share of the documents held out for validation (default: %(default)s)")
+    held.add_argument("--val-file", type=Path, nargs="+", metavar="FILE", help="or files that are held out")
+    sub.add_argument("--shard-tokens", type=whole_number(1, MAX_SHARD_TOKENS), default=SHARD_TOKENS,
+                     metavar="N", help="tokens in a shard (default: %(default)s)")
+    sub.add_argument("--limit-documents", type=whole_number(1, 2**62), metavar="N",
+                     help="use only the first N documents of FILE...")
+
+    sub = command("fineweb", run_fineweb, "The published FineWeb shards and tokenizer.")
+    sub.add_argument("--variant", default="sp1024", type=dataset_name, help="export (default: %(default)s)")
+    sub.add_argument("--train-shards", type=whole_number(0, 999_999), default=80, metavar="N",
+                     help="training shards of 200 MB each (default: %(default)s); validation comes whole")
+    sub.add_argument("--repo-id", default="willdepueoai/parameter-golf",
+                     help="Hugging Face dataset repository (default: %(default)s)")
+    sub.add_argument("--remote-prefix", default="datasets",
+                     help="folder in it that holds manifest.json (default: %(default)s)")
+    sub.add_argument("--endpoint", metavar="URL", help="another hub server, such as a mirror")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 after a user's error, 130 when interrupted."""
+    try:
+        args = build_parser().parse_args(argv)
+        args.run(args)
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+    except OSError as e:  # not writable, disk full, ...: the system's own words are clear enough
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"error: {where}{e.strerror or first_line(e)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-made is left under its final name", file=sys.stderr)
+        return 130
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

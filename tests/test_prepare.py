@@ -1,0 +1,654 @@
+"""data/prepare.py: shards, tokenizers, the embedded corpus, own text, and the downloader against a loopback hub."""
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import unicodedata
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+os.environ.update(HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # read when the library loads
+
+SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
+spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
+prepare = importlib.util.module_from_spec(spec)
+sys.modules["prepare"] = prepare
+spec.loader.exec_module(prepare)
+
+spm = pytest.importorskip("sentencepiece")
+BOS = 1
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------
+
+def read_tokens(path: Path) -> np.ndarray:
+    """Tokens of a shard, read without the code under test; asserts the layout."""
+    raw = path.read_bytes()
+    header = np.frombuffer(raw[:1024], "<i4")
+    assert header[:3].tolist() == [20240520, 1, (len(raw) - 1024) // 2] and not header[3:].any()
+    return np.frombuffer(raw[1024:], "<u2")
+
+
+def split_documents(tokens: np.ndarray) -> list[list[int]]:
+    """Documents of a token stream, without their BOS."""
+    assert tokens[0] == BOS
+    return [part[1:].tolist() for part in np.split(tokens, np.flatnonzero(tokens == BOS))[1:]]
+
+
+def normalised(text: str) -> str:
+    """What the tokenizers' normalisation leaves of ordinary text."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def folder_bytes(root: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def fails(capsys, *argv: object) -> str:
+    """The message of a command that must fail: one line `error: ...`, exit code 2."""
+    capsys.readouterr()
+    assert prepare.main([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+def works(capsys, *argv: object) -> str:
+    """The output of a command that must succeed."""
+    capsys.readouterr()
+    code = prepare.main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+# ---- shards ----------------------------------------------------------------------------------------------
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 65535), max_size=200), st.sampled_from(["<u2", ">u2", "i4", "i8"]))
+def test_shard_round_trip(tmp_path_factory, tokens, dtype):
+    path = tmp_path_factory.mktemp("shard") / "fineweb_train_000000.bin"
+    prepare.write_shard(path, np.array(tokens, dtype))
+    assert read_tokens(path).tolist() == tokens and prepare.check_shard(path) == len(tokens)
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("tokens", [np.array([65536]), np.array([-1]), np.array([1.0]), np.array([[1]])])
+def test_shard_refuses_what_uint16_cannot_hold(tmp_path, tokens):
+    with pytest.raises(ValueError):
+        prepare.write_shard(tmp_path / "x.bin", tokens)
+    assert not os.listdir(tmp_path)
+
+
+def test_shard_survives_a_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "x.bin"
+    prepare.write_shard(path, np.arange(5))
+    before = path.read_bytes()
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        prepare.write_shard(path, np.arange(9))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.bin"]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"\0", lambda b: b[:100], lambda b: b"",
+                                    lambda b: b"\0" + b[1:]])
+def test_check_shard_finds_damage(tmp_path, damage):
+    path = tmp_path / "x.bin"
+    prepare.write_shard(path, np.arange(7))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(prepare.UserError, match="x.bin"):
+        prepare.check_shard(path)
+
+
+def test_shard_writer_fills_shards_in_order(tmp_path):
+    writer = prepare.ShardWriter(tmp_path, "train", 10)
+    for start in range(0, 27, 9):
+        writer.add(np.arange(start, start + 9), 1)
+    writer.flush()
+    parts = [read_tokens(tmp_path / f"fineweb_train_{i:06d}.bin") for i in range(3)]
+    assert [len(part) for part in parts] == [10, 10, 7]
+    assert np.concatenate(parts).tolist() == list(range(27))
+    assert writer.summary()["tokens"] == 27 and writer.summary()["documents"] == 3
+
+
+def test_failed_rebuild_keeps_the_old_folder(tmp_path):
+    with prepare.atomic_folder(tmp_path / "set") as stage:
+        (stage / "a").write_text("old")
+    with pytest.raises(RuntimeError):
+        with prepare.atomic_folder(tmp_path / "set") as stage:
+            (stage / "a").write_text("new")
+            raise RuntimeError
+    assert folder_bytes(tmp_path) == {"set/a": b"old"}
+    (tmp_path / "set").rename(tmp_path / ".set.old")  # killed between the two renames
+    with prepare.atomic_folder(tmp_path / "set") as stage:
+        assert (tmp_path / "set" / "a").read_text() == "old"
+        (stage / "a").write_text("new")
+    assert folder_bytes(tmp_path) == {"set/a": b"new"}
+
+
+# ---- embedded --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("embedded")
+    prepare.build_embedded(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def embedded_texts() -> dict[str, list[str]]:
+    """The documents of each split, in order."""
+    import sysconfig
+    documents = prepare.embedded_documents(Path(sysconfig.get_paths()["stdlib"]))
+    order = sorted(documents, key=prepare.stable_fraction)
+    is_val = [prepare.stable_fraction(name) < 0.05 for name in order]
+    return {"val": [documents[n] for n, v in zip(order, is_val) if v],
+            "train": [documents[n] for n, v in zip(order, is_val) if not v]}
+
+
+@pytest.fixture(scope="module")
+def model(embedded) -> Path:
+    return embedded / "tokenizers" / "embedded_1024_bpe.model"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    return spm.SentencePieceProcessor(model_file=str(model))
+
+
+def shard(out: Path, split: str, name: str = "embedded_sp1024") -> Path:
+    return out / "datasets" / name / f"fineweb_{split}_000000.bin"
+
+
+def test_embedded_is_deterministic(embedded, tmp_path):
+    command = [sys.executable, str(SCRIPT), "embedded", "--out", str(tmp_path)]
+    result = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    assert folder_bytes(tmp_path) == folder_bytes(embedded)
+    data = tmp_path / "datasets" / "embedded_sp1024"
+    settings_line = f"DATA_PATH={data} TOKENIZER_PATH={tmp_path}/tokenizers/embedded_1024_bpe.model VOCAB_SIZE=1024"
+    assert result.stdout.splitlines()[-1] == settings_line
+
+
+def test_embedded_documents_round_trip(embedded, embedded_texts, tokenizer):
+    for split in ("train", "val"):
+        documents = split_documents(read_tokens(shard(embedded, split)))
+        assert [tokenizer.decode(ids) for ids in documents] == list(map(normalised, embedded_texts[split]))
+
+
+def test_embedded_tokens_are_pieces_of_text(embedded, tokenizer):
+    control = [i for i in range(1024) if tokenizer.is_control(i) or tokenizer.is_unknown(i)]
+    assert control == [0, 1, 2, 3] and tokenizer.vocab_size() == 1024
+    assert tokenizer.piece_to_id("\u2581") != tokenizer.unk_id()
+    for split in ("train", "val"):
+        tokens = read_tokens(shard(embedded, split))
+        assert tokens.max() < 1024 and set(np.unique(tokens[tokens < 4]).tolist()) == {BOS}
+    assert tokenizer.decode(tokenizer.encode("snow ☃ 雪")) == "snow ☃ 雪"  # byte fallback: nothing is unknown
+
+
+def test_embedded_validation_is_unseen(embedded, embedded_texts, model, tmp_path):
+    train, val = (split_documents(read_tokens(shard(embedded, split))) for split in ("train", "val"))
+    assert not set(map(tuple, train)) & set(map(tuple, val))
+    seen = {text for document in embedded_texts["train"] for text in document.split("\n\n") if len(text) > 300}
+    unseen = {text for document in embedded_texts["val"] for text in document.split("\n\n") if len(text) > 300}
+    assert unseen and not seen & unseen
+    prepare.train_tokenizer(embedded_texts["train"], tmp_path / "again.model", 1024)
+    assert (tmp_path / "again.model").read_bytes() == model.read_bytes()  # trained on the training part alone
+
+
+def test_embedded_size_and_note(embedded):
+    info = json.loads((embedded / "datasets" / "embedded_sp1024" / "dataset.json").read_text())
+    for split, least in (("train", 300_000), ("val", 15_000)):
+        assert info[split]["tokens"] == len(read_tokens(shard(embedded, split))) > least
+        name, digest = next(iter(info[split]["files"].items()))
+        assert digest == hashlib.sha256(shard(embedded, split).read_bytes()).hexdigest() and name
+    assert str(embedded) not in json.dumps(info)
+
+
+def test_embedded_second_run_does_nothing(embedded, capsys, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in embedded.rglob("*")}
+    monkeypatch.setattr(prepare, "embedded_documents", lambda *a: pytest.fail("rebuilt"))
+    assert "already complete" in works(capsys, "embedded", "--out", embedded)
+    assert {path: path.stat().st_mtime_ns for path in embedded.rglob("*")} == before
+
+
+@pytest.mark.parametrize("damage", ["shard", "model", "note"])
+def test_embedded_is_rebuilt_when_damaged(embedded, model, tmp_path, damage):
+    for name, content in folder_bytes(embedded).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    folder, copy = tmp_path / "datasets" / "embedded_sp1024", tmp_path / "tokenizers" / model.name
+    assert prepare.embedded_is_complete(folder, copy, 1024)
+    if damage == "shard":
+        shard(tmp_path, "val").write_bytes(shard(tmp_path, "val").read_bytes()[:-2])
+    elif damage == "model":
+        copy.unlink()
+    else:
+        (folder / "dataset.json").write_text('{"kind": "embedded", "recipe": 1, "vocab_size": 1024}')
+    assert not prepare.embedded_is_complete(folder, copy, 1024)
+
+
+def test_embedded_without_sources(tmp_path, capsys, monkeypatch):
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "lib.py").write_text('"""' + "One sentence of documentation that is long enough. " * 20 + '"""')
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # as when it was not installed
+    assert list(prepare.embedded_documents(tmp_path)) == ["module lib.py"]
+    monkeypatch.setattr(prepare.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nowhere")})
+    assert "almost no documentation" in fails(capsys, "embedded", "--out", tmp_path / "out")
+
+
+def test_prose_drops_doctests_and_rules():
+    text = "Add two numbers.\n\n>>> add(1, 2)\n3\n\n======\n\n  | a | b |\n\nIt never fails."
+    assert prepare.prose(text) == "Add two numbers.\n\nIt never fails."
+
+
+# ---- text ------------------------------------------------------------------------------------------------
+
+TEXTS = [f"Document {i} is about the number {i}, naïve café №{i}.\nIts second line ends here." for i in range(120)]
+
+
+@pytest.fixture
+def jsonl(tmp_path) -> Path:
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def test_text_jsonl_becomes_shards(jsonl, tmp_path, model, tokenizer, capsys):
+    out = tmp_path / "my data"
+    printed = works(capsys, "text", jsonl, "--out", out, "--tokenizer", model, "--val-fraction", 0.1,
+                    "--shard-tokens", 1000)
+    folder = out / "datasets" / "docs_sp1024"
+    assert printed.splitlines()[-1] == f"DATA_PATH='{folder}' TOKENIZER_PATH={model} VOCAB_SIZE=1024"
+    found = {}
+    for split in ("train", "val"):
+        shards = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+        parts = [read_tokens(path) for path in shards]
+        assert all(len(part) == 1000 for part in parts[:-1])
+        found[split] = [tokenizer.decode(ids) for ids in split_documents(np.concatenate(parts))]
+    assert len(list(folder.glob("fineweb_train_*"))) > 1
+    assert sorted(found["train"] + found["val"]) == sorted(map(normalised, TEXTS))
+    assert 2 <= len(found["val"]) <= 30
+    info = json.loads((folder / "dataset.json").read_text())
+    assert info["train"]["text_bytes"] + info["val"]["text_bytes"] == sum(len(t.encode()) for t in TEXTS)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_text_zst_equals_plain(jsonl, tmp_path, model, capsys, frames):
+    zstandard = pytest.importorskip("zstandard")
+    raw, packed = jsonl.read_bytes(), b""
+    for i in range(frames):
+        packed += zstandard.ZstdCompressor().compress(raw[len(raw) * i // frames : len(raw) * (i + 1) // frames])
+    (tmp_path / "docs.jsonl.zst").write_bytes(packed)
+    works(capsys, "text", jsonl, "--out", tmp_path / "a", "--tokenizer", model)
+    works(capsys, "text", f"{jsonl}.zst", "--out", tmp_path / "b", "--tokenizer", model)
+    a, b = folder_bytes(tmp_path / "a"), folder_bytes(tmp_path / "b")
+    assert a.keys() == b.keys() and all(a[name] == b[name] for name in a if name.endswith(".bin"))
+
+
+def test_text_reads_a_large_window(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    settings_ = zstandard.ZstdCompressionParameters.from_level(1, window_log=27)
+    packed = zstandard.ZstdCompressor(compression_params=settings_).compressobj()  # size unknown: window declared
+    (tmp_path / "a.txt.zst").write_bytes(packed.compress(b"hello") + packed.flush())
+    assert list(prepare.read_documents([tmp_path / "a.txt.zst"])) == ["hello"]
+
+
+def test_text_new_tokenizer_and_val_file(jsonl, tmp_path, capsys):
+    (tmp_path / "held.txt").write_text("\ufeffHeld-out text with zebras.\r\n")
+    out = tmp_path / "out"
+    args = ["text", jsonl, "--val-file", tmp_path / "held.txt", "--vocab-size", 400, "--out", out, "--name", "mine"]
+    printed = works(capsys, *args)
+    assert "VOCAB_SIZE=400" in printed
+    tokenizer = spm.SentencePieceProcessor(model_file=str(out / "tokenizers" / "mine_400_bpe.model"))
+    assert tokenizer.vocab_size() == 400 and tokenizer.bos_id() == BOS
+    val = split_documents(read_tokens(shard(out, "val", "mine_sp400")))
+    assert [tokenizer.decode(ids) for ids in val] == ["Held-out text with zebras."]
+    assert len(split_documents(read_tokens(shard(out, "train", "mine_sp400")))) == len(TEXTS)
+    before = folder_bytes(out)
+    works(capsys, *args)  # replaces its own work, with the same bytes
+    assert folder_bytes(out) == before
+
+
+def test_text_single_file_is_cut_in_two(tmp_path, model, tokenizer, capsys):
+    text = " ".join(f"word{i}" for i in range(1000))
+    (tmp_path / "book.txt").write_text(text)
+    works(capsys, "text", tmp_path / "book.txt", "--out", tmp_path, "--tokenizer", model)
+    train, val = (split_documents(read_tokens(shard(tmp_path, s, "book_sp1024"))) for s in ("train", "val"))
+    assert len(train) == len(val) == 1
+    assert tokenizer.decode(train[0]) + " " + tokenizer.decode(val[0]) == text
+    assert 0.01 < len(val[0]) / (len(val[0]) + len(train[0])) < 0.03
+
+
+def test_text_limit_documents(jsonl, tmp_path, model, capsys):
+    works(capsys, "text", jsonl, "--out", tmp_path, "--tokenizer", model, "--limit-documents", 7)
+    info = json.loads((tmp_path / "datasets" / "docs_sp1024" / "dataset.json").read_text())
+    assert info["train"]["documents"] + info["val"]["documents"] == 7 and info["val"]["documents"] >= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=2, max_size=30), st.floats(0.01, 0.9))
+def test_splits_lose_nothing_and_validation_is_never_empty(texts, fraction):
+    found = list(prepare.assign_splits(iter(texts), fraction))
+    assert sorted(text for _, text in found) == sorted(texts)
+    assert any(split == "val" for split, _ in found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(max_size=6).map(lambda b: b.replace(b"a", b"\n")), max_size=8))
+def test_lines_do_not_depend_on_chunks(chunks):
+    whole = b"".join(chunks).split(b"\n")
+    assert list(prepare.read_lines(chunks)) == (whole if whole[-1] else whole[:-1])
+
+
+@given(st.lists(st.text("x", min_size=1, max_size=5), max_size=50), st.integers(5, 60))
+def test_sample_is_evenly_spread_and_bounded(texts, limit):
+    texts = [f"{i}{text}" for i, text in enumerate(texts)]
+    sample = prepare.sample_evenly(texts, limit)
+    strides = np.diff([texts.index(text) for text in sample])
+    assert sum(map(len, sample)) <= limit or len(sample) == 1
+    assert len(set(strides.tolist())) <= 1 and sample[:1] == texts[:1]
+
+
+BAD_FILES = {
+    "missing.txt": (None, "no such file"),
+    "a.pdf": (b"x", "expected a name ending in"),
+    "latin.txt": (b"caf\xe9 au lait", "not UTF-8 (at byte 3)"),
+    "latin.jsonl": (b'{"text": "ok"}\n{"text": "caf\xe9"}\n', ":2: not UTF-8"),
+    "cut.jsonl": (b'{"text": "ok"}\n\n{"text": "o\n', ":3: not JSON"),
+    "number.jsonl": (b'{"text": "ok"}\n{"text": 7}\n', ":2: expected an object"),
+    "list.jsonl": (b'["text"]\n', ":1: expected an object"),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', ":1: an unpaired surrogate"),
+    "empty.txt": (b" \n\n", "no document is left"),
+    "noise.txt.zst": (b"not zstd data at all", "not valid zstd data"),
+    "empty.jsonl.zst": (b"", "ends too early"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_text_bad_input_is_one_line(tmp_path, model, capsys, name):
+    content, message = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert message in fails(capsys, "text", tmp_path / name, "--out", tmp_path / "out", "--tokenizer", model)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() or path.name.startswith(".")]
+
+
+def test_text_cut_off_zst(jsonl, tmp_path, model, capsys):
+    zstandard = pytest.importorskip("zstandard")
+    packed = zstandard.ZstdCompressor().compress(jsonl.read_bytes())
+    (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
+    assert "cut off" in fails(capsys, "text", tmp_path / "cut.jsonl.zst", "--out", tmp_path, "--tokenizer", model)
+
+
+def test_text_bad_settings_are_one_line(jsonl, tmp_path, model, capsys, monkeypatch):
+    out = ("--out", tmp_path / "out")
+    (tmp_path / "noise.model").write_bytes(b"\x00\x01 not a model")
+    (tmp_path / "empty.model").write_bytes(b"")
+    assert "not a SentencePiece model" in fails(capsys, "text", jsonl, *out, "--tokenizer", tmp_path / "noise.model")
+    assert "not a SentencePiece model" in fails(capsys, "text", jsonl, *out, "--tokenizer", tmp_path / "empty.model")
+    assert "No such file" in fails(capsys, "text", jsonl, *out, "--tokenizer", tmp_path / "none.model")
+    assert "too high" in fails(capsys, "text", jsonl, *out, "--vocab-size", 30000)
+    assert "smaller than required" in fails(capsys, "text", jsonl, *out, "--vocab-size", 100)
+    assert "--vocab-size" in fails(capsys, "text", jsonl, *out, "--vocab-size", 70000)
+    assert "--val-fraction" in fails(capsys, "text", jsonl, *out, "--val-fraction", 1)
+    assert "not allowed with" in fails(capsys, "text", jsonl, *out, "--vocab-size", 300, "--tokenizer", model)
+    assert "--name" in fails(capsys, "text", jsonl, *out, "--name", "../up")
+    assert "both" in fails(capsys, "text", jsonl, *out, "--val-file", jsonl)
+    assert "required" in fails(capsys, "text") and "COMMAND" in fails(capsys)
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in fails(capsys, "text", jsonl, "--out", tmp_path / "file", "--tokenizer", model)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert "pip install tqdm" in fails(capsys, "text", jsonl, *out, "--tokenizer", model)
+
+
+def test_text_disk_full_is_one_line_and_leaves_nothing(jsonl, tmp_path, model, capsys, monkeypatch):
+    out = tmp_path / "out"
+    works(capsys, "text", jsonl, "--out", out, "--tokenizer", model)
+    before = folder_bytes(out)
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in fails(capsys, "text", jsonl, "--out", out, "--tokenizer", model)
+    assert folder_bytes(out) == before and not list(out.rglob(".*"))
+
+
+def test_text_does_not_replace_foreign_data(jsonl, tmp_path, model, capsys):
+    precious = tmp_path / "datasets" / "docs_sp1024" / "fineweb_train_000000.bin"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"precious")
+    assert "--name" in fails(capsys, "text", jsonl, "--out", tmp_path, "--tokenizer", model)
+    assert precious.read_bytes() == b"precious"
+
+
+def test_text_refuses_unknown_characters(tmp_path, capsys):
+    def train(path: Path, **options) -> Path:
+        with open(path, "wb") as file:
+            spm.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=file, model_type="bpe",
+                                           vocab_size=120, minloglevel=3, **options)
+        return path
+
+    (tmp_path / "a.txt").write_text("plain words and snow ☃ and more plain words")
+    no_bos, no_bytes = train(tmp_path / "a.model", bos_id=-1), train(tmp_path / "b.model")
+    args = ("text", tmp_path / "a.txt", "--val-fraction", 0.5, "--out", tmp_path, "--tokenizer")
+    assert "no BOS" in fails(capsys, *args, no_bos)
+    assert "no byte fallback" in fails(capsys, *args, no_bytes)
+
+
+@pytest.mark.parametrize("vocab_size", [1024, 8192])
+def test_published_tokenizers_work(jsonl, tmp_path, capsys, vocab_size):
+    published = SCRIPT.parents[2] / "shared" / "data" / f"fineweb_{vocab_size}_bpe.model"
+    if not published.is_file():
+        pytest.skip("the published tokenizers are not here")
+    works(capsys, "text", jsonl, "--out", tmp_path, "--tokenizer", published)
+    tokenizer = spm.SentencePieceProcessor(model_file=str(published))
+    documents = split_documents(read_tokens(shard(tmp_path, "train", f"docs_sp{vocab_size}")))
+    assert {tokenizer.decode(ids) for ids in documents} <= set(map(normalised, TEXTS))
+
+
+# ---- fineweb ---------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PREFIX = "/datasets/someone/shards/resolve/main/"
+
+
+class LoopbackHub(BaseHTTPRequestHandler):
+    """As much of the hub as a file download needs: HEAD and GET of /datasets/REPO/resolve/REVISION/PATH."""
+
+    def answer(self, send_body: bool) -> None:
+        files, log, cut = self.server.files, self.server.log, self.server.cut
+        body = files.get(self.path.removeprefix(PREFIX)) if self.path.startswith(PREFIX) else None
+        self.send_response(200 if body is not None else 404)
+        self.send_header("X-Repo-Commit", COMMIT)
+        if body is None:
+            self.send_header("X-Error-Code", "EntryNotFound" if self.path.startswith(PREFIX) else "RepoNotFound")
+            body = b""
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if send_body:
+            name = self.path.rpartition("/")[2]
+            log.append(name)
+            self.wfile.write(body[: len(body) // 2] if name in cut else body)
+            self.close_connection = True
+
+    def do_HEAD(self):
+        self.answer(False)
+
+    def do_GET(self):
+        self.answer(True)
+
+    def log_message(self, *args):
+        pass
+
+
+def shard_bytes(count: int, seed: int) -> bytes:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, count
+    return header.tobytes() + np.random.default_rng(seed).integers(4, 300, count).astype("<u2").tobytes()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A running server with one published variant: three training shards, one validation shard."""
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library waits between its retries
+    server = ThreadingHTTPServer(("127.0.0.1", 0), LoopbackHub)
+    data = "datasets/datasets/fineweb10B_sp300/"
+    server.files = {f"{data}fineweb_train_{i:06d}.bin": shard_bytes(1000 + i, i) for i in range(3)}
+    server.files[f"{data}fineweb_val_000000.bin"] = shard_bytes(500, 9)
+    server.files["datasets/tokenizers/fineweb_300_bpe.model"] = b"a model"
+    server.files["datasets/tokenizers/fineweb_300_bpe.vocab"] = b"a list"
+    server.manifest = {
+        "datasets": [{"name": "fineweb10B_sp300", "tokenizer_name": "sp_bpe_300", "vocab_size": 300,
+                      "stats": {"files_train": 3, "files_val": 1}}],
+        "tokenizers": [{"name": "sp_bpe_300", "model_path": "tokenizers/fineweb_300_bpe.model",
+                        "vocab_path": "tokenizers/fineweb_300_bpe.vocab"}]}
+    server.publish = lambda: server.files.update({"datasets/manifest.json": json.dumps(server.manifest).encode()})
+    server.publish()
+    server.log, server.cut = [], set()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def fineweb(hub, out: Path, *more: object) -> tuple:
+    return ("fineweb", "--variant", "sp300", "--train-shards", 2, "--repo-id", "someone/shards",
+            "--endpoint", hub.url, "--out", out, *more)
+
+
+def test_fineweb_brings_what_the_manifest_names(hub, tmp_path, capsys):
+    printed = works(capsys, *fineweb(hub, tmp_path))
+    data, model = tmp_path / "datasets" / "fineweb10B_sp300", tmp_path / "tokenizers" / "fineweb_300_bpe.model"
+    assert printed.splitlines()[-1] == f"DATA_PATH={data} TOKENIZER_PATH={model} VOCAB_SIZE=300"
+    names = ["fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+    assert sorted(os.listdir(data)) == ["dataset.json", *names]
+    for name in names:
+        assert (data / name).read_bytes() == hub.files[f"datasets/datasets/fineweb10B_sp300/{name}"]
+    assert model.read_bytes() == b"a model" and model.with_suffix(".vocab").read_bytes() == b"a list"
+    assert json.loads((data / "dataset.json").read_text())["tokens"] == dict(zip(names, (1000, 1001, 500)))
+
+
+def test_fineweb_fetches_only_what_is_missing_or_broken(hub, tmp_path, capsys):
+    works(capsys, *fineweb(hub, tmp_path))
+    data = tmp_path / "datasets" / "fineweb10B_sp300"
+    whole = folder_bytes(tmp_path)
+    for damaged, content in [("fineweb_train_000000.bin", lambda b: b[:-7]), ("fineweb_val_000000.bin", lambda b: b"")]:
+        (data / damaged).write_bytes(content((data / damaged).read_bytes()))
+        hub.log.clear()
+        works(capsys, *fineweb(hub, tmp_path))
+        assert [name for name in hub.log if name.endswith(".bin")] == [damaged]
+        assert folder_bytes(tmp_path) == whole
+    hub.log.clear()
+    works(capsys, *fineweb(hub, tmp_path, "--train-shards", 3))
+    assert [name for name in hub.log if name.endswith(".bin")] == ["fineweb_train_000002.bin"]
+
+
+def test_fineweb_interrupted_download_continues(hub, tmp_path, capsys):
+    data = tmp_path / "datasets" / "fineweb10B_sp300"
+    hub.cut.add("fineweb_train_000001.bin")  # the connection breaks in the middle, again and again
+    assert "fineweb_train_000001.bin failed" in fails(capsys, *fineweb(hub, tmp_path))
+    assert sorted(os.listdir(data)) == ["dataset.json", "fineweb_train_000000.bin", "fineweb_val_000000.bin"]
+    hub.cut.clear()
+    hub.log.clear()
+    works(capsys, *fineweb(hub, tmp_path))
+    assert [name for name in hub.log if name.endswith(".bin")] == ["fineweb_train_000001.bin"]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-2], lambda b: b"<html>" + b, lambda b: b"\0" * len(b)])
+def test_fineweb_refuses_a_broken_shard(hub, tmp_path, capsys, damage):
+    name = "datasets/datasets/fineweb10B_sp300/fineweb_val_000000.bin"
+    hub.files[name] = damage(hub.files[name])
+    assert "sent a broken shard" in fails(capsys, *fineweb(hub, tmp_path))
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_fineweb_errors_are_one_line(hub, tmp_path, capsys):
+    assert "available: sp300" in fails(capsys, *fineweb(hub, tmp_path, "--variant", "sp999"))
+    assert not list((tmp_path / "datasets").iterdir())
+    assert "only 3 training shards" in fails(capsys, *fineweb(hub, tmp_path, "--train-shards", 4))
+    assert "--train-shards" in fails(capsys, *fineweb(hub, tmp_path, "--train-shards", -1))
+    assert "no dataset repository" in fails(capsys, *fineweb(hub, tmp_path, "--repo-id", "someone/else"))
+    assert "cannot be a repository" in fails(capsys, *fineweb(hub, tmp_path, "--repo-id", "a/b/c"))
+    assert "has no file elsewhere/manifest.json" in fails(
+        capsys, *fineweb(hub, tmp_path, "--remote-prefix", "elsewhere"))
+    del hub.files["datasets/datasets/fineweb10B_sp300/fineweb_train_000001.bin"]
+    assert "has no file" in fails(capsys, *fineweb(hub, tmp_path))
+
+
+def test_fineweb_without_network(hub, tmp_path, capsys):
+    hub.shutdown()
+    hub.server_close()
+    assert "is there a network?" in fails(capsys, *fineweb(hub, tmp_path))
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.clear(), lambda m: m.update(datasets=3), lambda m: m["datasets"][0].pop("stats"),
+    lambda m: m["datasets"][0].update(tokenizer_name="other"), lambda m: m["tokenizers"][0].pop("name"),
+    lambda m: m["tokenizers"][0].update(model_path="../../outside"), lambda m: m["datasets"][0].pop("vocab_size"),
+    lambda m: m["tokenizers"][0].update(model_path="prepare.py"), lambda m: m["tokenizers"][0].update(model_path=[1]),
+    lambda m: m.update(tokenizers=[{"name": "sp_bpe_300"}])])
+def test_fineweb_bad_manifest(hub, tmp_path, capsys, change):
+    change(hub.manifest)
+    hub.publish()
+    assert "bad manifest" in fails(capsys, *fineweb(hub, tmp_path))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_fineweb_manifest_is_not_json(hub, tmp_path, capsys):
+    hub.files["datasets/manifest.json"] = b"<html>"
+    assert "bad manifest: not JSON" in fails(capsys, *fineweb(hub, tmp_path))
+
+
+def test_fineweb_does_not_mix_repositories(hub, tmp_path, capsys):
+    works(capsys, *fineweb(hub, tmp_path))
+    note = tmp_path / "datasets" / "fineweb10B_sp300" / "dataset.json"
+    note.write_text(note.read_text().replace("someone/shards", "another/export"))
+    assert "comes from another/export" in fails(capsys, *fineweb(hub, tmp_path))
+
+
+def test_fineweb_brings_byte_sidecars(hub, tmp_path, capsys):
+    hub.manifest["datasets"][0]["val_bytes_glob"] = "fineweb_val_bytes_*.bin"
+    hub.publish()
+    hub.files["datasets/datasets/fineweb10B_sp300/fineweb_val_bytes_000000.bin"] = shard_bytes(500, 5)
+    printed = works(capsys, *fineweb(hub, tmp_path))
+    assert (tmp_path / "datasets" / "fineweb10B_sp300" / "fineweb_val_bytes_000000.bin").is_file()
+    assert re.search(r"val +500 tokens, shards: 1", printed)  # bytes are not tokens
+
+
+# ---- the script ------------------------------------------------------------------------------------------
+
+def test_import_does_nothing_and_needs_only_numpy():
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['x', '--bogus']\n"
+            "for name in ('sentencepiece', 'zstandard', 'tqdm', 'huggingface_hub', 'torch'): sys.modules[name] = None\n"
+            "import os; before = dict(os.environ); import prepare; assert os.environ == before")
+    result = subprocess.run([sys.executable, "-B", "-c", code, str(SCRIPT.parent)], capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stdout + result.stderr, result.stderr
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", None)
+    assert "pip install huggingface_hub" in fails(capsys, "fineweb", "--out", tmp_path)
