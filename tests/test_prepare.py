@@ -1,4 +1,4 @@
-"""data/prepare.py: shards, tokenizers, the embedded corpus, own text, and the downloader against a loopback hub."""
+"""data/prepare.py: shards, tokenizers, embedded corpus, own text, the downloader against a loopback hub."""
 from __future__ import annotations
 
 import errno
@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import threading
 import unicodedata
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-os.environ.update(HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # read when the library loads
+os.environ.update(HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # before imports
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
 spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
@@ -30,7 +31,7 @@ spm = pytest.importorskip("sentencepiece")
 BOS = 1
 
 
-# ---- helpers ---------------------------------------------------------------------------------------------
+# ---- helpers -----------------------------------------------------------------------------------------------
 
 def read_tokens(path: Path) -> np.ndarray:
     """Tokens of a shard, read without the code under test; asserts the layout."""
@@ -53,7 +54,8 @@ def normalised(text: str) -> str:
 
 def folder_bytes(root: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 def fails(capsys, *argv: object) -> str:
@@ -74,7 +76,7 @@ def works(capsys, *argv: object) -> str:
     return captured.out
 
 
-# ---- shards ----------------------------------------------------------------------------------------------
+# ---- shards ------------------------------------------------------------------------------------------------
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 65535), max_size=200), st.sampled_from(["<u2", ">u2", "i4", "i8"]))
@@ -142,7 +144,7 @@ def test_failed_rebuild_keeps_the_old_folder(tmp_path):
     assert folder_bytes(tmp_path) == {"set/a": b"new"}
 
 
-# ---- embedded --------------------------------------------------------------------------------------------
+# ---- embedded ----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory) -> Path:
@@ -154,7 +156,6 @@ def embedded(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def embedded_texts() -> dict[str, list[str]]:
     """The documents of each split, in order."""
-    import sysconfig
     documents = prepare.embedded_documents(Path(sysconfig.get_paths()["stdlib"]))
     order = sorted(documents, key=prepare.stable_fraction)
     is_val = [prepare.stable_fraction(name) < 0.05 for name in order]
@@ -178,12 +179,13 @@ def shard(out: Path, split: str, name: str = "embedded_sp1024") -> Path:
 
 def test_embedded_is_deterministic(embedded, tmp_path):
     command = [sys.executable, str(SCRIPT), "embedded", "--out", str(tmp_path)]
-    result = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
     assert folder_bytes(tmp_path) == folder_bytes(embedded)
     data = tmp_path / "datasets" / "embedded_sp1024"
-    settings_line = f"DATA_PATH={data} TOKENIZER_PATH={tmp_path}/tokenizers/embedded_1024_bpe.model VOCAB_SIZE=1024"
-    assert result.stdout.splitlines()[-1] == settings_line
+    model = tmp_path / "tokenizers" / "embedded_1024_bpe.model"
+    assert result.stdout.splitlines()[-1] == f"DATA_PATH={data} TOKENIZER_PATH={model} VOCAB_SIZE=1024"
 
 
 def test_embedded_documents_round_trip(embedded, embedded_texts, tokenizer):
@@ -194,19 +196,19 @@ def test_embedded_documents_round_trip(embedded, embedded_texts, tokenizer):
 
 def test_embedded_tokens_are_pieces_of_text(embedded, tokenizer):
     control = [i for i in range(1024) if tokenizer.is_control(i) or tokenizer.is_unknown(i)]
-    assert control == [0, 1, 2, 3] and tokenizer.vocab_size() == 1024
+    assert control == [0, 1, 2, 3] and tokenizer.vocab_size() == 1024  # as in the published ones
     assert tokenizer.piece_to_id("\u2581") != tokenizer.unk_id()
     for split in ("train", "val"):
         tokens = read_tokens(shard(embedded, split))
         assert tokens.max() < 1024 and set(np.unique(tokens[tokens < 4]).tolist()) == {BOS}
-    assert tokenizer.decode(tokenizer.encode("snow ☃ 雪")) == "snow ☃ 雪"  # byte fallback: nothing is unknown
+    assert tokenizer.decode(tokenizer.encode("snow ☃ 雪")) == "snow ☃ 雪"  # spelt in bytes, not unknown
 
 
 def test_embedded_validation_is_unseen(embedded, embedded_texts, model, tmp_path):
     train, val = (split_documents(read_tokens(shard(embedded, split))) for split in ("train", "val"))
     assert not set(map(tuple, train)) & set(map(tuple, val))
-    seen = {text for document in embedded_texts["train"] for text in document.split("\n\n") if len(text) > 300}
-    unseen = {text for document in embedded_texts["val"] for text in document.split("\n\n") if len(text) > 300}
+    seen, unseen = ({text for document in embedded_texts[split] for text in document.split("\n\n")
+                     if len(text) > 300} for split in ("train", "val"))
     assert unseen and not seen & unseen
     prepare.train_tokenizer(embedded_texts["train"], tmp_path / "again.model", 1024)
     assert (tmp_path / "again.model").read_bytes() == model.read_bytes()  # trained on the training part alone
@@ -246,7 +248,7 @@ def test_embedded_is_rebuilt_when_damaged(embedded, model, tmp_path, damage):
 
 def test_embedded_without_sources(tmp_path, capsys, monkeypatch):
     (tmp_path / "broken.py").write_text("def f(:\n")
-    (tmp_path / "lib.py").write_text('"""' + "One sentence of documentation that is long enough. " * 20 + '"""')
+    (tmp_path / "lib.py").write_text('"""' + "One sentence of documentation, long enough. " * 20 + '"""')
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # as when it was not installed
     assert list(prepare.embedded_documents(tmp_path)) == ["module lib.py"]
     monkeypatch.setattr(prepare.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nowhere")})
@@ -258,9 +260,9 @@ def test_prose_drops_doctests_and_rules():
     assert prepare.prose(text) == "Add two numbers.\n\nIt never fails."
 
 
-# ---- text ------------------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------
 
-TEXTS = [f"Document {i} is about the number {i}, naïve café №{i}.\nIts second line ends here." for i in range(120)]
+TEXTS = [f"Document {i}, about the number {i}, a naïve café №{i}.\nIts second line." for i in range(120)]
 
 
 @pytest.fixture
@@ -294,7 +296,8 @@ def test_text_zst_equals_plain(jsonl, tmp_path, model, capsys, frames):
     zstandard = pytest.importorskip("zstandard")
     raw, packed = jsonl.read_bytes(), b""
     for i in range(frames):
-        packed += zstandard.ZstdCompressor().compress(raw[len(raw) * i // frames : len(raw) * (i + 1) // frames])
+        part = raw[len(raw) * i // frames : len(raw) * (i + 1) // frames]
+        packed += zstandard.ZstdCompressor().compress(part)
     (tmp_path / "docs.jsonl.zst").write_bytes(packed)
     works(capsys, "text", jsonl, "--out", tmp_path / "a", "--tokenizer", model)
     works(capsys, "text", f"{jsonl}.zst", "--out", tmp_path / "b", "--tokenizer", model)
@@ -305,7 +308,7 @@ def test_text_zst_equals_plain(jsonl, tmp_path, model, capsys, frames):
 def test_text_reads_a_large_window(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     settings_ = zstandard.ZstdCompressionParameters.from_level(1, window_log=27)
-    packed = zstandard.ZstdCompressor(compression_params=settings_).compressobj()  # size unknown: window declared
+    packed = zstandard.ZstdCompressor(compression_params=settings_).compressobj()  # writes the window's size
     (tmp_path / "a.txt.zst").write_bytes(packed.compress(b"hello") + packed.flush())
     assert list(prepare.read_documents([tmp_path / "a.txt.zst"])) == ["hello"]
 
@@ -313,14 +316,15 @@ def test_text_reads_a_large_window(tmp_path):
 def test_text_new_tokenizer_and_val_file(jsonl, tmp_path, capsys):
     (tmp_path / "held.txt").write_text("\ufeffHeld-out text with zebras.\r\n")
     out = tmp_path / "out"
-    args = ["text", jsonl, "--val-file", tmp_path / "held.txt", "--vocab-size", 400, "--out", out, "--name", "mine"]
+    args = ["text", jsonl, "--val-file", tmp_path / "held.txt", "--vocab-size", 350, "--out", out,
+            "--name", "mine"]
     printed = works(capsys, *args)
-    assert "VOCAB_SIZE=400" in printed
-    tokenizer = spm.SentencePieceProcessor(model_file=str(out / "tokenizers" / "mine_400_bpe.model"))
-    assert tokenizer.vocab_size() == 400 and tokenizer.bos_id() == BOS
-    val = split_documents(read_tokens(shard(out, "val", "mine_sp400")))
+    assert "VOCAB_SIZE=350" in printed
+    tokenizer = spm.SentencePieceProcessor(model_file=str(out / "tokenizers" / "mine_350_bpe.model"))
+    assert tokenizer.vocab_size() == 350 and tokenizer.bos_id() == BOS
+    val = split_documents(read_tokens(shard(out, "val", "mine_sp350")))
     assert [tokenizer.decode(ids) for ids in val] == ["Held-out text with zebras."]
-    assert len(split_documents(read_tokens(shard(out, "train", "mine_sp400")))) == len(TEXTS)
+    assert len(split_documents(read_tokens(shard(out, "train", "mine_sp350")))) == len(TEXTS)
     before = folder_bytes(out)
     works(capsys, *args)  # replaces its own work, with the same bytes
     assert folder_bytes(out) == before
@@ -394,15 +398,17 @@ def test_text_cut_off_zst(jsonl, tmp_path, model, capsys):
     zstandard = pytest.importorskip("zstandard")
     packed = zstandard.ZstdCompressor().compress(jsonl.read_bytes())
     (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
-    assert "cut off" in fails(capsys, "text", tmp_path / "cut.jsonl.zst", "--out", tmp_path, "--tokenizer", model)
+    message = fails(capsys, "text", tmp_path / "cut.jsonl.zst", "--out", tmp_path, "--tokenizer", model)
+    assert "cut off" in message
 
 
 def test_text_bad_settings_are_one_line(jsonl, tmp_path, model, capsys, monkeypatch):
     out = ("--out", tmp_path / "out")
-    (tmp_path / "noise.model").write_bytes(b"\x00\x01 not a model")
-    (tmp_path / "empty.model").write_bytes(b"")
-    assert "not a SentencePiece model" in fails(capsys, "text", jsonl, *out, "--tokenizer", tmp_path / "noise.model")
-    assert "not a SentencePiece model" in fails(capsys, "text", jsonl, *out, "--tokenizer", tmp_path / "empty.model")
+    noise, empty = tmp_path / "noise.model", tmp_path / "empty.model"
+    noise.write_bytes(b"\x00\x01 not a model")
+    empty.write_bytes(b"")
+    assert "not a SentencePiece model" in fails(capsys, "text", jsonl, *out, "--tokenizer", noise)
+    assert "not a SentencePiece model" in fails(capsys, "text", jsonl, *out, "--tokenizer", empty)
     assert "No such file" in fails(capsys, "text", jsonl, *out, "--tokenizer", tmp_path / "none.model")
     assert "too high" in fails(capsys, "text", jsonl, *out, "--vocab-size", 30000)
     assert "smaller than required" in fails(capsys, "text", jsonl, *out, "--vocab-size", 100)
@@ -464,7 +470,7 @@ def test_published_tokenizers_work(jsonl, tmp_path, capsys, vocab_size):
     assert {tokenizer.decode(ids) for ids in documents} <= set(map(normalised, TEXTS))
 
 
-# ---- fineweb ---------------------------------------------------------------------------------------------
+# ---- fineweb -----------------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PREFIX = "/datasets/someone/shards/resolve/main/"
@@ -479,7 +485,8 @@ class LoopbackHub(BaseHTTPRequestHandler):
         self.send_response(200 if body is not None else 404)
         self.send_header("X-Repo-Commit", COMMIT)
         if body is None:
-            self.send_header("X-Error-Code", "EntryNotFound" if self.path.startswith(PREFIX) else "RepoNotFound")
+            known = self.path.startswith(PREFIX)
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
             body = b""
         self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
         self.send_header("Content-Length", str(len(body)))
@@ -506,6 +513,11 @@ def shard_bytes(count: int, seed: int) -> bytes:
     return header.tobytes() + np.random.default_rng(seed).integers(4, 300, count).astype("<u2").tobytes()
 
 
+def publish(server) -> None:
+    """Put the manifest as it now is among the files."""
+    server.files["datasets/manifest.json"] = json.dumps(server.manifest).encode()
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A running server with one published variant: three training shards, one validation shard."""
@@ -522,11 +534,10 @@ def hub(monkeypatch):
                       "stats": {"files_train": 3, "files_val": 1}}],
         "tokenizers": [{"name": "sp_bpe_300", "model_path": "tokenizers/fineweb_300_bpe.model",
                         "vocab_path": "tokenizers/fineweb_300_bpe.vocab"}]}
-    server.publish = lambda: server.files.update({"datasets/manifest.json": json.dumps(server.manifest).encode()})
-    server.publish()
+    publish(server)
     server.log, server.cut = [], set()
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -541,7 +552,8 @@ def fineweb(hub, out: Path, *more: object) -> tuple:
 
 def test_fineweb_brings_what_the_manifest_names(hub, tmp_path, capsys):
     printed = works(capsys, *fineweb(hub, tmp_path))
-    data, model = tmp_path / "datasets" / "fineweb10B_sp300", tmp_path / "tokenizers" / "fineweb_300_bpe.model"
+    data = tmp_path / "datasets" / "fineweb10B_sp300"
+    model = tmp_path / "tokenizers" / "fineweb_300_bpe.model"
     assert printed.splitlines()[-1] == f"DATA_PATH={data} TOKENIZER_PATH={model} VOCAB_SIZE=300"
     names = ["fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"]
     assert sorted(os.listdir(data)) == ["dataset.json", *names]
@@ -555,8 +567,8 @@ def test_fineweb_fetches_only_what_is_missing_or_broken(hub, tmp_path, capsys):
     works(capsys, *fineweb(hub, tmp_path))
     data = tmp_path / "datasets" / "fineweb10B_sp300"
     whole = folder_bytes(tmp_path)
-    for damaged, content in [("fineweb_train_000000.bin", lambda b: b[:-7]), ("fineweb_val_000000.bin", lambda b: b"")]:
-        (data / damaged).write_bytes(content((data / damaged).read_bytes()))
+    for damaged, keep in (("fineweb_train_000000.bin", -7), ("fineweb_val_000000.bin", 0)):
+        (data / damaged).write_bytes((data / damaged).read_bytes()[:keep])
         hub.log.clear()
         works(capsys, *fineweb(hub, tmp_path))
         assert [name for name in hub.log if name.endswith(".bin")] == [damaged]
@@ -607,12 +619,13 @@ def test_fineweb_without_network(hub, tmp_path, capsys):
 @pytest.mark.parametrize("change", [
     lambda m: m.clear(), lambda m: m.update(datasets=3), lambda m: m["datasets"][0].pop("stats"),
     lambda m: m["datasets"][0].update(tokenizer_name="other"), lambda m: m["tokenizers"][0].pop("name"),
-    lambda m: m["tokenizers"][0].update(model_path="../../outside"), lambda m: m["datasets"][0].pop("vocab_size"),
-    lambda m: m["tokenizers"][0].update(model_path="prepare.py"), lambda m: m["tokenizers"][0].update(model_path=[1]),
+    lambda m: m["datasets"][0].pop("vocab_size"), lambda m: m["tokenizers"][0].update(model_path=[1]),
+    lambda m: m["tokenizers"][0].update(model_path="tokenizers/../../outside"),
+    lambda m: m["tokenizers"][0].update(model_path="prepare.py"),
     lambda m: m.update(tokenizers=[{"name": "sp_bpe_300"}])])
 def test_fineweb_bad_manifest(hub, tmp_path, capsys, change):
     change(hub.manifest)
-    hub.publish()
+    publish(hub)
     assert "bad manifest" in fails(capsys, *fineweb(hub, tmp_path))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -631,20 +644,22 @@ def test_fineweb_does_not_mix_repositories(hub, tmp_path, capsys):
 
 def test_fineweb_brings_byte_sidecars(hub, tmp_path, capsys):
     hub.manifest["datasets"][0]["val_bytes_glob"] = "fineweb_val_bytes_*.bin"
-    hub.publish()
+    publish(hub)
     hub.files["datasets/datasets/fineweb10B_sp300/fineweb_val_bytes_000000.bin"] = shard_bytes(500, 5)
     printed = works(capsys, *fineweb(hub, tmp_path))
     assert (tmp_path / "datasets" / "fineweb10B_sp300" / "fineweb_val_bytes_000000.bin").is_file()
     assert re.search(r"val +500 tokens, shards: 1", printed)  # bytes are not tokens
 
 
-# ---- the script ------------------------------------------------------------------------------------------
+# ---- the script --------------------------------------------------------------------------------------------
 
 def test_import_does_nothing_and_needs_only_numpy():
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['x', '--bogus']\n"
-            "for name in ('sentencepiece', 'zstandard', 'tqdm', 'huggingface_hub', 'torch'): sys.modules[name] = None\n"
-            "import os; before = dict(os.environ); import prepare; assert os.environ == before")
-    result = subprocess.run([sys.executable, "-B", "-c", code, str(SCRIPT.parent)], capture_output=True, text=True)
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['x', '--bogus']\n"
+            "for name in ('sentencepiece', 'zstandard', 'tqdm', 'huggingface_hub', 'torch'):\n"
+            "    sys.modules[name] = None\n"
+            "before = dict(os.environ); import prepare; assert os.environ == before")
+    command = [sys.executable, "-B", "-c", code, str(SCRIPT.parent)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and not result.stdout + result.stderr, result.stderr
 
 
