@@ -851,10 +851,9 @@ def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
     return codes.float() * scales.float()
 
 
-def fake_quantise(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """dequantise(*quantise(weight)) in the forward pass, identity in the backward (straight-through)."""
+def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """With scale = row_scales(weight): dequantise(*quantise(weight)), and the identity to the gradient."""
     with torch.no_grad():
-        scale = row_scales(weight, spec)
         rounded = round_to(weight, scale, spec) * scale
     return rounded + (weight - weight.detach())  # the bracket is exactly 0 and carries the gradient
 
@@ -998,7 +997,7 @@ class Attention(nn.Module):
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.attn_gate = nn.Linear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
-        self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual else None
+        self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
     def forward(self, x, weights, rope, value_embedding, first_value, keep: int):
         """Output of the last `keep` positions [batch, keep, dim] and this layer's values before mixing."""
@@ -1012,7 +1011,7 @@ class Attention(nn.Module):
             value = value + value_embedding
         value = value.unflatten(-1, (self.kv_heads, -1))
         v = value
-        if self.vr_lambda is not None and first_value is not None:
+        if self.vr_lambda is not None:
             mix = self.vr_lambda.to(x.dtype)
             v = mix[0] * first_value + mix[1] * value
         q = rotate(q, cos[-keep:], sin[-keep:]) * self.q_gain.to(x.dtype)[:, None]
@@ -1060,13 +1059,14 @@ class GPT(nn.Module):
     mlp_up_bank [L, mlp, dim]; mlp_down_bank [L, dim, mlp]; each matrix as [out, in].
 
     `qat_specs` maps parameter names to the QuantSpec they are exported with; a call with qat=True sees those weights
-    rounded so. The switch is an argument, so that a compiled graph cannot overlook it (PR 1092's flag was folded at
-    the first trace, and its banks never looked at it).
+    rounded so, on the scales of the last `refresh_scales`. The switch is an argument, so that a compiled graph cannot
+    overlook it (PR 1092's flag was folded at the first trace, and its banks never looked at it).
     """
 
     def __init__(self, cfg: Hyperparameters, attend=attend_sdpa, dtype: torch.dtype = torch.float32, qat_specs=None):
         super().__init__()
-        self.cfg, self.dtype, self.qat_specs = cfg, dtype, dict(qat_specs or {})
+        self.cfg, self.dtype = cfg, dtype
+        self.qat_specs, self.qat_scales = dict(qat_specs or {}), {}
         layers, dim, kv_dim = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
         self.bigram = (Table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
@@ -1110,9 +1110,22 @@ class GPT(nn.Module):
                     gate.weight.zero_()
                     gate.bias.fill_(bias)
 
+    @torch.no_grad()
+    def refresh_scales(self) -> None:
+        """Fit the scales that QAT rounds on to the present weights, by the export's rule. Once a step, and outside
+        the compiled graph: a sum in another order could pick another clip, and the codes would not be the export's."""
+        for name, spec in self.qat_specs.items():
+            scale = row_scales(self.get_parameter(name), spec)
+            if name in self.qat_scales:
+                self.qat_scales[name].copy_(scale)  # in place, where a compiled graph looks for it
+            else:
+                self.qat_scales[name] = scale
+
     def seen(self, name: str, weight: Tensor, qat: bool) -> Tensor:
         """A weight as the forward pass sees it: rounded under QAT if it is exported rounded."""
-        return fake_quantise(weight, self.qat_specs[name]) if qat and name in self.qat_specs else weight
+        if not qat or name not in self.qat_specs:
+            return weight
+        return fake_quantise(weight, self.qat_scales[name], self.qat_specs[name])
 
     def layer_weights(self, qat: bool) -> list[LayerWeights]:
         """Per layer, its slices of the banks in the activation dtype. One rounding and one cast a bank, and `unbind`
@@ -1535,6 +1548,8 @@ def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
 def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> Tensor:
     """One optimiser step on the batch of state.step. Returns this rank's share of the mean loss (sums over ranks)."""
     total = 0.0
+    if state.qat:
+        state.model.refresh_scales()
     for inputs, targets in data.batch(state.step):
         loss = loss_fn(inputs, targets, state.qat) / (data.micro_steps * data.rt.world_size)
         loss.backward()

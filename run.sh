@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Set up and start. From top to bottom:
+#   1 words         help, errors
+#   2 interpreter   a finished .venv, else a python3 that has the packages, else a new .venv
+#   3 settings      arguments > environment > profile
+#   4 data          the embedded set is built on first use
+#   5 run           one process, or one for each GPU
+#   6 commands      what the first argument chooses
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"  # relative paths are relative to the repository
+
+# ---- 1 words
+usage() {
+  cat <<'EOF'
+bash run.sh [PROFILE] [KEY=VALUE...]   set up and run train_gpt.py; without PROFILE: default with GPUs, smoke without
+bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
+bash run.sh data SUBCOMMAND...         make or fetch data: embedded, text, fineweb (data/prepare.py)
+bash run.sh bench ...                  measure speed and memory (tools/bench.py)
+bash run.sh parity FOLDER              compare with PR 1092's own numbers (tools/parity.py)
+bash run.sh settings                   every KEY with its default, range and meaning
+bash run.sh help                       this text
+
+KEY=VALUE arguments override environment variables, which override the profile. The profiles:
+EOF
+  for file in profiles/*.env; do
+    printf '  %-10s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
+  done
+}
+die() { echo "error: $*" >&2; exit 2; }
+note() { echo "run.sh: $*" >&2; }
+
+# ---- 2 interpreter
+has() {  # PYTHON MODULE...: does it have these modules, and a torch that is new enough?
+  "$1" -c 'import sys, importlib.util as util, importlib.metadata as metadata
+if sys.version_info < (3, 10) or not all(map(util.find_spec, sys.argv[1:])): sys.exit(1)
+sys.exit([int(part) for part in metadata.version("torch").split(".")[:2]] < [2, 9])' "${@:2}" 2>/dev/null
+}
+pinned() { .venv/bin/python --version; cat requirements.txt tests/requirements.txt; }  # .venv/installed is a copy
+choose_python() {  # MODULE...: sets $python
+  python=.venv/bin/python
+  [ "$(cat .venv/installed 2>&1)" != "$(pinned 2>&1)" ] || return 0
+  if has python3 "$@"; then python=python3; return; fi
+  $python -m pip --version >/dev/null 2>&1 || make_venv
+  note "installing requirements.txt and tests/requirements.txt into .venv"
+  $python -m pip install --disable-pip-version-check $([ -t 1 ] || echo --quiet) \
+    -r requirements.txt -r tests/requirements.txt ||
+    die "pip failed, for the reason above; without a network, use a python3 that has the packages"
+  pinned >.venv/installed  # last: an interrupted install is done again
+}
+make_venv() {
+  local base='' candidate problem
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && base=$candidate && break
+  done
+  [ "$base" ] || die "there is no python3 of version 3.11 or newer (3.10 is enough if it has torch 2.9 or newer)"
+  "$base" -c 'import venv, ensurepip' 2>/dev/null ||
+    die "$base lacks its venv module; install it (Debian and Ubuntu: apt install python3-venv)"
+  note "making .venv with $("$base" --version)"
+  problem=$("$base" -m venv --clear .venv 2>&1) || die "cannot make .venv: ${problem##*$'\n'}"
+}
+to_run() { choose_python torch numpy sentencepiece; }
+
+# ---- 3 settings
+take_arguments() {
+  local pair key
+  for pair; do
+    key=${pair%%=*}
+    [[ $pair =~ ^[A-Z][A-Z0-9_]*= ]] || die "'$pair' is not KEY=VALUE with an upper-case KEY (bash run.sh help)"
+    grep -qiE "^    $key: |\"$key\"" train_gpt.py ||
+      note "$key is not a setting of train_gpt.py; it is passed on as an environment variable"
+    export "$key=${pair#*=}"
+  done
+}
+load_profile() {  # NAME: lines of KEY=VALUE, # begins a comment; a variable that is set keeps its value
+  local file=profiles/$1.env line key
+  while IFS= read -r line || [ "$line" ]; do
+    line=${line%%#*} line=${line%"${line##*[![:space:]]}"}
+    [ "$line" ] || continue
+    [[ $line =~ ^[A-Z][A-Z0-9_]*=[^[:space:]]*$ ]] || die "$file: '$line' is not KEY=VALUE"
+    key=${line%%=*}
+    [ "${!key+set}" ] || export "$key=${line#*=}"
+  done <"$file"
+}
+
+# ---- 4 data
+has_shards() { compgen -G "$1/fineweb_val_*.bin" >/dev/null; }
+ready_data() {  # PROFILE, and the DATA_PATH the user asked for, if any
+  local embedded=./data/datasets/embedded_sp1024 tokenizer=./data/tokenizers/embedded_1024_bpe.model
+  if [ "$1" = default ] && [ -z "$2" ] && ! has_shards "$DATA_PATH"; then
+    note "no FineWeb in $DATA_PATH, so this run uses the small embedded text;" \
+      "to fetch it: bash run.sh data fineweb --variant sp1024 --train-shards 80"
+    export DATA_PATH=$embedded TOKENIZER_PATH=$tokenizer
+  fi
+  [ "${DATA_PATH:-}" != $embedded ] || { has_shards $embedded && [ -f $tokenizer ]; } ||
+    "$python" data/prepare.py embedded
+}
+
+# ---- 5 run
+count_gpus() {
+  if [ "${DEVICE:-}" != cpu ] && { [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; }; then
+    "$python" -c 'import torch; print(torch.cuda.device_count())'
+  else
+    echo 0
+  fi
+}
+run() {  # [PROFILE] KEY=VALUE...
+  local profile='' gpus='' asked
+  case ${1:-} in '' | *=*) ;; *) profile=$1; shift ;; esac
+  [ -z "$profile" ] || [ -f "profiles/$profile.env" ] ||
+    die "unknown command or profile '$profile'; profiles: $(cd profiles && echo ./*.env | sed 's/\.\///g; s/\.env//g')"
+  take_arguments "$@"
+  to_run
+  if [ -z "$profile" ]; then
+    gpus=$(count_gpus)
+    [ "$gpus" = 0 ] && profile=smoke || profile=default
+  fi
+  asked=${DATA_PATH:-}
+  load_profile "$profile"
+  gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
+  ready_data "$profile" "$asked"
+  note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
+  [ "$gpus" -gt 1 ] || exec "$python" train_gpt.py
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
+  exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt.py
+}
+
+# ---- 6 commands
+command=${1:-}
+case $command in
+  help | -h | --help) usage ;;
+  test)
+    shift
+    choose_python torch numpy sentencepiece pytest hypothesis
+    where=tests
+    for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # somebody names the tests to run
+    exec "$python" -m pytest ${where:+tests} "$@" ;;
+  data) shift; to_run; exec "$python" data/prepare.py "$@" ;;
+  bench | parity) shift; to_run; exec "$python" "tools/$command.py" "$@" ;;
+  settings) to_run; exec "$python" train_gpt.py --help ;;
+  *) run "$@" ;;
+esac

@@ -1,0 +1,133 @@
+import numpy as np
+import prepare
+import pytest
+import torch
+import train_gpt as tg
+from conftest import make_runtime
+from hypothesis import given, settings, strategies as st
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 300), st.integers(1, 200))
+@settings(max_examples=60, deadline=None)
+def test_stream_reads_what_the_shards_hold_and_goes_round(tmp_path_factory, sizes, start, count):
+    folder = tmp_path_factory.mktemp("shards")
+    whole = np.arange(sum(sizes), dtype=np.uint16)
+    for i, (end, size) in enumerate(zip(np.cumsum(sizes), sizes)):
+        prepare.write_shard(folder / f"fineweb_train_{i:06d}.bin", whole[end - size:end])
+    stream = tg.TokenStream(str(folder / "fineweb_train_*.bin"), 65536)
+    assert stream.read(start, count).tolist() == np.take(whole, range(start, start + count), mode="wrap").tolist()
+
+
+@given(world=st.sampled_from([1, 2, 4, 8]), micro=st.sampled_from([1, 64, 128, 10_000]), step=st.integers(0, 500))
+@settings(max_examples=40, deadline=None)
+def test_a_step_is_the_same_batch_at_any_world_size_and_micro_batch(corpus, tmp_path_factory, world, micro, step):
+    cfg = tg.Hyperparameters(**{"data_path": str(corpus.folder), "vocab_size": 384, "train_seq_len": 32,
+                                "train_batch_tokens": 512, "micro_batch_tokens": micro})
+    rows = []
+    for rank in range(world):
+        data = tg.TrainData.open(cfg, make_runtime(tmp_path_factory.getbasetemp(), rank=rank, world_size=world))
+        for inputs, targets in data.batch(step):
+            assert inputs.numel() <= max(micro, 32)
+            rows += [torch.cat((x, y[-1:])).tolist() for x, y in zip(inputs, targets)]
+    both = np.concatenate([corpus.train, corpus.train])
+    start = 512 * step % len(corpus.train)
+    assert rows == [both[start + 32 * i:start + 32 * i + 33].tolist() for i in range(16)]
+
+
+def broken(corpus, tmp_path, change):
+    blob = bytearray((corpus.folder / "fineweb_train_000000.bin").read_bytes())
+    (tmp_path / "fineweb_train_000000.bin").write_bytes(change(blob))
+    return str(tmp_path / "fineweb_train_*.bin")
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda b: b"\0" * 4 + b[4:], "not a token shard"),
+    (lambda b: b[:5] + b"\1" + b[6:], "not a token shard"),
+    (lambda b: b[:500], "not a token shard"),
+    (lambda b: b[:-2], "damaged"),
+    (lambda b: b + b"\0\0", "damaged"),
+    (lambda b: b"", "not a token shard"),
+])
+def test_damaged_shards_are_named(corpus, tmp_path, change, said):
+    with pytest.raises(tg.UserError, match=said) as caught:
+        tg.TokenStream(broken(corpus, tmp_path, change), 384)
+    assert "fineweb_train_000000.bin" in str(caught.value)
+
+
+def test_ids_beyond_the_vocabulary_are_refused_with_their_shard(corpus):
+    with pytest.raises(tg.UserError, match="VOCAB_SIZE=100"):
+        tg.TokenStream(str(corpus.folder / "fineweb_train_*.bin"), 100).read(0, 1000)
+
+
+def test_no_folder_no_shard(tmp_path):
+    with pytest.raises(tg.UserError, match="no data folder"):
+        tg.TokenStream(str(tmp_path / "nowhere" / "fineweb_train_*.bin"), 10)
+    with pytest.raises(tg.UserError, match="no shard matches"):
+        tg.TokenStream(str(tmp_path / "fineweb_train_*.bin"), 10)
+
+
+def test_byte_sidecars_are_no_shards(corpus, tmp_path):
+    for name in ("fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"):
+        prepare.write_shard(tmp_path / name, corpus.val)
+    assert len(tg.TokenStream(str(tmp_path / "fineweb_val_*.bin"), 384)) == len(corpus.val)
+
+
+def test_rows_must_divide_among_ranks(config, tmp_path):
+    with pytest.raises(tg.UserError, match="not divisible by 3 ranks"):
+        tg.TrainData.open(config(), make_runtime(tmp_path, world_size=3))
+
+
+def test_counted_bytes_are_those_of_the_decoded_text(corpus, config, rt):
+    """Each document by itself: what the tokens after BOS are said to weigh is what they decode to."""
+    table = tg.ValData.open(config(), rt).byte_table
+    ids = corpus.val.tolist()
+    starts = [i for i, t in enumerate(ids) if t == corpus.tokenizer.bos_id()] + [len(ids)]
+    assert len(starts) > 2
+    for start, end in zip(starts, starts[1:]):
+        document = torch.tensor(ids[start:end])
+        weighed = table.count(document[:-1], document[1:]).sum().item()
+        assert weighed == len(corpus.tokenizer.decode(ids[start + 1:end]).encode())
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=80, deadline=None)
+def test_counted_bytes_of_any_text(corpus, text):
+    table = tg.ByteTable.of(corpus.tokenizer, 384, "cpu")
+    ids = torch.tensor([corpus.tokenizer.bos_id(), *corpus.tokenizer.encode(text)])
+    decoded = corpus.tokenizer.decode(ids[1:].tolist())
+    if "\ufffd" not in decoded:  # bytes that are no text cannot be compared as text
+        assert table.count(ids[:-1], ids[1:]).sum().item() == len(decoded.encode())
+
+
+def test_meter_is_nats_over_bytes(corpus, config, rt):
+    val = tg.ValData.open(config(), rt)
+    meter, nll = tg.BpbMeter(val.byte_table), torch.rand(20, 3)
+    previous, target = torch.randint(384, (2, 20, 3))
+    counted = torch.rand(20, 3) < 0.7
+    for part in (slice(0, 7), slice(7, 20)):
+        meter.add(nll[part], previous[part], target[part], counted[part])
+    loss, bpb, tokens, size = meter.reduce(rt)
+    nats = sum(n for n, c in zip(nll.flatten().tolist(), counted.flatten()) if c)
+    weights = [int(val.byte_table.count(p, t)) for p, t, c in zip(previous.flatten(), target.flatten(), counted.flatten()) if c]
+    assert tokens == int(counted.sum()) and size == sum(weights)
+    assert loss == pytest.approx(nats / tokens) and bpb == pytest.approx(nats / np.log(2) / size)
+
+
+@pytest.mark.parametrize("content, said", [(None, "cannot read tokenizer"), (b"", "not a SentencePiece"),
+                                           (b"hello" * 50, "not a SentencePiece")])
+def test_bad_tokenizers(config, tmp_path, content, said):
+    path = tmp_path / "t.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(tg.UserError, match=said):
+        tg.open_tokenizer(config(tokenizer_path=str(path)))
+
+
+def test_tokenizer_of_another_size(config):
+    with pytest.raises(tg.UserError, match="VOCAB_SIZE=512"):
+        tg.open_tokenizer(config(vocab_size=512))
+
+
+def test_validation_shorter_than_a_window(config, rt):
+    with pytest.raises(tg.UserError, match="fewer than one window"):
+        tg.ValData.open(config(eval_seq_len=4096), rt)

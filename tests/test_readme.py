@@ -1,0 +1,27 @@
+"""README tells the truth about the code."""
+import re
+import sys
+from pathlib import Path
+
+import train_gpt as tg
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import readme  # noqa: E402
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_settings_table_is_the_codes():
+    assert TEXT == readme.refreshed(TEXT), "README's table of settings is stale: python tools/readme.py refreshes it"
+
+
+def test_every_setting_has_a_row():
+    rows = set(re.findall(r"^\| `([A-Z0-9_]+)", TEXT, flags=re.M))
+    assert rows == {name.upper() for name in tg.Hyperparameters.__dataclass_fields__}
+
+
+def test_links_lead_somewhere():
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in target]
+    missing = [target for target in targets if not (ROOT / target).exists()]
+    assert not missing, f"README links to {missing}"

@@ -1,0 +1,233 @@
+"""run.sh from a user's chair: a copy of the repository, with a `python3` that notes what it is asked for and installs
+nothing. `.ci/run` and the profiles are held to their promises too."""
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train_gpt as tg
+
+ROOT = Path(__file__).resolve().parent.parent
+PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.env"))
+KNOWN = {name for f in dataclasses.fields(tg.Hyperparameters) for name in tg.env_names(f)}
+EMBEDDED = "./data/datasets/embedded_sp1024"
+
+STUB = r"""#!/usr/bin/env bash
+line=${*//$'\n'/ }
+echo "$line" >>"$CALLS"
+case $line in
+  *device_count*) echo "${GPUS:-0}" ;;
+  *find_spec*) [ -z "${REAL_PYTHON:-}" ] || exec "$REAL_PYTHON" "$@"; exit "${LACKS_PACKAGES:-0}" ;;
+  *version_info*) exit "${TOO_OLD:-0}" ;;
+  *ensurepip*) exit "${LACKS_VENV:-0}" ;;
+  "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m pip install"*) exit "${PIP_STATUS:-0}" ;;
+  --version) echo "Python ${STUB_VERSION:-3.11.7}" ;;
+  *prepare.py*embedded) mkdir -p data/datasets/embedded_sp1024 data/tokenizers
+    touch data/datasets/embedded_sp1024/fineweb_val_000000.bin data/tokenizers/embedded_1024_bpe.model ;;
+  *train_gpt.py) env; exit "${TRAIN_STATUS:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A copy of the repository; `house(arguments, **environment)` runs run.sh there."""
+    repo, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
+    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", ".ci/run",
+                 *(f"profiles/{profile}.env" for profile in PROFILES)):
+        (repo / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, repo / name)
+    bin_folder.mkdir()
+    calls.touch()
+    for tool in ("bash", "env", "dirname", "basename", "cat", "cp", "grep", "mkdir", "sed", "touch"):
+        (bin_folder / tool).symlink_to(shutil.which(tool))
+    for name in ("python3", "nvidia-smi"):
+        (bin_folder / name).write_text(STUB)
+        (bin_folder / name).chmod(0o755)
+
+    def run(*arguments, script="run.sh", **environment):
+        before = len(calls.read_text().splitlines())
+        done = subprocess.run([str(bin_folder / "bash"), str(repo / script), *arguments], cwd=tmp_path,
+                              text=True, capture_output=True,
+                              env={"PATH": str(bin_folder), "CALLS": str(calls), **environment})
+        env = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+        return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, env=env,
+                               calls=calls.read_text().splitlines()[before:])
+
+    run.repo, run.bin = repo, bin_folder
+    return run
+
+
+def installs(result) -> int:
+    return sum(call.startswith("-m pip install") for call in result.calls)
+
+
+def test_help_lists_commands_and_profiles(house):
+    result = house("help")
+    assert result.code == 0 and not result.calls
+    for word in ("test", "data", "bench", "parity", "settings", "KEY=VALUE", *PROFILES):
+        assert word in result.out
+
+
+def test_unknown_word_is_one_line_with_the_profiles(house):
+    result = house("nosuch")
+    assert result.code == 2 and not result.calls
+    assert result.err.count("\n") == 1 and "unknown command or profile 'nosuch'" in result.err
+    assert all(profile in result.err for profile in PROFILES)
+
+
+@pytest.mark.parametrize("arguments", [("smoke", "seed=1"), ("smoke", "ITERATIONS"), ("=5",), ("smoke", "TTT-LR=1")])
+def test_malformed_argument(house, arguments):
+    result = house(*arguments)
+    assert result.code == 2 and not result.calls
+    assert result.err.count("\n") == 1 and f"'{arguments[-1]}' is not KEY=VALUE" in result.err
+
+
+def test_arguments_override_environment_overrides_profile(house):
+    assert house("smoke").env["ITERATIONS"] == "300"
+    assert house("smoke", ITERATIONS="5").env["ITERATIONS"] == "5"
+    assert house("smoke", "ITERATIONS=7", ITERATIONS="5").env["ITERATIONS"] == "7"
+    assert house("ITERATIONS=7").env["NUM_LAYERS"] == "4"
+    assert house("smoke", "RUN_ID=a b=c").env["RUN_ID"] == "a b=c"
+    assert house("smoke", VE_LAYERS="").env["VE_LAYERS"] == ""  # set to nothing is set
+
+
+def test_profile_lines(house):
+    (house.repo / "profiles" / "mine.env").write_text("# mine\n\nSEED=3   # three\r\nRUN_ID=last_line")
+    env = house("mine").env
+    assert (env["SEED"], env["RUN_ID"]) == ("3", "last_line")
+    (house.repo / "profiles" / "mine.env").write_text("SEED=$(touch oops)\n")
+    result = house("mine")
+    assert result.code == 2 and "profiles/mine.env: 'SEED=$(touch oops)' is not KEY=VALUE" in result.err
+    assert not (house.repo / "oops").exists()
+
+
+def test_an_argument_that_is_no_setting_is_mentioned(house):
+    assert "WARMUP is not a setting" in house("smoke", "WARMUP=0").err
+    assert "is not a setting" not in house("smoke", "WARMUP_STEPS=0", "VALUE_EMBED_DIM=64").err
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profile_is_accepted(house, profile):
+    """Every key is a setting, and the whole is a configuration."""
+    plain = house("settings").env.keys() | house("smoke").env.keys() - KNOWN
+    loaded = {key: value for key, value in house(profile).env.items() if key not in plain}
+    assert loaded and set(loaded) <= KNOWN
+    tg.Hyperparameters.from_env(loaded)
+
+
+# ---- interpreter
+
+def test_python3_with_the_packages_is_used_as_it_is(house):
+    result = house("smoke", REAL_PYTHON=sys.executable)
+    assert result.code == 0 and not installs(result) and not (house.repo / ".venv").exists()
+
+
+def test_a_torch_that_is_too_old_is_not(house, tmp_path):
+    (tmp_path / "torch-2.8.1.dist-info").mkdir()
+    (tmp_path / "torch-2.8.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.8.1\n")
+    result = house("smoke", REAL_PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
+    assert result.code == 0 and installs(result) == 1 and (house.repo / ".venv").exists()
+
+
+def test_the_second_run_installs_nothing(house):
+    first = house("smoke", LACKS_PACKAGES="1")
+    assert first.code == 0 and installs(first) == 1 and "-m venv --clear .venv" in first.calls
+    assert ".venv/bin/python" in first.err
+    second = house("smoke", LACKS_PACKAGES="1")
+    assert second.code == 0 and second.calls == ["--version", "train_gpt.py"]
+    assert installs(house("test", LACKS_PACKAGES="1")) == 0
+
+
+def test_new_pins_or_another_python_install_again(house):
+    house("smoke", LACKS_PACKAGES="1")
+    with open(house.repo / "requirements.txt", "a") as file:
+        file.write("# more\n")
+    assert installs(house("smoke", LACKS_PACKAGES="1")) == 1
+    assert installs(house("smoke", LACKS_PACKAGES="1")) == 0
+    assert installs(house("smoke", LACKS_PACKAGES="1", STUB_VERSION="3.12.0")) == 1
+
+
+def test_a_failed_install_is_one_line_and_is_done_again(house):
+    failed = house("smoke", LACKS_PACKAGES="1", PIP_STATUS="1")
+    assert failed.code == 2 and failed.err.splitlines()[-1].startswith("error: pip failed")
+    assert "train_gpt.py" not in failed.calls
+    again = house("smoke", LACKS_PACKAGES="1")
+    assert again.code == 0 and installs(again) == 1
+
+
+def test_no_python(house):
+    (house.bin / "python3").unlink()
+    result = house()
+    assert result.code == 2 and result.err.startswith("error: there is no python3 of version 3.11")
+    assert result.err.count("\n") == 1
+
+
+def test_python_too_old(house):
+    result = house(LACKS_PACKAGES="1", TOO_OLD="1")
+    assert result.code == 2 and "error: there is no python3 of version 3.11" in result.err
+
+
+def test_no_venv_module(house):
+    result = house(LACKS_PACKAGES="1", LACKS_VENV="1")
+    assert result.code == 2 and result.err.startswith("error: python3 lacks its venv module")
+
+
+# ---- data and processes
+
+def test_embedded_text_is_built_once(house):
+    build = "data/prepare.py embedded"
+    assert build in house("smoke").calls
+    assert build not in house("smoke").calls
+    assert build not in house("smoke", DATA_PATH="./elsewhere").calls
+
+
+def test_default_without_fineweb_says_so_and_runs(house):
+    result = house(GPUS="1")
+    assert result.env["DATA_PATH"] == EMBEDDED and "embedded" in result.env["TOKENIZER_PATH"]
+    assert "bash run.sh data fineweb --variant sp1024 --train-shards 80" in result.err
+    assert house(GPUS="1", DATA_PATH="./mine").env["DATA_PATH"] == "./mine"  # asked for: train_gpt.py says what is wrong
+    fineweb = house.repo / "data/datasets/fineweb10B_sp1024"
+    fineweb.mkdir(parents=True)
+    (fineweb / "fineweb_val_000000.bin").touch()
+    assert house(GPUS="1").env["DATA_PATH"] == "./data/datasets/fineweb10B_sp1024"
+
+
+def test_the_machine_chooses_profile_and_processes(house):
+    assert "profile smoke, CPU" in house().err
+    one, eight = house(GPUS="1"), house(GPUS="8")
+    assert "profile default, 1 GPU" in one.err and one.calls[-1] == "train_gpt.py"
+    assert "profile default, 8 GPU" in eight.err
+    assert eight.calls[-1] == "-m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py"
+    assert int(eight.env["OMP_NUM_THREADS"]) > 1
+    assert "profile smoke, CPU" in house("smoke", GPUS="8").err
+    assert "profile smoke, CPU" in house("DEVICE=cpu", GPUS="8").err
+
+
+def test_exit_code_passes_through(house):
+    assert house("smoke", TRAIN_STATUS="7").code == 7
+
+
+def test_test_command(house):
+    (house.repo / "tests" / "test_one.py").touch()
+    assert house("test", "-x", "-k", "one").calls[-1] == "-m pytest tests -x -k one"
+    assert house("test", "tests/test_one.py::test_it").calls[-1] == "-m pytest tests/test_one.py::test_it"
+
+
+def test_commands_pass_their_arguments_on(house):
+    for arguments, call in ((("data", "text", "a b.txt"), "data/prepare.py text a b.txt"),
+                            (("bench", "--peer", "x.py"), "tools/bench.py --peer x.py"),
+                            (("parity", "folder"), "tools/parity.py folder"), (("settings",), "train_gpt.py --help")):
+        assert house(*arguments).calls[-1] == call
+
+
+def test_ci_calls_the_test_command_of_the_readme(house):
+    assert "\nbash run.sh test " in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert house(script=".ci/run").calls[-1] == "-m pytest tests"
