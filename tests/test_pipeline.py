@@ -1,0 +1,202 @@
+"""The whole run as a user meets it: results, files, log lines, refusals, interruption, ranks."""
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import train_gpt as tg
+from conftest import ROOT, environment
+
+
+def test_from_settings_to_score(run):
+    done = run(VAL_LOSS_EVERY=3, ITERATIONS=40, MATRIX_LR=0.02)
+    assert done.code == 0, done.err
+    s = done.summary
+    assert {"run_id", "val_bpb_pre_quant", "val_bpb_roundtrip", "val_bpb_sliding", "val_bpb_ttt", "artifact_path",
+            "artifact_bytes", "code_bytes", "total_bytes", "steps", "tokens", "seconds", "peak_rss_bytes"} <= set(s)
+    untrained = float(re.search(r"step:0/40 val_loss:\S+ val_bpb:(\S+)", done.out).group(1))
+    assert s["val_bpb_pre_quant"] < 0.85 * untrained and s["val_bpb_roundtrip"] < 1.1 * s["val_bpb_pre_quant"]
+    assert s["artifact_bytes"] == os.path.getsize(s["artifact_path"])
+    assert s["code_bytes"] == os.path.getsize(ROOT / "train_gpt.py")
+    assert s["total_bytes"] == s["artifact_bytes"] + s["code_bytes"]
+    assert (s["steps"], s["tokens"]) == (40, 40 * 256)
+    assert json.loads((done.folder / "logs/tiny.summary.json").read_text()) == s
+    events = [json.loads(line) for line in (done.folder / "logs/tiny.jsonl").read_text().splitlines()]
+    assert {"settings", "train", "validation", "artifact", "evaluation", "ttt_chunk"} <= {e["event"] for e in events}
+    assert [e["step"] for e in events if e["event"] == "train"] == list(range(1, 41))
+
+
+def test_log_lines_are_the_published_ones(run):
+    out = run().out
+    for pattern in (
+        r"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=\S+", r"train_loader:dataset:\S+ train_shards:2",
+        r"val_loader:shards pattern=\S+ tokens:1699", r"model_params:\d+",
+        r"mtp_num_heads:0 mtp_loss_weight:0\.2 mtp_params:0", r"XSA:last_11 active_layers:\[0, 1, 2\]",
+        r"world_size:1 grad_accum_steps:1", r"attention_mode:gqa num_heads:4 num_kv_heads:2",
+        r"tie_embeddings:True embed_lr:0\.035 head_lr:0\.0 matrix_lr:0\.025 scalar_lr:0\.025",
+        r"train_batch_tokens:256 train_seq_len:32 iterations:6 warmup_steps:0 max_wallclock_seconds:0\.000", r"seed:1337",
+        r"step:6/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+        r"step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+        r"peak memory \S+: \d+ MiB.*",
+        r"ema:applying EMA weights", r"Serialized model: \d+ bytes", r"Code size: \d+ bytes",
+        r"Serialized model int6\+\S+: \d+ bytes", r"Total submission size int6\+\S+: \d+ bytes",
+        r"final_int6_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
+        r"final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+        r"final_int6_sliding_window val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} stride:8 eval_time:\d+ms",
+        r"ttt_sliding:start chunks=4 chunk_tokens=512 total_windows=210 stride=8 ttt_lr=0\.03 ttt_epochs=1 freeze_blocks=0",
+        r"ttt_sliding:params unfrozen=\d+ frozen=0", r"  ttt_chunk \[1/4\] bpb=\d+\.\d{6} time=\d+\.\ds",
+        r"ttt_sliding:done val_loss=\d+\.\d{6} val_bpb=\d+\.\d{6} elapsed=\d+\.\ds",
+        r"legal_ttt_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+    ):
+        assert re.search(f"^{pattern}$", out, re.M), pattern
+
+
+def test_a_run_is_the_same_run_twice(run):
+    scores = []
+    for _ in range(2):
+        done = run()
+        scores.append((done.summary["val_bpb_ttt"], (done.folder / "final_model.ptz").read_bytes()))
+    assert scores[0] == scores[1]
+
+
+def test_phases_that_are_off_are_null(run):
+    summary = run(TTT_ENABLED=0, EVAL_STRIDE=0).summary
+    assert summary["val_bpb_sliding"] is None and summary["val_bpb_ttt"] is None and summary["val_bpb_roundtrip"] > 0
+
+
+def test_extra_heads_are_trained_and_not_exported(run):
+    done = run(MTP_NUM_HEADS=2)
+    assert "export_excluding_mtp_params:24576" in done.out
+    _, _, weights = tg.unpack((done.folder / "final_model.ptz").read_bytes())
+    assert not any("mtp" in name for name in weights)
+
+
+def test_the_clock_ends_training(run):
+    done = run(MAX_WALLCLOCK_SECONDS=0.2, ITERATIONS=100000, TRAIN_LOG_EVERY=0)
+    assert done.code == 0 and re.search(r"stopping_early: wallclock_cap train_time:\d+ms step:\d+/100000", done.out)
+    assert 0 < done.summary["steps"] < 2000
+
+
+def test_over_the_limit_the_run_fails_with_the_table(run):
+    done = run(ARTIFACT_LIMIT_BYTES=50_000)
+    assert done.code == 2 and done.summary is None
+    assert "over ARTIFACT_LIMIT_BYTES=50,000" in done.err
+    assert re.search(r"^  mlp .*values.* B$", done.out, re.M) and re.search(r"^  total +", done.out, re.M)
+    assert "roundtrip" not in done.out
+
+
+# ---- bad input: one clear line, exit code 2, nothing made
+
+@pytest.mark.parametrize("variables, said", [
+    ({"DATA_PATH": "/nowhere/at/all"}, "no data folder"),
+    ({"VOCAB_SIZE": 512}, "VOCAB_SIZE=512"),
+    ({"TOKENIZER_PATH": "missing.model"}, "missing.model"),
+    ({"WARMDRON_ITERS": 3500}, "WARMDOWN_ITERS"),
+    ({"MUON_MOMENTUM_WARMUP_START": "092"}, "out of range"),
+    ({"EVAL_SEQ_LEN": 4096, "EVAL_STRIDE": 64}, "fewer than one window"),
+    ({"ARTIFACT_DIR": "/proc/nothing"}, "cannot write logs"),
+    ({"RESUME": 1}, "no checkpoint"),
+    ({"ATTENTION": "cudnn"}, "needs CUDA"),
+    pytest.param({"DEVICE": "cuda"}, "no CUDA device",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
+])
+def test_refusals(run, variables, said):
+    done = run(**variables)
+    assert done.code == 2 and done.summary is None
+    assert said in done.err and done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert not (done.folder / "final_model.ptz").exists()
+
+
+def start(corpus, folder, ranks=1, limit_bytes=None, **variables):
+    """The script in a process of its own."""
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    if ranks > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))) if limit_bytes else None
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, folder, **variables)},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
+
+
+def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
+    """A limit on file size stands for the full disk: the float model does not fit any more."""
+    old = b"the artifact of an earlier run"
+    for name in ("final_model.pt", "final_model.ptz"):
+        (tmp_path / name).write_bytes(old)
+    out, err = start(corpus, tmp_path, limit_bytes=100_000).communicate(timeout=120)
+    assert "error: cannot write" in err and "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["final_model.pt", "final_model.ptz"]
+    assert all((tmp_path / name).read_bytes() == old for name in ("final_model.pt", "final_model.ptz"))
+
+
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(corpus, tmp_path):
+    """Killed or interrupted in the ninth step, resumed from the eighth: the same artifact as the run left alone."""
+    settings = dict(ITERATIONS=12, WARMDOWN_ITERS=8, LATE_QAT_THRESHOLD=0.5, CHECKPOINT_EVERY=4, SWA_ENABLED=1,
+                    SWA_EVERY=2, SWA_START_FRAC=0.9, TTT_ENABLED=0, EVAL_STRIDE=0)
+    whole = start(corpus, tmp_path / "whole", **settings)
+    out, err = whole.communicate(timeout=120)
+    assert whole.returncode == 0, err
+    for name, sent in (("killed", signal.SIGKILL), ("interrupted", signal.SIGINT)):
+        victim = start(corpus, tmp_path / name, **settings)
+        for line in victim.stdout:
+            if line.startswith("step:9/12"):
+                victim.send_signal(sent)
+                break
+        out, err = victim.communicate(timeout=60)
+        if sent == signal.SIGINT:
+            assert victim.returncode == 130 and "RESUME=1" in err and "Traceback" not in err
+        again = start(corpus, tmp_path / name, RESUME=1, **settings)
+        out, err = again.communicate(timeout=120)
+        assert again.returncode == 0 and "resume:step:8" in out, err
+        assert (tmp_path / name / "final_model.ptz").read_bytes() == (tmp_path / "whole/final_model.ptz").read_bytes()
+
+
+def test_a_checkpoint_of_other_settings_is_refused(run):
+    assert run(CHECKPOINT_EVERY=4).code == 0
+    refused = run(CHECKPOINT_EVERY=4, RESUME=1, MATRIX_LR=0.5)
+    assert refused.code == 2 and "another MATRIX_LR" in refused.err
+    (refused.folder / "checkpoints/tiny.pt").write_bytes(b"PK damaged")
+    damaged = run(CHECKPOINT_EVERY=4, RESUME=1)
+    assert damaged.code == 2 and "cannot be read" in damaged.err
+
+
+def test_world_size_does_not_change_the_mathematics(corpus, tmp_path):
+    """1 process against 2 and 8 ranks (gloo) on the same global batch: training, evaluation and TTT."""
+    settings = dict(TRAIN_BATCH_TOKENS=768, ITERATIONS=4, WARMDOWN_ITERS=2, TTT_EPOCHS=2, TTT_BATCH_SEQS=5, NORMUON=1)
+    runs = {}
+    for ranks in (1, 2, 8):
+        process = start(corpus, tmp_path / str(ranks), ranks=ranks, **settings)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        runs[ranks] = [json.loads(line) for line in (tmp_path / str(ranks) / "logs/tiny.jsonl").read_text().splitlines()]
+    losses = {ranks: [e.get("train_loss", e.get("loss")) for e in events if e["event"] in ("train", "evaluation")]
+              for ranks, events in runs.items()}
+    assert len(losses[1]) == 4 + 4
+    for ranks in (2, 8):
+        assert losses[ranks][:4] == pytest.approx(losses[1][:4], rel=1e-5), ranks
+        # a code on the edge may fall to the other side after sums in another order: a little more room behind rounding
+        assert losses[ranks][4:] == pytest.approx(losses[1][4:], rel=2e-4), ranks
+
+
+def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    tg.write_whole(path, b"old")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(tg.UserError, match="No space left on device"):
+        tg.write_whole(path, b"new" * 1000)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_stopwatch_leaves_out_pauses():
+    time = iter(range(0, 100, 10))
+    watch = tg.Stopwatch(now=lambda: next(time))
+    with watch.paused():
+        pass
+    assert watch.elapsed() == 20  # started at 0, paused from 10 to 20, read at 30

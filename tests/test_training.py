@@ -1,0 +1,202 @@
+import dataclasses
+
+import pytest
+import torch
+import train_gpt as tg
+from conftest import scrambled
+from hypothesis import given, settings, strategies as st
+
+
+# ---- Newton-Schulz and Muon
+
+@pytest.mark.parametrize("sigma, image", [(1.0, 0.6964), (0.5, 0.7654), (0.1, 0.7121), (0.03, 1.1223), (0.003, 1.1104)])
+def test_newton_schulz_moves_one_singular_value_as_published(sigma, image):
+    """A matrix with singular values (sigma, sqrt(1 - sigma²)) has Frobenius norm 1, so nothing is rescaled."""
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(6, 2, dtype=torch.double))[0] for _ in range(2))
+    matrix = u @ torch.diag(torch.tensor([sigma, max(1 - sigma ** 2, 0) ** 0.5], dtype=torch.double)) @ v.T
+    out = tg.newton_schulz(matrix[None], 5, torch.double)[0]
+    assert (u[:, 0] @ out @ v[:, 0]).item() == pytest.approx(image, abs=2e-4)
+
+
+@given(st.integers(1, 3), st.integers(2, 12), st.integers(2, 12))
+@settings(max_examples=25, deadline=None)
+def test_newton_schulz_batches_and_transposes(n, rows, columns):
+    torch.manual_seed(rows * 13 + columns)
+    matrices = torch.randn(n, rows, columns, dtype=torch.double)
+    out = tg.newton_schulz(matrices, 5, torch.double)
+    for single, whole in zip(matrices, out):
+        torch.testing.assert_close(tg.newton_schulz(single[None], 5, torch.double)[0], whole)
+        torch.testing.assert_close(tg.newton_schulz(single.T[None], 5, torch.double)[0].T, whole)
+    assert torch.equal(tg.newton_schulz(torch.zeros(1, rows, columns), 5, torch.float32), torch.zeros(1, rows, columns))
+
+
+def reference_muon(weights, grads_by_step, lr, momentum, wd):
+    """Muon one matrix at a time, as the paper's blog post and PR 1092 define it."""
+    weights = [w.clone() for w in weights]
+    buffers = [torch.zeros_like(w) for w in weights]
+    for grads in grads_by_step:
+        for w, g, buffer in zip(weights, grads, buffers):
+            buffer.mul_(momentum).add_(g)
+            update = tg.newton_schulz((g + momentum * buffer)[None], 5, torch.float32)[0]
+            w *= 1 - lr * wd
+            w -= lr * max(1.0, w.shape[0] / w.shape[1]) ** 0.5 * update
+    return weights
+
+
+def test_muon_on_banks_is_muon_on_each_matrix(config, rt):
+    torch.manual_seed(0)
+    banks = [torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 6, 6), (2, 12, 5), (2, 3, 9))]
+    muon, cfg = tg.Muon(banks, config(), rt), config()
+    start = [m.clone() for bank in muon.banks for m in bank.detach()]
+    steps = [[torch.randn_like(bank) for bank in muon.banks] for _ in range(3)]
+    wanted = reference_muon(start, [[m for grad in grads for m in grad] for grads in steps], 0.1, 0.9, cfg.muon_wd)
+    for grads in steps:
+        for bank, grad in zip(muon.banks, grads):
+            bank.grad = grad.clone()
+        with torch.no_grad():
+            shards = [rt.wait(pair) for pair in muon.launch_reduce()]
+            muon.finish([rt.wait(pair) for pair in muon.launch_update(shards, 0.9)], 0.1)
+    for got, want in zip((m for bank in muon.banks for m in bank.detach()), wanted):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_normuon_evens_out_rows_and_keeps_the_size():
+    torch.manual_seed(0)
+    update = torch.randn(2, 6, 8) * torch.logspace(-1, 1, 6)[:, None]
+    before = update.clone()
+    tg.even_rows_(update, torch.zeros(2, 6, 1), 0.0)
+    torch.testing.assert_close(update.norm(dim=(1, 2)), before.norm(dim=(1, 2)))
+    sizes = update.norm(dim=2)
+    assert (sizes / sizes.mean(1, keepdim=True)).sub(1).abs().max() < 1e-4
+
+
+def loaded_optimisers(config, rt, **changes):
+    cfg = config(**changes)
+    model = scrambled(tg.GPT(cfg))
+    optimisers = tg.Optimisers(model, cfg, rt)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return cfg, model, optimisers
+
+
+def test_gradients_are_clipped_together(config, rt):
+    cfg, model, optimisers = loaded_optimisers(config, rt, grad_clip_norm=0.3)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    optimisers.step(tg.StepPlan(0.0, 0.0, False, False))
+    moved = [*optimisers.muon.momentum, *(optimisers.adamw.state[p]["exp_avg"] / 0.1 for p in optimisers.replicated)]
+    assert torch.cat([m.flatten() for m in moved]).norm().item() == pytest.approx(0.3, rel=1e-4)
+    cfg, model, optimisers = loaded_optimisers(config, rt, grad_clip_norm=0.3)
+    assert optimisers.step(tg.StepPlan(0.0, 0.0, False, False)).item() == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_every_parameter_moves_at_its_own_rate(config, rt):
+    cfg, model, optimisers = loaded_optimisers(config, rt, mtp_num_heads=1, tie_embeddings=False, adam_wd=0.0,
+                                               muon_wd=0.0, grad_clip_norm=0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimisers.step(tg.StepPlan(0.5, 0.9, False, False))
+    families = tg.route(cfg, before)
+    for name, p in model.named_parameters():
+        step = (p.detach() - before[name]).abs()
+        if families[name].optimiser == "adamw":  # AdamW's first step is the learning rate, whatever the gradient
+            torch.testing.assert_close(step, torch.full_like(step, 0.5 * getattr(cfg, families[name].lr)), rtol=2e-3, atol=1e-6)
+        assert p.grad is None and step.max() > 0
+
+
+# ---- schedules
+
+def plan(step, elapsed=0.0, pace=0.0, **changes):
+    return tg.plan_step(dataclasses.replace(tg.Hyperparameters(), **changes), step, elapsed, pace)
+
+
+def test_warmdown_by_steps_by_clock_and_by_fraction():
+    by_steps = dict(max_wallclock_seconds=0.0, iterations=100, warmdown_iters=40)
+    assert [plan(s, **by_steps).lr_scale for s in (0, 59, 60, 80, 99)] == [1.0, 1.0, 1.0, 0.5, 0.025]
+    by_clock = dict(max_wallclock_seconds=600.0, iterations=20_000, warmdown_iters=3500)
+    assert plan(0, **by_clock).lr_scale == 1.0
+    assert plan(3000, 300.0, 0.1, **by_clock).lr_scale == pytest.approx(3000 / 3500)
+    assert plan(6000, 600.0, 0.1, **by_clock).lr_scale == 0.0
+    assert plan(90, 9.0, 0.1, max_wallclock_seconds=600.0, iterations=100, warmdown_iters=40).lr_scale == 0.25
+    for width, spent, scale in ((0.667, 0.4, 0.89955), (0.667, 0.9, 0.14993), (0.667, 0.99, 0.1), (0.85, 0.4, 0.70588)):
+        got = plan(0, 600 * spent, 0.1, warmdown_frac=width, min_lr=0.1).lr_scale
+        assert got == pytest.approx(scale, abs=1e-5)
+
+
+def test_momentum_ramp():
+    assert [plan(s).momentum for s in (0, 750, 1500, 9000)] == pytest.approx([0.92, 0.955, 0.99, 0.99])
+
+
+def test_qat_triggers():
+    late = dict(max_wallclock_seconds=0.0, iterations=100, warmdown_iters=100)
+    assert [plan(s, **late).qat for s in (0, 84, 86)] == [False, False, True]
+    assert [plan(s, late_qat_frac=0.65, **late).qat for s in (0, 64, 65)] == [False, False, True]
+    assert plan(0, qat_enabled=True).qat and not plan(99, late_qat_threshold=0.0, **late).qat
+
+
+@given(st.integers(0, 30_000), st.floats(0, 1000), st.floats(0, 1), st.floats(0, 1), st.integers(0, 5000))
+def test_scale_stays_between_zero_and_one(step, elapsed, pace, frac, iters):
+    step = min(step, 20_000)
+    assert 0.0 <= plan(step, elapsed, pace, warmdown_frac=frac, warmdown_iters=iters).lr_scale <= 1.0
+
+
+# ---- averaging
+
+def walk(cfg, values):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    averager = tg.Averager(cfg, [weight])
+    for step, value in enumerate(values, 1):
+        weight.data.fill_(value)
+        averager.update(step, tg.StepPlan(1.0, 0.0, False, snapshot=step % cfg.swa_every == 0))
+    line = averager.apply()
+    return weight.item(), line
+
+
+def test_averages_are_what_they_say(config):
+    values = [float(v * v % 17) for v in range(40)]
+    ema = values and 0.0
+    for t, value in enumerate(values, 1):
+        decay = min(0.9, (1 + t) / (10 + t))
+        ema = decay * ema + (1 - decay) * value
+    assert walk(config(ema_decay=0.9), values) == (pytest.approx(ema), "ema:applying EMA weights")
+    got, line = walk(config(swa_enabled=True, swa_every=5), values)
+    assert got == pytest.approx(sum(values[4::5]) / 8) and "averaged 8 checkpoints" in line
+    got, line = walk(config(lawa_enabled=True, lawa_freq=4, lawa_k=3), values)
+    assert got == pytest.approx(sum(values[31::4]) / 3) and "k=3" in line
+    assert walk(config(ema_enabled=False), values)[0] == values[-1]
+
+
+# ---- the loop
+
+def trained(config, rt, **changes):
+    cfg = config(**changes)
+    torch.manual_seed(cfg.seed)
+    names = [name for name, _ in tg.GPT(cfg).named_parameters()]
+    torch.manual_seed(cfg.seed)
+    model = tg.GPT(cfg, qat_specs=tg.quant_specs(cfg, names))
+    tg.train(cfg, rt, model, tg.TrainData.open(cfg, rt), validate=None)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def without_validation(monkeypatch):
+    """The loop always validates at its end; these tests look at weights alone."""
+    original = tg.train
+    blank = lambda name, score_fn: tg.EvalResult(name, 0.0, 0.0, 0, 0, 0.0)
+    monkeypatch.setattr(tg, "train", lambda *args, validate: original(*args, validate=blank))
+
+
+def test_warm_up_leaves_no_trace(config, rt, without_validation):
+    plain, warmed = (trained(config, rt, warmup_steps=n) for n in (0, 4))
+    assert all(torch.equal(plain[name], warmed[name]) for name in plain)
+
+
+def test_micro_batches_add_up(config, rt, without_validation):
+    whole, parts = (trained(config, rt, micro_batch_tokens=n) for n in (256, 32))
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_late_qat_changes_the_run(config, rt, without_validation):
+    off, on = (trained(config, rt, late_qat_threshold=t, attn_qat_bits=4, mlp_quant_bits=4) for t in (0.0, 0.7))
+    assert not all(torch.equal(off[name], on[name]) for name in off)
