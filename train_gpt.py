@@ -944,6 +944,11 @@ class CappedCrossEntropy(torch.autograd.Function):
         return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None, None
 
 
+def project(x: Tensor, weight) -> Tensor:
+    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one: see `GPT.hidden`."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+
+
 class SmearGate(nn.Module):
     """Each position takes a learnt share of its predecessor, dimension by dimension; half at the start."""
 
@@ -1004,9 +1009,9 @@ class Attention(nn.Module):
         query_w, key_w, value_w, out_w = weights
         cos, sin = rope
         recent = x[:, -keep:]
-        q = norm(F.linear(recent, query_w).unflatten(-1, (self.heads, -1)))
-        k = norm(F.linear(x, key_w).unflatten(-1, (self.kv_heads, -1)))
-        value = F.linear(x, value_w)
+        q = norm(project(recent, query_w).unflatten(-1, (self.heads, -1)))
+        k = norm(project(x, key_w).unflatten(-1, (self.kv_heads, -1)))
+        value = project(x, value_w)
         if value_embedding is not None:
             value = value + value_embedding
         value = value.unflatten(-1, (self.kv_heads, -1))
@@ -1021,7 +1026,7 @@ class Attention(nn.Module):
         if self.attn_gate is not None:
             gate = F.linear(recent, self.attn_gate.weight.to(x.dtype), self.attn_gate.bias.to(x.dtype))
             y = y * torch.sigmoid(gate).unsqueeze(-1)
-        return F.linear(y.flatten(2), out_w), value
+        return project(y.flatten(2), out_w), value
 
 
 class Block(nn.Module):
@@ -1044,8 +1049,8 @@ class Block(nn.Module):
         y, value = self.attn(norm(x) * self.norm_scale, weights[:4], rope, value_embedding, first_value, keep)
         x = x[:, -keep:]
         out = x + self.attn_scale.to(x.dtype) * y
-        y = F.leaky_relu(F.linear(norm(out) * self.norm_scale, weights.up), self.slope).square()
-        out = out + self.mlp_scale.to(x.dtype) * F.linear(y, weights.down)
+        y = F.leaky_relu(project(norm(out) * self.norm_scale, weights.up), self.slope).square()
+        out = out + self.mlp_scale.to(x.dtype) * project(y, weights.down)
         if self.dtg_gate is not None:
             gate = F.linear(x.detach(), self.dtg_gate.weight.to(x.dtype), self.dtg_gate.bias.to(x.dtype))
             out = x + torch.sigmoid(gate) * (out - x)
@@ -1127,13 +1132,17 @@ class GPT(nn.Module):
             return weight
         return fake_quantise(weight, self.qat_scales[name], self.qat_specs[name])
 
-    def layer_weights(self, qat: bool) -> list[LayerWeights]:
+    def layer_weights(self, qat: bool, dress=None) -> list[LayerWeights]:
         """Per layer, its slices of the banks in the activation dtype. One rounding and one cast a bank, and `unbind`
         rather than indexing: the gradient of a bank is then one stack, not a sum of mostly empty banks."""
         qo, kv, up, down = (self.seen(name, getattr(self, name), qat).to(self.dtype).unbind()
                             for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"))
         layers = self.cfg.num_layers
-        return [LayerWeights(*parts) for parts in zip(qo, kv, kv[layers:], qo[layers:], up, down)]
+        plain = [LayerWeights(*parts) for parts in zip(qo, kv, kv[layers:], qo[layers:], up, down)]
+        if dress is None:
+            return plain
+        return [LayerWeights(*(dress(kind, layer, w) for kind, w in zip(LayerWeights._fields, weights)))
+                for layer, weights in enumerate(plain)]
 
     def embed(self, ids: Tensor, qat: bool) -> Tensor:
         """Token, bigram and trigram embeddings, normalised and smeared.  # [batch, T, dim]"""
@@ -1153,18 +1162,21 @@ class GPT(nn.Module):
         shared = self.ve_shared(ids, table, self.dtype)
         return {layer: shared * scale.to(self.dtype) for layer, scale in zip(self.cfg.ve_layer_ids, self.ve_layer_scales)}
 
-    def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False) -> Tensor:
+    def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, dress=None) -> Tensor:
         """The trunk: normalised final states of the last `keep` positions (all, if None).
 
         ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions
         only: a sliding window that scores 64 of 2,048 tokens pays for 64 there.
+
+        `dress(kind, layer, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
+        input - to add something to its output, or to look at what comes in.
         """
         cfg, length = self.cfg, ids.size(1)
         rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device)
         extra = self.value_embeddings(ids, qat)
         x = x0 = self.embed(ids, qat)
         skips, first_value = [], None
-        for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat))):
+        for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat, dress))):
             decoder = layer - cfg.num_layers // 2
             if decoder >= 0 and skips:
                 x = x + self.skip_weights[decoder].to(x.dtype) * skips.pop()
