@@ -12,7 +12,8 @@ The rooms, in reading order; a room uses only the rooms above it:
     DATA        shards, batches, validation text       SCHEDULES   pure functions of progress
     METRIC      nats and bytes -> bits per byte        AVERAGING   EMA, SWA, LAWA
     QUANTISER   weights <-> codes and scales           TRAINING    warm-up, step, loop, checkpoints
-    MODEL       the transformer on weight banks        ARTIFACT    the file that is submitted
+    MODEL       the transformer on weight banks        ROUNDING    calibrate, round, fit the size
+                                                       ARTIFACT    the file that is submitted
                                                        EVALUATION  score first, then (perhaps) learn
                                                        MAIN        the whole run on one screen
 
@@ -21,12 +22,14 @@ The system is that of the competition's pull request 1092, with its slips mended
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import functools
 import glob
 import hashlib
+import importlib
 import io
 import json
 import lzma
@@ -38,8 +41,10 @@ import struct
 import sys
 import time
 import uuid
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,9 +58,12 @@ class UserError(Exception):
     """Something the user can mend. `main` prints it as one line, without a traceback, and exits with 2."""
 
 
-def env_field(default, help: str, *, lo=None, hi=None, choices=(), aliases=()):
-    """One setting: its type is the annotation, its variable the upper-cased name (or a published alias)."""
-    meta = {"help": help, "lo": lo, "hi": hi, "choices": tuple(choices), "aliases": tuple(aliases)}
+def env_field(default, help: str, *, lo=None, hi=None, choices=(), aliases=(), group=""):
+    """One setting: its type is the annotation, its variable the upper-cased name (or a published alias).
+
+    `group` is a published name that sets several settings at once; a setting's own name wins over it.
+    """
+    meta = {"help": help, "lo": lo, "hi": hi, "choices": tuple(choices), "aliases": tuple(aliases), "group": group}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -155,31 +163,74 @@ class Hyperparameters:
     late_qat_threshold: float = env_field(0.15, "train on them once the learning-rate scale falls below; 0: never",
                                           lo=0, hi=1)
     late_qat_frac: float = env_field(0.0, "instead: once this fraction of the budget is spent; 0: not so", lo=0, hi=1)
-    mlp_quant_bits: int = env_field(6, "bits of the MLP banks", lo=2, hi=8)
-    attn_qat_bits: int = env_field(6, "bits of the attention banks", lo=2, hi=8, aliases=("ATTN_QUANT_BITS",))
+    soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550, its formula mended)")
+    ema_reset_at_qat: bool = env_field(True, "start the EMA afresh when QAT starts (PR 1216)")
+    mlp_quant_bits: int = env_field(6, "bits of the MLP banks", lo=2, hi=8, group="MATRIX_BITS")
+    attn_qat_bits: int = env_field(6, "bits of the attention banks", lo=2, hi=8, aliases=("ATTN_QUANT_BITS",),
+                                   group="MATRIX_BITS")
     embed_bits: int = env_field(8, "bits of the token table and output layer", lo=2, hi=8)
     bigram_bits: int = env_field(8, "bits of the hashed tables", lo=2, hi=8)
     ve_bits: int = env_field(8, "bits of the value-embedding table", lo=2, hi=8)
-    clip_rule: str = env_field("percentile", "how a row's largest code is placed", choices=("percentile", "amax"))
+    clip_rule: str = env_field("percentile", "where a row's largest code lies: at the best of five percentiles, at the "
+                               "largest weight, or at so many standard deviations", choices=("percentile", "amax", "sdclip"))
+    mlp_clip_sigmas: float = env_field(12.85, "with sdclip: standard deviations, MLP banks", lo=0.1, hi=1000,
+                                       group="MATRIX_CLIP_SIGMAS")
+    attn_clip_sigmas: float = env_field(12.85, "with sdclip: the same, attention banks", lo=0.1, hi=1000,
+                                        group="MATRIX_CLIP_SIGMAS")
+    embed_clip_sigmas: float = env_field(20.0, "with sdclip: the same, all tables", lo=0.1, hi=1000)
+    fp16_keep_name_patterns: str = env_field("", "name parts, with commas: parameters stored as fp16, not rounded")
     int8_keep_float_fp32_name_patterns: str = env_field(
         "", "name parts, with commas: parameters stored as fp32 in the artifact")
-    compress: str = env_field("auto", "entropy coder; auto: the smallest", choices=("auto", "zstd", "lzma"),
-                              aliases=("COMPRESSOR",))
+    gptq_enabled: bool = env_field(False, "round so that each layer's output changes least (GPTQ), not to the nearest")
+    gptq_calibration: str = env_field("train", "on what: the training batches that would come next, or text that the "
+                                      "model writes itself", choices=("train", "self"))
+    gptq_calibration_batches: int = env_field(16, "batches of it: TRAIN_BATCH_TOKENS each, or 4 sequences of own text",
+                                              lo=1)
+    gptq_reserve_seconds: float = env_field(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration; 0: 2 % of it", lo=0)
+    compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: the smallest",
+                              choices=("auto", "range", "lzma", "brotli", "zstd"), aliases=("COMPRESSOR",))
     artifact_limit_bytes: int = env_field(16_000_000, "code + artifact above this ends the run with an error", lo=1)
+    size_fit: bool = env_field(False, "instead of that error, round more coarsely where it costs least until it fits")
     # Evaluation
     eval_seq_len: int = env_field(2048, "tokens of an evaluation window; 0: TRAIN_SEQ_LEN", lo=0)
     eval_stride: int = env_field(64, "tokens newly scored by each sliding window; 0: no sliding evaluation", lo=0)
     eval_batch_seqs: int = env_field(32, "windows of one forward pass", lo=1)
+    eval_max_seconds: float = env_field(600.0, "for all final scores together: adaptation gives way, scoring never; "
+                                        "0: no limit", lo=0)
     ttt_enabled: bool = env_field(True, "score once more with test-time training on what was scored before")
+    ttt_mode: str = env_field("sgd", "what learns: the weights, or low-rank additions to them", choices=("sgd", "lora"))
+    ttt_reset: str = env_field("stream", "learn along the whole text, or (lora) afresh in each document",
+                               choices=("stream", "document"))
+    ttt_epochs: int = env_field(3, "passes over each scored chunk", lo=0)
+    ttt_chunk_tokens: int = env_field(32_768, "tokens scored before each adaptation", lo=1)
+    ttt_batch_seqs: int = env_field(32, "sequences of one adaptation step, over all ranks", lo=1)
+    ttt_grad_clip: float = env_field(1.0, "norm an adaptation gradient is clipped to; 0: not", lo=0)
+    ttt_polyak_decay: float = env_field(0.0, "score with the average of the adapted weights; its decay a step; 0: none",
+                                        lo=0, hi=0.99999)
+    ttt_temp: float = env_field(1.0, "logits are divided by this while scoring with TTT", lo=1e-3)
     ttt_optimizer: str = env_field("sgd", "what adapts the weights", choices=("sgd", "adamw"))
     ttt_lr: float = env_field(0.03, "its learning rate, a cosine over the chunks", lo=0)
     ttt_momentum: float = env_field(0.9, "momentum of sgd", lo=0, hi=0.9999)
-    ttt_epochs: int = env_field(3, "passes over each scored chunk", lo=0)
-    ttt_chunk_tokens: int = env_field(32_768, "tokens scored before each adaptation", lo=1)
-    ttt_batch_seqs: int = env_field(32, "sequences of one adaptation step, a rank", lo=1)
     ttt_freeze_blocks: int = env_field(0, "first blocks that stay as they are", lo=0)
-    ttt_grad_clip: float = env_field(1.0, "norm an adaptation gradient is clipped to; 0: not", lo=0)
-    ttt_temp: float = env_field(1.0, "logits are divided by this while scoring with TTT", lo=1e-3)
+    ttt_proj_lr_mult: float = env_field(-1.0, "rate of MLP-down over TTT_LR; -1: 3 for adamw (PR 1092), else 1", lo=-1)
+    ttt_fc_lr_mult: float = env_field(-1.0, "rate of MLP-up over TTT_LR; -1: 0.5 for adamw (PR 1092), else 1", lo=-1)
+    ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, aliases=("LORA_RANK",))
+    ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0)
+    ttt_lora_targets: str = env_field("q,v,head", "which matrices get one: of q, k, v, o, mlp, head, with commas")
+    ttt_lora_layers: str = env_field("", "in which layers (from 0), like 7-10 or 8,9,10; empty: all")
+    ttt_lora_layer_rates: str = env_field("", "layers that learn at another rate, like 7:0.6,8:0.8")
+    ttt_lora_optimizer: str = env_field("adam", "what adapts the additions", choices=("adam", "sgd"))
+    ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0)
+    ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
+    ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
+    ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0)
+    ttt_batch_docs: int = env_field(64, "documents adapted side by side, a rank", lo=1, aliases=("TTT_BATCH_SIZE",))
+    ttt_doc_chunk_tokens: int = env_field(256, "tokens of a document scored before each of its adaptations", lo=1,
+                                          aliases=("TTT_CHUNK_SIZE",))
+    ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
+    hash_embed_buckets: int = env_field(0, "rows of a hashed-pair embedding that starts at zero and learns in the "
+                                        "stream alone, 4,096 or 16,384 as published (PR 1460); 0: none", lo=0)
+    hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0)
 
     @property
     def train_files(self) -> str:
@@ -195,6 +246,17 @@ class Hyperparameters:
         return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the export looks at text: its seconds are then training time."""
+        return self.gptq_enabled or self.size_fit
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds for training steps: the clock's limit less what calibration takes of it. 0: no limit."""
+        limit = self.max_wallclock_seconds
+        return limit - (self.gptq_reserve_seconds or 0.02 * limit) if limit and self.calibrates else limit
+
+    @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
 
@@ -206,6 +268,25 @@ class Hyperparameters:
     def window(self) -> int:
         """Tokens of an evaluation window."""
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def lora_kinds(self) -> tuple[str, ...]:
+        """Which matrices LoRA adds to, by the names of LayerWeights. Raises KeyError."""
+        kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "mlp": ["up", "down"], "head": ["head"]}
+        return tuple(kind for part in self.ttt_lora_targets.split(",") for kind in kinds[part.strip()])
+
+    @property
+    def lora_layer_ids(self) -> tuple[int, ...]:
+        """Layers LoRA adds to, in order. Raises ValueError."""
+        spans = [[int(end) for end in part.split("-", 1)] for part in self.ttt_lora_layers.split(",") if part.strip()]
+        chosen = {layer for span in spans for layer in range(min(span), max(span) + 1)}
+        return tuple(sorted(chosen)) if spans else tuple(range(self.num_layers))
+
+    @property
+    def lora_layer_rates(self) -> dict[int, float]:
+        """Layer -> its rate over TTT_LORA_LR, where it is not 1. Raises ValueError."""
+        pairs = [part.split(":") for part in self.ttt_lora_layer_rates.split(",") if part.strip()]
+        return {int(layer): float(rate) for layer, rate in pairs}
 
     @property
     def ve_layer_ids(self) -> tuple[int, ...]:
@@ -222,6 +303,7 @@ class Hyperparameters:
         values = {}
         for f in dataclasses.fields(cls):
             given = [name for name in env_names(f) if name in environ]
+            given = [name for name in given if name != f.metadata["group"]] or given
             parsed = {name: parse_value(name, f, environ[name]) for name in given}
             if len(set(parsed.values())) > 1:
                 raise UserError(f"{' and '.join(given)} are one setting and were given different values")
@@ -236,7 +318,7 @@ class Hyperparameters:
 
 
 def env_names(f: dataclasses.Field) -> tuple[str, ...]:
-    return (f.name.upper(), *f.metadata["aliases"])
+    return (f.name.upper(), *f.metadata["aliases"], *filter(None, [f.metadata["group"]]))
 
 
 def parse_value(name: str, f: dataclasses.Field, text: str):
@@ -285,7 +367,7 @@ def edit_distance(a: str, b: str) -> int:
 def refuse_near_misses(environ) -> None:
     """A variable one or two letters away from a setting is a typing error, not somebody else's variable."""
     known = [name for f in dataclasses.fields(Hyperparameters) for name in env_names(f)]
-    for name in sorted(set(environ) - set(known)):
+    for name in sorted(set(environ) - set(known) - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}):  # torchrun's own
         reach = 2 if len(name) >= 8 else 1  # short names of other programs are easily two letters away
         near = [k for k in known if abs(len(k) - len(name)) <= reach and edit_distance(name, k) <= reach]
         if len(name) >= 5 and near:
@@ -316,12 +398,40 @@ def check_combinations(cfg: Hyperparameters) -> None:
     demand(cfg.train_batch_tokens % cfg.train_seq_len == 0,
            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is not divisible by TRAIN_SEQ_LEN={cfg.train_seq_len}")
     demand(cfg.eval_stride <= cfg.window, f"EVAL_STRIDE={cfg.eval_stride} is longer than a window of {cfg.window}")
-    demand(not cfg.ttt_enabled or cfg.ttt_chunk_tokens >= cfg.train_seq_len,
-           f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no sequence of TRAIN_SEQ_LEN={cfg.train_seq_len} to learn from")
+    if cfg.ttt_enabled:
+        check_adaptation(cfg, demand)
+    demand(not cfg.max_wallclock_seconds or cfg.train_seconds > 0, f"GPTQ_RESERVE_SECONDS={cfg.gptq_reserve_seconds:g} "
+           f"leaves nothing of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} for training")
     demand(cfg.iterations > 0 or not cfg.resume, "RESUME=1 with ITERATIONS=0: nothing to resume")
     demand(not cfg.resume or bool(cfg.run_id), "RESUME=1 needs the RUN_ID of the run to go on with")
     demand(re.fullmatch(r"[\w.+-]*", cfg.run_id) is not None,
            f"RUN_ID={cfg.run_id!r} names files: letters, digits and . _ + - only")
+
+
+def check_adaptation(cfg: Hyperparameters, demand) -> None:
+    """`demand` what test-time training needs. Raises UserError."""
+    if cfg.ttt_reset == "stream":
+        demand(cfg.ttt_chunk_tokens >= cfg.train_seq_len, f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no sequence "
+               f"of TRAIN_SEQ_LEN={cfg.train_seq_len} to learn from")
+        demand(cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} is "
+               f"shorter than the {cfg.eval_stride or cfg.window} tokens a window scores")
+    else:
+        demand(cfg.ttt_mode == "lora", f"TTT_RESET=document keeps weights for each document: only TTT_MODE=lora can, "
+               f"not {cfg.ttt_mode}")
+        demand(cfg.ttt_doc_chunk_tokens <= cfg.window, f"TTT_DOC_CHUNK_TOKENS={cfg.ttt_doc_chunk_tokens} is longer than "
+               f"a window of EVAL_SEQ_LEN={cfg.window}")
+        for name in ("hash_embed_buckets", "ttt_polyak_decay"):
+            demand(not getattr(cfg, name), f"{name.upper()} works along a stream; TTT_RESET=document starts afresh")
+    if cfg.ttt_mode == "lora":
+        for name, read, wanted in (("ttt_lora_targets", lambda: cfg.lora_kinds, "some of q,k,v,o,mlp,head"),
+                                   ("ttt_lora_layers", lambda: cfg.lora_layer_ids, "layers like 7-10 or 8,9,10"),
+                                   ("ttt_lora_layer_rates", lambda: cfg.lora_layer_rates, "pairs like 7:0.6")):
+            try:
+                numbered = [int(layer) for layer in read()] if name != "ttt_lora_targets" else read()[:0]
+            except (KeyError, ValueError):
+                raise UserError(f"{name.upper()}={getattr(cfg, name)!r} is not {wanted}") from None
+            demand(all(0 <= layer < cfg.num_layers for layer in numbered),
+                   f"{name.upper()}={getattr(cfg, name)} names a layer outside 0..{cfg.num_layers - 1}")
 
 
 SECTIONS = {"run_id": "Run", "data_path": "Data", "vocab_size": "Model", "matrix_lr": "Optimisers",
@@ -346,6 +456,7 @@ def config_table(markdown: bool = False) -> str:
                   else [section])
         for f in fields:
             default, names = int(f.default) if f.type == "bool" else f.default, " = ".join(env_names(f))
+            default = "(empty)" if default == "" else default
             lines.append(f"| `{names}` | `{default}` | {describe_range(f)} | {f.metadata['help']} |" if markdown
                          else f"  {names:<34} {default!s:<10} {f.metadata['help']} [{describe_range(f)}]")
         lines.append("")
@@ -460,7 +571,7 @@ def causal_mask(queries: int, keys: int, device) -> Tensor:
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend_math` by PyTorch's fused kernels, which take grouped kv heads as they are."""
-    square = q.size(1) == k.size(1)
+    square = True if q.size(1) == k.size(1) else False  # a plain bool, for graphs of any length too
     mask = None if square else causal_mask(q.size(1), k.size(1), q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=True)
@@ -545,8 +656,8 @@ class Runtime:
         if self.world_size > 1:
             dist.destroy_process_group()
 
-    def compiled(self, function):
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiles else function
+    def compiled(self, function, dynamic: bool = False):
+        return torch.compile(function, dynamic=dynamic, fullgraph=True) if self.compiles else function
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -614,6 +725,10 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
+
+    def forward_tokens(self, cfg: Hyperparameters) -> int:
+        """Most tokens of one forward pass: what fills a GPU, or what stays in a CPU's caches."""
+        return cfg.micro_batch_tokens or (98_304 if self.device.type == "cuda" else 4096)
 
     def share_of(self, count: int) -> range:
         """This rank's contiguous part of `count` things."""
@@ -687,8 +802,7 @@ class TrainData:
         if rows % rt.world_size:
             raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is {rows} sequences of "
                             f"{cfg.train_seq_len}, not divisible by {rt.world_size} ranks")
-        most = cfg.micro_batch_tokens or (98_304 if rt.device.type == "cuda" else 4096)
-        rows //= rt.world_size
+        most, rows = rt.forward_tokens(cfg), rows // rt.world_size
         micro_steps = next(n for n in range(1, rows + 1)
                            if rows % n == 0 and (rows // n * cfg.train_seq_len <= most or n == rows))
         return cls(TokenStream(cfg.train_files, cfg.vocab_size), cfg.train_seq_len, cfg.train_batch_tokens,
@@ -738,6 +852,7 @@ class ValData:
     tokens: Tensor     # int32 [n]
     byte_table: ByteTable
     tokenizer_sha256: str
+    bos_id: int = -1   # what every document starts with; -1: nothing does
 
     @classmethod
     def open(cls, cfg: Hyperparameters, rt: Runtime) -> ValData:
@@ -747,7 +862,13 @@ class ValData:
             raise UserError(f"validation text has {len(stream):,} tokens, "
                             f"fewer than one window of EVAL_SEQ_LEN={cfg.window} and its target")
         tokens = torch.from_numpy(stream.read(0, len(stream))).to(rt.device)
-        return cls(tokens, ByteTable.of(tokenizer, cfg.vocab_size, rt.device), digest)
+        bos_id = tokenizer.bos_id()
+        if cfg.ttt_enabled and cfg.ttt_reset == "document":
+            if bos_id < 0:
+                raise UserError(f"TTT_RESET=document: tokenizer {cfg.tokenizer_path} has no BOS to tell documents by")
+            if not (tokens == bos_id).any():
+                raise UserError(f"TTT_RESET=document: no BOS (token {bos_id}) in {cfg.val_files} to tell documents by")
+        return cls(tokens, ByteTable.of(tokenizer, cfg.vocab_size, rt.device), digest, bos_id)
 
 
 def open_tokenizer(cfg: Hyperparameters):
@@ -803,7 +924,8 @@ class QuantSpec:
     """How one family is rounded: signed codes of `bits` with one fp16 scale a row."""
 
     bits: int
-    clip: str = "percentile"
+    clip: str = "percentile"   # or "amax", "sdclip"
+    sigmas: float = 12.85      # sdclip: standard deviations of the row at the largest code (R1394)
 
     @property
     def top(self) -> int:
@@ -826,19 +948,29 @@ def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """fp16-exact scale of each row by the spec's clip rule.  # float32 [..., rows, 1]"""
+    """fp16-exact scale of each row by the spec's clip rule.  # float32 [..., rows, 1]
+
+    sdclip (R1394) ignores the largest weights: the step is `sigmas` / top of the row's standard deviation, and what it
+    is in bits is left to the entropy coder, log2(sigmas) less than `bits`.
+    """
+    fit = lambda clip: (clip / spec.top).clamp(min=SCALE_FLOOR).half().float()
+    if spec.clip == "sdclip":
+        return fit(spec.sigmas * weight.std(-1, keepdim=True, correction=0))
     magnitudes = weight.abs()
-    shares = PERCENTILES if spec.clip == "percentile" else (1.0,)
-    best = best_error = None
-    for share in shares:
-        scale = (upper_quantile(magnitudes, share) / spec.top).clamp(min=SCALE_FLOOR).half().float()
-        if len(shares) == 1:
-            return scale
-        error = (round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True)
-        better = True if best is None else error < best_error
-        best = scale if best is None else torch.where(better, scale, best)
-        best_error = error if best_error is None else torch.where(better, error, best_error)
+    if spec.clip == "amax":
+        return fit(magnitudes.amax(-1, keepdim=True))
+    best = fit(upper_quantile(magnitudes, PERCENTILES[0]))
+    best_error = rounding_error(weight, best, spec)
+    for share in PERCENTILES[1:]:
+        scale = fit(upper_quantile(magnitudes, share))
+        error = rounding_error(weight, scale, spec)
+        best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
     return best
+
+
+def rounding_error(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Sum of squares of each row.  # [..., rows, 1]"""
+    return (round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True)
 
 
 def quantise(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -851,11 +983,83 @@ def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
     return codes.float() * scales.float()
 
 
-def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """With scale = row_scales(weight): dequantise(*quantise(weight)), and the identity to the gradient."""
+def soft_round(codes: Tensor) -> Tensor:
+    """u - sin(2 pi u) / (2 pi): between no rounding and rounding; fixed and flat at whole numbers, steepest between.
+
+    PR 550 adds the sine, which pushes weights off the grid, and stretches its period with the temperature.
+    """
+    return codes - torch.sin(2 * math.pi * codes) / (2 * math.pi)
+
+
+def entropy_bytes(codes: Tensor) -> float:
+    """Order-0 entropy of a matrix of codes."""
+    counts = torch.bincount(codes.flatten().int() + 128).double()
+    return float(-torch.special.xlogy(counts, counts / counts.sum()).sum()) / math.log(2) / 8
+
+
+def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tensor | None = None) -> Tensor:
+    """With scale = row_scales(weight): dequantise(*quantise(weight)), and the identity to the gradient.
+
+    With `hardness` (0-d, in 0..1) the value goes from soft_round to rounding, and the gradient is soft_round's.
+    """
+    carrier = weight if hardness is None else soft_round(weight / scale) * scale
     with torch.no_grad():
-        rounded = round_to(weight, scale, spec) * scale
-    return rounded + (weight - weight.detach())  # the bracket is exactly 0 and carries the gradient
+        codes = round_to(weight, scale, spec)
+        if hardness is not None:
+            codes = torch.lerp((carrier / scale).clamp(-spec.top, spec.top), codes, hardness)
+        rounded = codes * scale
+    return rounded + (carrier - carrier.detach())  # the bracket is exactly 0 and carries the gradient
+
+
+GPTQ_BLOCK = 128      # columns rounded before the rest of the matrix hears of their errors
+GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
+
+
+def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> tuple[Tensor, Tensor]:
+    """`quantise`, but what rounding a column changes in the output, the columns still to come make up for.
+
+    It lowers trace(error hessian error^T), the change of the outputs of weight [n, rows, columns], where hessian
+    [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
+    without input become 0. Source: GPTQ, arXiv 2210.17323. Raises UserError with the name of a matrix.
+    """
+    weight, hessian = weight.float(), hessian.double()
+    scale = row_scales(weight, spec)  # of the row as it is: all its columns share one grid
+    dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
+    order = torch.argsort(hessian.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
+    columns = order[:, None]  # [n, 1, columns]
+    left = weight.masked_fill(dead[:, None], 0).gather(-1, columns.expand_as(weight))
+    hessian = (hessian + torch.diag_embed(dead.double())).gather(-1, columns.expand_as(hessian))
+    factor = inverse_factor(hessian.gather(-2, columns.mT.expand_as(hessian)), names)
+    codes = torch.empty_like(left)
+    for start in range(0, weight.size(-1), GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, weight.size(-1))
+        errors = torch.empty_like(left[..., start:stop])
+        for j in range(start, stop):
+            column = left[..., j:j + 1]
+            codes[..., j:j + 1] = code = round_to(column, scale, spec)
+            error = (column - code * scale) / factor[:, j:j + 1, j:j + 1]
+            left[..., j + 1:stop] -= error * factor[:, j:j + 1, j + 1:stop]
+            errors[..., j - start:j - start + 1] = error
+        left[..., stop:] -= errors @ factor[:, start:stop, stop:]
+    back = order.argsort(dim=-1)[:, None].expand_as(codes)
+    return codes.gather(-1, back).to(torch.int8), scale.half()
+
+
+def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
+    """Upper-triangular U with U^T U = (hessian + damping)^-1: its row j says how the columns after j best make up for
+    an error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
+    share = torch.full((len(hessian), 1), GPTQ_DAMPING, dtype=hessian.dtype, device=hessian.device)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    for _ in range(3):
+        damped = hessian + torch.diag_embed((share * diagonal).expand(hessian.shape[:2]))
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))  # from the far corner: damped = R R^T, R upper
+        failed = (failed != 0) | ~lower.isfinite().all(-1).all(-1)
+        if not failed.any():
+            identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
+            return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True).float()
+        share = torch.where(failed[:, None], 10 * share, share)
+    raise UserError(f"GPTQ: the Hessian of {names[int(failed.nonzero()[0])]} is singular or not finite, even damped; "
+                    "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
 
 
 # ------------------------------------------------------------------------------------------------ MODEL
@@ -902,9 +1106,9 @@ def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (y - (y * axis).sum(-1, keepdim=True) * axis).flatten(2, 3)
 
 
-def capped_logits(hidden: Tensor, weight: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(hidden weight^T / softcap) in fp32.  # [..., vocab]"""
-    return softcap * torch.tanh(F.linear(hidden, weight).float() / softcap)
+def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
+    """softcap * tanh(hidden weight^T / softcap) in fp32; `weight` as in `project`.  # [..., vocab]"""
+    return softcap * torch.tanh(project(hidden, weight).float() / softcap)
 
 
 class CappedCrossEntropy(torch.autograd.Function):
@@ -1072,6 +1276,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
         self.qat_specs, self.qat_scales = dict(qat_specs or {}), {}
+        self.register_buffer("hardness", torch.ones(()) if cfg.soft_round else None, persistent=False)
         layers, dim, kv_dim = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
         self.bigram = (Table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
@@ -1116,9 +1321,11 @@ class GPT(nn.Module):
                     gate.bias.fill_(bias)
 
     @torch.no_grad()
-    def refresh_scales(self) -> None:
+    def refresh_scales(self, hardness: float = 1.0) -> None:
         """Fit the scales that QAT rounds on to the present weights, by the export's rule. Once a step, and outside
         the compiled graph: a sum in another order could pick another clip, and the codes would not be the export's."""
+        if self.hardness is not None:
+            self.hardness.fill_(hardness)
         for name, spec in self.qat_specs.items():
             scale = row_scales(self.get_parameter(name), spec)
             if name in self.qat_scales:
@@ -1130,7 +1337,7 @@ class GPT(nn.Module):
         """A weight as the forward pass sees it: rounded under QAT if it is exported rounded."""
         if not qat or name not in self.qat_specs:
             return weight
-        return fake_quantise(weight, self.qat_scales[name], self.qat_specs[name])
+        return fake_quantise(weight, self.qat_scales[name], self.qat_specs[name], self.hardness)
 
     def layer_weights(self, qat: bool, dress=None) -> list[LayerWeights]:
         """Per layer, its slices of the banks in the activation dtype. One rounding and one cast a bank, and `unbind`
@@ -1144,10 +1351,12 @@ class GPT(nn.Module):
         return [LayerWeights(*(dress(kind, layer, w) for kind, w in zip(LayerWeights._fields, weights)))
                 for layer, weights in enumerate(plain)]
 
-    def embed(self, ids: Tensor, qat: bool) -> Tensor:
+    def embed(self, ids: Tensor, qat: bool, dress=None) -> Tensor:
         """Token, bigram and trigram embeddings, normalised and smeared.  # [batch, T, dim]"""
         cfg = self.cfg
-        x = F.embedding(ids, self.seen("tok_emb.weight", self.tok_emb.weight, qat)).to(self.dtype)
+        table = self.seen("tok_emb.weight", self.tok_emb.weight, qat)
+        table = table if dress is None else dress("embed", -1, table)
+        x = (F.embedding(ids, table) if isinstance(table, Tensor) else table(ids)).to(self.dtype)
         for name, table, factors in (("bigram", self.bigram, BIGRAM_FACTORS), ("trigram", self.trigram, TRIGRAM_FACTORS)):
             if table is not None:
                 buckets = hash_ngrams(ids, factors, table.embed.num_embeddings)
@@ -1169,12 +1378,13 @@ class GPT(nn.Module):
         only: a sliding window that scores 64 of 2,048 tokens pays for 64 there.
 
         `dress(kind, layer, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
-        input - to add something to its output, or to look at what comes in.
+        input - to add something to its output, or to look at what comes in. The token table (a function of ids) and
+        the output matrix are kinds "embed" and "head", of layer -1.
         """
         cfg, length = self.cfg, ids.size(1)
         rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device)
         extra = self.value_embeddings(ids, qat)
-        x = x0 = self.embed(ids, qat)
+        x = x0 = self.embed(ids, qat, dress)
         skips, first_value = [], None
         for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat, dress))):
             decoder = layer - cfg.num_layers // 2
@@ -1188,24 +1398,28 @@ class GPT(nn.Module):
                 skips.append(x)
         return norm(x)
 
-    def output_weight(self, qat: bool = False) -> Tensor:
-        """The output matrix in the activation dtype.  # [vocab, dim]"""
+    def output_weight(self, qat: bool = False, dress=None):
+        """The output matrix in the activation dtype, or what `dress` makes of it.  # [vocab, dim]"""
         name, layer = ("tok_emb.weight", self.tok_emb) if self.lm_head is None else ("lm_head.weight", self.lm_head)
-        return self.seen(name, layer.weight, qat).to(self.dtype)
+        weight = self.seen(name, layer.weight, qat).to(self.dtype)
+        return weight if dress is None else dress("head", -1, weight)
 
-    def logits(self, hidden: Tensor, qat: bool = False) -> Tensor:
+    def logits(self, hidden: Tensor, qat: bool = False, dress=None) -> Tensor:
         """Soft-capped logits in fp32.  # [..., dim] -> [..., vocab]"""
-        return capped_logits(hidden, self.output_weight(qat), self.cfg.logit_softcap)
+        return capped_logits(hidden, self.output_weight(qat, dress), self.cfg.logit_softcap)
 
-    def nll(self, ids: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    def nll(self, ids: Tensor, targets: Tensor, temperature: float = 1.0, dress=None) -> Tensor:
         """-log p in nats of each target; targets [batch, keep] belong to the last `keep` positions of ids."""
-        logits = self.logits(self.hidden(ids, keep=targets.size(1))) / temperature
+        logits = self.logits(self.hidden(ids, keep=targets.size(1), dress=dress), dress=dress) / temperature
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
-    def loss(self, ids: Tensor, targets: Tensor, qat: bool = False) -> Tensor:
+    def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, dress=None) -> Tensor:
         """Mean cross-entropy in nats over [batch, T], plus that of the MTP heads while training."""
-        cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat)
-        loss = CappedCrossEntropy.apply(hidden.flatten(0, 1), self.output_weight(qat), targets.flatten(), cap)
+        cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, dress=dress)
+        weight = self.output_weight(qat, dress)
+        if not isinstance(weight, Tensor):  # a dressed head: nobody has written its gradient out
+            return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
+        loss = CappedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), cap)
         ahead = [CappedCrossEntropy.apply(hidden[:, :-k].flatten(0, 1), head.weight.to(self.dtype),
                                           targets[:, k:].flatten(), cap)
                  for k, head in enumerate(self.mtp_heads, 1)]
@@ -1215,7 +1429,7 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------ PARAMETERS
 @dataclass(frozen=True)
 class Family:
-    """How one kind of parameter is trained and stored; `lr`, `decay` and `bits` name settings."""
+    """How one kind of parameter is trained and stored; `lr`, `decay`, `bits` and `sigmas` name settings."""
 
     name: str
     pattern: str
@@ -1223,16 +1437,17 @@ class Family:
     lr: str
     decay: str = ""       # "": none
     bits: str = ""        # "": stored as float
+    sigmas: str = ""      # its clip under sdclip
     exported: bool = True
 
 
 FAMILIES = (
-    Family("attn", r"(qo|kv)_bank", "muon", "matrix_lr", "muon_wd", "attn_qat_bits"),
-    Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits"),
-    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "adam_wd", "embed_bits"),
-    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "adam_wd", "bigram_bits"),
-    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "adam_wd", "ve_bits"),
-    Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits"),
+    Family("attn", r"(qo|kv)_bank", "muon", "matrix_lr", "muon_wd", "attn_qat_bits", "attn_clip_sigmas"),
+    Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp_clip_sigmas"),
+    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "adam_wd", "embed_bits", "embed_clip_sigmas"),
+    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "adam_wd", "bigram_bits", "embed_clip_sigmas"),
+    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "adam_wd", "ve_bits", "embed_clip_sigmas"),
+    Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas"),
     Family("mtp", r"mtp_heads\.\d+\.weight", "adamw", "head_lr", exported=False),
     Family("proj", r"(bigram|trigram|ve_shared)\.proj\.weight", "adamw", "scalar_lr", "adam_wd"),
     Family("control", r"skip_weights|smear\.gate|(bigram|trigram|ve_shared)\.scale|ve_layer_scales\.\d+|blocks\.\d+\..+",
@@ -1257,9 +1472,9 @@ def route(cfg: Hyperparameters, names) -> dict[str, Family]:
 
 def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
     """How each parameter that is exported rounded is rounded - by QAT and by the export alike."""
-    return {name: QuantSpec(getattr(cfg, family.bits), cfg.clip_rule)
-            for name, family in route(cfg, names).items()
-            if family.bits and not named_in(cfg.int8_keep_float_fp32_name_patterns, name)}
+    kept = f"{cfg.fp16_keep_name_patterns},{cfg.int8_keep_float_fp32_name_patterns}"
+    return {name: QuantSpec(getattr(cfg, family.bits), cfg.clip_rule, getattr(cfg, family.sigmas))
+            for name, family in route(cfg, names).items() if family.bits and not named_in(kept, name)}
 
 
 # ------------------------------------------------------------------------------------------------ OPTIMISERS
@@ -1397,6 +1612,7 @@ class StepPlan:
     momentum: float
     qat: bool
     snapshot: bool   # SWA takes one after this step
+    hardness: float = 1.0  # of soft-rounding QAT, 0..1
 
 
 def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -> StepPlan:
@@ -1410,12 +1626,28 @@ def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) 
     else:
         qat = scale < cfg.late_qat_threshold
     return StepPlan(scale, (1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum, qat,
-                    scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0)
+                    scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
+                    hardness(cfg, scale, budget_spent(cfg, step, elapsed_s)))
+
+
+def hardness(cfg: Hyperparameters, scale: float, spent: float) -> float:
+    """How hard soft-rounding QAT rounds: from 0, when QAT starts, to 1, where its last tenth rounds as the export does.
+
+    It follows what started QAT, so that a run cut short by the clock gets there too (PR 550 counts ITERATIONS).
+    """
+    if cfg.qat_enabled:
+        progress = spent
+    elif cfg.late_qat_frac > 0:
+        progress = (spent - cfg.late_qat_frac) / max(1 - cfg.late_qat_frac, 1e-9)
+    else:
+        lowest = cfg.min_lr if cfg.warmdown_frac > 0 else 0.0
+        progress = (cfg.late_qat_threshold - scale) / max(cfg.late_qat_threshold - lowest, 1e-9)
+    return min(max(progress / 0.9, 0.0), 1.0)
 
 
 def budget_spent(cfg: Hyperparameters, step: int, elapsed_s: float) -> float:
     """Share of the step or time budget that is gone, whichever is larger. 0..1"""
-    by_time = elapsed_s / cfg.max_wallclock_seconds if cfg.max_wallclock_seconds else 0.0
+    by_time = elapsed_s / cfg.train_seconds if cfg.train_seconds else 0.0
     return min(max(step / max(cfg.iterations, 1), by_time), 1.0)
 
 
@@ -1425,8 +1657,8 @@ def lr_scale(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -
         left = 1.0 - budget_spent(cfg, step, elapsed_s)
         return 1.0 if left > cfg.warmdown_frac else max(left / cfg.warmdown_frac, cfg.min_lr)
     steps_left = cfg.iterations - step
-    if cfg.max_wallclock_seconds and pace_s > 0:
-        steps_left = min(steps_left, max(cfg.max_wallclock_seconds - elapsed_s, 0.0) / pace_s)
+    if cfg.train_seconds and pace_s > 0:
+        steps_left = min(steps_left, max(cfg.train_seconds - elapsed_s, 0.0) / pace_s)
     return min(1.0, steps_left / cfg.warmdown_iters) if cfg.warmdown_iters else 1.0
 
 
@@ -1435,10 +1667,14 @@ class Averager:
     """Averages of the weights, in fp32 on the device. At the end LAWA is used if on, else SWA, else EMA."""
 
     def __init__(self, cfg: Hyperparameters, params: list[Tensor]):
-        self.cfg, self.params, self.updates = cfg, params, 0
-        self.ema = self._copy() if cfg.ema_enabled else []
+        self.cfg, self.params = cfg, params
+        self.restart_ema()
         self.swa, self.swa_count = [], 0
         self.lawa = collections.deque(maxlen=cfg.lawa_k)
+
+    def restart_ema(self) -> None:
+        """Begin the exponential average at the present weights."""
+        self.updates, self.ema = 0, self._copy() if self.cfg.ema_enabled else []
 
     def _copy(self) -> list[Tensor]:
         return [p.detach().float().clone() for p in self.params]
@@ -1522,7 +1758,7 @@ def resumable_settings(cfg: Hyperparameters) -> str:
     """The settings a checkpoint must share with the run that goes on from it."""
     free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "checkpoint_every", "iterations",
             "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens"}
-    late = ("eval_", "ttt_", "compress", "artifact_")
+    late = ("eval_", "ttt_", "hash_embed_", "compress", "artifact_", "gptq_", "size_fit")
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
 
 
@@ -1561,7 +1797,7 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> T
     """One optimiser step on the batch of state.step. Returns this rank's share of the mean loss (sums over ranks)."""
     total = 0.0
     if state.qat:
-        state.model.refresh_scales()
+        state.model.refresh_scales(plan.hardness)
     for inputs, targets in data.batch(state.step):
         loss = loss_fn(inputs, targets, state.qat) / (data.micro_steps * data.rt.world_size)
         loss.backward()
@@ -1615,8 +1851,9 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         rt.keep_pace()
         elapsed = rt.agree(state.watch.elapsed())
         state.first_step_s = state.first_step_s or elapsed
-        stop = bool(cfg.max_wallclock_seconds) and elapsed >= cfg.max_wallclock_seconds
-        if cfg.train_log_every and (state.step <= 10 or state.step % cfg.train_log_every == 0 or stop):
+        stop = bool(cfg.train_seconds) and elapsed >= cfg.train_seconds
+        if cfg.train_log_every and (state.step <= 10 or state.step % cfg.train_log_every == 0 or stop
+                                    or state.step == cfg.iterations):
             loss = rt.sum_(loss).item()
             rt.log(f"step:{state.step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
                    f"step_avg:{1000 * elapsed / state.step:.2f}ms", "train", step=state.step, train_loss=loss,
@@ -1638,61 +1875,337 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
     if plan.qat and not state.qat:
         state.qat = True
         rt.log(f"late_qat:enabled step:{state.step} scale:{plan.lr_scale:.4f}", "late_qat", step=state.step)
+        if cfg.ema_reset_at_qat and state.averager.ema and state.step:
+            state.averager.restart_ema()  # weights that were never rounded would blur those that learn to be
+            rt.log(f"ema:restarted step:{state.step}")
     if cfg.swa_enabled and plan.snapshot and not state.averager.swa:
         rt.log(f"swa:start step:{state.step + 1}")
 
 
-# ------------------------------------------------------------------------------------------------ ARTIFACT
-# magic | u32 header bytes | header: LZMA of JSON | one packed stream after another | first 16 bytes of the SHA-256
-# of all before. Nothing in it is executed; every size is known from the header and bounded before it is used.
-ARTIFACT_MAGIC, ARTIFACT_DIGEST_BYTES = b"PGOLF\x01\r\n", 16
-ARTIFACT_MOST_PARAMS = 2 ** 30
-LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
-FLOAT_KINDS = {"half": np.dtype("<f2"), "float": np.dtype("<f4")}
+# ------------------------------------------------------------------------------------------------ ROUNDING
+OWN_TEXT_ROWS, OWN_TEXT_TEMPERATURE = 4, 0.8   # R1019; its 64 sequences are 16 batches
+CLIP_SETTINGS = ("mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas")  # what SIZE_FIT may coarsen
+FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
+FIT_OCTAVES = 4.0      # a clip is doubled four times at most: 6-bit weights then have 2 bits left
+FIT_TEXTS = 4          # micro-batches on which the price of a coarser clip is measured,
+FIT_PROBE = 2.0        # at this many octaves: one changes an INT6 model by less than the sample's noise
 
 
-def zstandard_or_error():
+class InputSums:
+    """A `dress` (see GPT.hidden) that changes nothing and sums x x^T over the inputs x of each matrix: the Hessians of
+    GPTQ, of one trunk and in one pass. Query, key and value read the same input; the head's is the final state."""
+
+    def __init__(self, model: GPT):
+        cfg, device = model.cfg, model.qo_bank.device
+        widths = {"query": cfg.model_dim, "out": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
+        self.layers = range(cfg.num_layers)
+        self.head = "tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"
+        self.sums = {(kind, i): torch.zeros(n, n, device=device) for kind, n in widths.items() for i in self.layers}
+        self.sums["head", -1] = torch.zeros(cfg.model_dim, cfg.model_dim, device=device)
+
+    def __call__(self, kind: str, layer: int, weight: Tensor):
+        def project_and_look(x: Tensor) -> Tensor:
+            rows = x.flatten(0, -2).float()
+            self.sums[kind, layer].addmm_(rows.t(), rows)
+            return F.linear(x, weight)
+        return project_and_look if (kind, layer) in self.sums else weight
+
+    def by_parameter(self, rt: Runtime) -> dict[str, Tensor]:
+        """Sums over all ranks, as the parameters lie.  # [matrices, columns, columns]"""
+        rt.sum_many_(list(self.sums.values()))
+        query, out, up, down = (torch.stack([self.sums[kind, i] for i in self.layers])
+                                for kind in ("query", "out", "up", "down"))
+        return {"qo_bank": torch.cat((query, out)), "kv_bank": torch.cat((query, query)), "mlp_up_bank": up,
+                "mlp_down_bank": down, self.head: self.sums["head", -1][None]}
+
+
+@torch.no_grad()
+def own_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
+    """Yields this rank's batches of text that the model writes itself (R1019): inputs and targets, as TrainData.
+
+    The first token is drawn evenly, each next one at temperature 0.8. Batch i depends on SEED and i alone.
+    """
+    for i in range(rt.rank, cfg.gptq_calibration_batches, rt.world_size):
+        dice = torch.rand(OWN_TEXT_ROWS, cfg.train_seq_len + 1, generator=torch.Generator().manual_seed(cfg.seed + i))
+        dice = dice.to(rt.device)
+        text = (dice[:, :1] * cfg.vocab_size).long()
+        for drawn in dice[:, 1:].split(1, dim=1):
+            logits = model.logits(model.hidden(text, keep=1)[:, 0]) / OWN_TEXT_TEMPERATURE
+            token = torch.searchsorted(logits.softmax(-1).cumsum(-1), drawn.contiguous()).clamp(max=cfg.vocab_size - 1)
+            text = torch.cat((text, token), dim=1)
+        yield text[:, :-1], text[:, 1:]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the export learns from text. The text is read inside the training time; afterwards only weights are."""
+
+    hessians: dict[str, Tensor]   # parameter -> [matrices, columns, columns]; empty without GPTQ
+    prices: dict[str, float]      # clip setting -> nats a token that doubling it would cost; empty without SIZE_FIT
+
+
+@torch.no_grad()
+def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int, left_s: float) -> Calibration:
+    """Look at GPTQ_CALIBRATION_BATCHES of text, fewer if `left_s` seconds run out: training's time is not exceeded.
+
+    The text is that of the training steps from `step` on, which no step has read, or the model's own.
+    """
+    if not cfg.calibrates:
+        return Calibration({}, {})
+    watch, look, kept, tokens = Stopwatch(), InputSums(model), [], 0
+    texts = own_text(cfg, rt, model) if cfg.gptq_calibration == "self" else (
+        batch for i in range(cfg.gptq_calibration_batches) for batch in data.batch(step + i))
+    rt.log("GPTQ:collecting Hessians from calibration data...")
+    for inputs, targets in texts:
+        model.logits(model.hidden(inputs, dress=look), dress=look)
+        tokens += inputs.numel()
+        kept += [(inputs, targets)] * (len(kept) < FIT_TEXTS)
+        rt.synchronize()
+        if watch.elapsed() > left_s / (3 if cfg.size_fit else 1.5):  # the rest is for rounding, and for prices
+            break
+    hessians = look.by_parameter(rt) if cfg.gptq_enabled else {}
+    rt.log(f"GPTQ:collected {len(look.sums)} Hessians in {watch.elapsed():.1f}s from {tokens} tokens a rank "
+           f"({cfg.gptq_calibration})", "calibration", tokens=tokens, seconds=watch.elapsed())
+    prices = clip_prices(cfg, model, hessians, kept) if cfg.size_fit and rt.rank == 0 else {}
+    if watch.elapsed() > left_s:
+        rt.log(f"warning: calibration took {watch.elapsed():.1f}s, {watch.elapsed() - left_s:.1f}s more than was left of "
+               "MAX_WALLCLOCK_SECONDS; raise GPTQ_RESERVE_SECONDS or lower GPTQ_CALIBRATION_BATCHES")
+    return Calibration(hessians, prices)
+
+
+@torch.no_grad()
+def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(codes, scales) of every parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest."""
+    params, rounded = dict(model.named_parameters()), {}
+    for name, spec in quant_specs(cfg, params).items():
+        weight = params[name].detach().float()
+        if name in hessians:
+            labels = [f"{name}[{i}]" for i in range(len(weight))] if weight.ndim == 3 else [name]
+            codes, scales = gptq(weight.view(len(labels), *weight.shape[-2:]), hessians[name], spec, labels)
+            rounded[name] = codes.view_as(weight), scales.view(*weight.shape[:-1], 1)
+        else:
+            rounded[name] = quantise(weight, spec)
+    return rounded
+
+
+@contextlib.contextmanager
+def wearing(model: GPT, rounded: dict[str, tuple[Tensor, Tensor]]):
+    """The model with rounded weights in place of its own."""
+    params = dict(model.named_parameters())
+    own = {name: params[name].detach().clone() for name in rounded}
     try:
-        import zstandard
-        return zstandard
+        for name, (codes, scales) in rounded.items():
+            params[name].data.copy_(dequantise(codes, scales))
+        yield
+    finally:
+        for name, weight in own.items():
+            params[name].data.copy_(weight)
+
+
+def by_clip(cfg: Hyperparameters, names) -> dict[str, list[str]]:
+    """Clip setting -> the parameters it rules."""
+    families, groups = route(cfg, names), collections.defaultdict(list)
+    for name in quant_specs(cfg, names):
+        groups[families[name].sigmas].append(name)
+    return groups
+
+
+def in_sigmas(cfg: Hyperparameters, model: GPT) -> Hyperparameters:
+    """The same settings with CLIP_RULE=sdclip: each clip such that the steps keep their (geometric) mean size."""
+    if cfg.clip_rule == "sdclip":
+        return cfg
+    params, sigmas = dict(model.named_parameters()), {}
+    specs = quant_specs(cfg, params)
+    for setting, names in by_clip(cfg, params).items():
+        ratios = torch.cat([(row_scales(w, specs[name]) * specs[name].top / w.std(-1, keepdim=True, correction=0)).flatten()
+                            for name, w in ((name, params[name].detach().float()) for name in names)])
+        sigmas[setting] = round(ratios[ratios.isfinite() & (ratios > 0)].log().mean().exp().item(), 4)
+    return dataclasses.replace(cfg, clip_rule="sdclip", **sigmas)
+
+
+def coarser(cfg: Hyperparameters, octaves: dict[str, float]) -> Hyperparameters:
+    """Clips, and with them steps, wider by so many doublings."""
+    return dataclasses.replace(cfg, **{name: getattr(cfg, name) * 2 ** x for name, x in octaves.items()})
+
+
+def clip_prices(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor], texts: list) -> dict[str, float]:
+    """What doubling each clip would add to the loss, in nats a token, on a little calibration text."""
+    base = in_sigmas(cfg, model)
+    rounded = round_model(base, model, hessians)
+
+    def loss(changed: dict) -> float:
+        with wearing(model, rounded | changed):
+            return sum(model.nll(*text).mean().item() for text in texts) / len(texts)
+
+    before, prices = loss({}), {}
+    for setting, names in by_clip(base, rounded).items():
+        few = {name: hessians[name] for name in names if name in hessians}
+        changed = round_model(coarser(base, {setting: FIT_PROBE}), model, few)
+        prices[setting] = (loss({name: changed[name] for name in names}) - before) * 3 / (4 ** FIT_PROBE - 1)
+    return prices
+
+
+class SizeFit:
+    """Finds the cheapest coarser clips that bring the artifact under its limit.
+
+    A clip wider by x doublings costs price (4^x - 1) / 3 nats, because the error goes with the square of the step, and
+    saves about x bits a weight, because the entropy coder gets log2 of the step less. The cheapest way to a size is
+    then the one where the last byte saved costs the same everywhere: 4^x in proportion to weights / price, one number
+    to search for. How many bits there are to save is read off the codes' order-0 entropy; the packer has the last word.
+    (Bits are no further knob: with an entropy coder INT5 at k sigmas is INT6 at 2k, to the same codes.)
+    """
+
+    def __init__(self, cfg: Hyperparameters, model: GPT, prices: dict[str, float]):
+        self.cfg = in_sigmas(cfg, model)
+        params = dict(model.named_parameters())
+        self.groups = by_clip(self.cfg, params)
+        self.weights = {s: sum(params[name].numel() for name in names) for s, names in self.groups.items()}
+        total = max(sum(prices.values()), 1e-9)
+        cheapest = 0.25 * total / sum(self.weights.values())  # a weight: a small sample is not trusted beyond an octave
+        self.prices = {s: max(prices[s], cheapest * n) for s, n in self.weights.items()}
+        self.curves = {s: [self.family_bytes(params, s, x) for x in self.grid()] for s in self.groups}
+
+    @staticmethod
+    def grid() -> list[float]:
+        return [i / 4 for i in range(int(4 * FIT_OCTAVES) + 1)]
+
+    def family_bytes(self, params: dict[str, Tensor], setting: str, octaves: float) -> float:
+        specs = quant_specs(coarser(self.cfg, {setting: octaves}), params)
+        return sum(entropy_bytes(quantise(params[name].detach(), specs[name])[0]) for name in self.groups[setting])
+
+    def octaves(self, slope: float) -> dict[str, float]:
+        """Doublings of each clip at which one more byte saved costs as much everywhere."""
+        return {s: min(max(0.5 * math.log2(slope * n / self.prices[s]), 0.0), FIT_OCTAVES)
+                for s, n in self.weights.items()}
+
+    def bytes_at(self, octaves: dict[str, float]) -> float:
+        return sum(float(np.interp(x, self.grid(), self.curves[s])) for s, x in octaves.items())
+
+    def reach(self, wanted: float) -> dict[str, float]:
+        """The cheapest doublings that leave `wanted` bytes of entropy, or as many as there can be."""
+        low, high = -100.0, 100.0  # log2 of the slope
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.bytes_at(self.octaves(2 ** middle)) > wanted else (low, middle)
+        return self.octaves(2 ** high)
+
+    def nats(self, octaves: dict[str, float]) -> float:
+        """What it is expected to cost."""
+        return sum(self.prices[s] * (4 ** x - 1) / 3 for s, x in octaves.items())
+
+
+def fit_size(cfg: Hyperparameters, rt: Runtime, model: GPT, prices: dict[str, float], make, total: int, code_bytes: int):
+    """(settings, artifact) that fit: at most 0.5 % under ARTIFACT_LIMIT_BYTES. `make(settings)` rounds and packs.
+
+    Raises UserError where the coarsest clips do not suffice. Packs FIT_ROUNDS times at most, and no more once
+    FIT_SECONDS have passed.
+    """
+    limit, watch, fit, best = cfg.artifact_limit_bytes, Stopwatch(), SizeFit(cfg, model, prices), None
+    aim = limit * (1 - FIT_WINDOW / 2)
+    octaves = dict.fromkeys(fit.groups, 0.0)
+    entropy, rate = fit.bytes_at(octaves), 1.0  # bytes of the file a byte of entropy
+    rt.log(f"size_fit:start total:{total} limit:{limit} over:{total / limit - 1:.2%} price_per_doubling: "
+           + " ".join(f"{s}:{price:.5f}" for s, price in prices.items()))
+    for _ in range(FIT_ROUNDS):
+        octaves = fit.reach(entropy + (aim - total) / rate)
+        settings = coarser(fit.cfg, octaves)
+        artifact = make(settings)
+        was, total, wanted, entropy = total, len(artifact.blob) + code_bytes, entropy, fit.bytes_at(octaves)
+        clips = {s: round(getattr(settings, s), 2) for s in octaves}
+        rt.log(f"size_fit:total:{total} ({total / limit:.2%} of the limit) expected_cost:{fit.nats(octaves):.5f} nats "
+               f"{' '.join(f'{s.upper()}:{getattr(fit.cfg, s):.2f}->{k}' for s, k in clips.items())} "
+               f"time:{watch.elapsed():.1f}s", "size_fit", total=total, limit=limit, clips=clips)
+        if total <= limit and (best is None or total > best[2]):
+            best = settings, artifact, total
+        coarsest = total > limit and min(octaves.values()) >= FIT_OCTAVES
+        if limit * (1 - FIT_WINDOW) <= total <= limit or coarsest or watch.elapsed() > FIT_SECONDS:
+            break
+        if entropy != wanted:
+            rate = min(max((total - was) / (entropy - wanted), 0.5), 2.0)
+    if best is None:
+        raise UserError(f"SIZE_FIT=1 cannot reach ARTIFACT_LIMIT_BYTES={limit:,}: {total:,} bytes are left with "
+                        + ", ".join(f"{s.upper()}={k}" for s, k in clips.items()) + "; fewer parameters are needed")
+    if best[2] < limit * (1 - FIT_WINDOW):
+        rt.log(f"warning: size_fit leaves {limit - best[2]} bytes unused")
+    return best[:2]
+
+
+# ------------------------------------------------------------------------------------------------ ARTIFACT
+# magic | u64 file bytes | u32 header bytes, packed | u32 the same, unpacked | u32 crc32 of these numbers
+# | header: LZMA of JSON | one packed stream after another | first 16 bytes of the SHA-256 of all before.
+# Nothing in it is executed. The header's settings say which parameters of which shapes there must be; every size
+# follows from these and is bounded before anything of that size is made.
+ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES = b"PGOLF", 2, 16
+ARTIFACT_MAGIC = ARTIFACT_NAME + bytes([ARTIFACT_VERSION]) + b"\r\n"
+ARTIFACT_NUMBERS = struct.Struct("<QIII")
+ARTIFACT_HEADER_LIMIT = 2 ** 20
+FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xfd7zXZ": "an xz file",
+           b"\x28\xb5\x2f\xfd": "a zstd file", b"\x1f\x8b": "a gzip file"}
+FLOAT_KINDS = {"half": np.dtype("<f2"), "float": np.dtype("<f4")}
+PACKERS = {"range": "constriction", "lzma": "lzma", "brotli": "brotli", "zstd": "zstandard"}  # and their packages
+
+
+def library(codec: str):
+    """The module a packer needs. Raises UserError with the line that installs it."""
+    try:
+        return importlib.import_module(PACKERS[codec])
     except ImportError:
-        raise UserError("COMPRESS=zstd needs the package zstandard: pip install zstandard") from None
+        raise UserError(f"packing with {codec} needs the package {PACKERS[codec]}: pip install {PACKERS[codec]}"
+                        ) from None
+
+
+def packers(wanted: str) -> tuple[str, ...]:
+    """The packers COMPRESS names: itself, or for auto all whose package is there. Raises UserError if it is not."""
+    if wanted != "auto":
+        library(wanted)
+        return (wanted,)
+    found = []
+    for codec in PACKERS:
+        with contextlib.suppress(UserError):
+            library(codec)
+            found.append(codec)
+    return tuple(found)
+
+
+def lzma_filters(size: int) -> list[dict]:
+    """LZMA2 for bytes without alignment; its window is the stream and no more, for the sake of memory."""
+    return [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(size, 4096), "lc": 0, "lp": 0,
+             "pb": 0}]
 
 
 def compress(codec: str, raw: bytes) -> bytes:
     if codec == "zstd":
-        return zstandard_or_error().ZstdCompressor(level=22, write_content_size=False).compress(raw)
-    return lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        return library(codec).ZstdCompressor(level=22).compress(raw)
+    if codec == "brotli":
+        return library(codec).compress(raw, quality=11, lgwin=24)
+    return lzma.compress(raw, lzma.FORMAT_RAW, filters=lzma_filters(len(raw)))
 
 
 def decompress(codec: str, packed: bytes, size: int) -> bytes:
-    """The `size` bytes of a stream; never makes more than one byte beyond that. Raises UserError."""
+    """The `size` bytes of a stream; makes hardly more than that, whatever the stream says. Raises ValueError."""
+    module, limit = library(codec), size + 1
     try:
         if codec == "zstd":
-            zstandard = zstandard_or_error()
-            with zstandard.ZstdDecompressor().stream_reader(packed) as reader:
-                raw = reader.read(size + 1)
+            if module.frame_content_size(packed) != size:  # it is allocated at once
+                raise ValueError("it states another size")
+            raw = module.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+            ended = True  # or it would have raised
+        elif codec == "brotli":
+            reader = module.Decompressor()
+            raw = part = reader.process(packed, output_buffer_limit=limit)
+            while part and len(raw) < limit and not reader.is_finished():
+                part = reader.process(b"", output_buffer_limit=limit - len(raw))
+                raw += part
+            ended = reader.is_finished()
         else:
-            raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(packed, max_length=size + 1)
-    except (lzma.LZMAError, EOFError, ValueError) as error:
-        raise UserError(f"artifact is damaged: {error}") from None
-    except Exception as error:  # zstandard's own error type is only known where the package is
-        if type(error).__name__ != "ZstdError":
-            raise
-        raise UserError(f"artifact is damaged: {error}") from None
-    if len(raw) != size:
-        raise UserError(f"artifact is damaged: a stream holds {len(raw)} bytes instead of {size}")
+            reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(size))
+            raw = reader.decompress(packed, max_length=limit)
+            ended = reader.eof and not reader.unused_data
+    except Exception as error:  # each library has its own type, known only where the library is
+        raise ValueError(f"{codec} cannot read a stream: {error}") from None
+    if len(raw) != size or not ended:
+        raise ValueError(f"a {codec} stream does not hold exactly {size} bytes")
     return raw
-
-
-def best_packed(wanted: str, raw: bytes) -> tuple[str, bytes]:
-    """(codec, packed bytes): the wanted coder's, or the smallest of those there are."""
-    codecs = [wanted] if wanted != "auto" else ["lzma"]
-    if wanted == "auto":
-        with contextlib.suppress(UserError):
-            zstandard_or_error()
-            codecs.append("zstd")
-    return min(((codec, compress(codec, raw)) for codec in codecs), key=lambda pair: len(pair[1]))
 
 
 def planes(array: np.ndarray) -> bytes:
@@ -1704,97 +2217,462 @@ def unplanes(raw: bytes, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T.copy().reshape(-1).view(dtype)
 
 
+def order0_bytes(array: np.ndarray) -> float:
+    """Entropy of the byte planes of an array, each byte by itself: what a packer without any context cannot beat."""
+    bits = 0.0
+    for plane in np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T:
+        counts = np.bincount(plane)
+        counts = counts[counts > 0]
+        bits += float(counts @ np.log2(counts.sum() / counts))
+    return bits / 8
+
+
+# The range coder. The codes are coded by the library constriction; the probabilities are ours: histograms that learn
+# as they go, one for each bucket of the spread that is predicted for a weight from what has been coded before it.
+# Encoder and decoder take the same walk, and it must come out the same on every machine: whole numbers, or float64
+# steps that IEEE 754 leaves no freedom in (no exp or log, no float sum whose order could matter).
+FIXED = 1 << 16               # stands for 1 where whole numbers stand for fractions
+BUCKETS, BUCKET_STEP = 96, 2  # buckets of spread: sixteenths of an octave each, from 1/16 code upwards
+
+
+@functools.cache
+def powers_of_two() -> np.ndarray:
+    """floor(2**(k/16)) for k = 0, 1, …, by whole-number roots."""
+    return np.array([functools.reduce(lambda x, _: math.isqrt(x), range(4), 1 << k) for k in range(16 * 40)])
+
+
+def sixteenths(x: np.ndarray) -> np.ndarray:
+    """floor(16 log2 x) of whole numbers; of 256 for anything below."""
+    return np.searchsorted(powers_of_two(), np.maximum(x, 256), side="right") - 1
+
+
+class Spreads:
+    """Histograms of a symbol -reach..reach, one for each bucket of predicted spread, that learn while they code.
+
+    Each starts as the bell of its spread (Student's t with 7 degrees of freedom: nearly a Gaussian, without `exp`) and
+    counts every symbol half as itself and half as its negative.
+    """
+
+    def __init__(self, reach: int, coder, encodes: bool):
+        self.reach, self.coder, self.encodes = reach, coder, encodes
+        mean = powers_of_two()[BUCKET_STEP * np.arange(BUCKETS) + 16 * 12 + BUCKET_STEP // 2] / FIXED
+        sigma = (1.25 * mean + 0.2)[:, None]  # of a Gaussian with that mean magnitude, and the rounding
+        square = 1 + np.arange(-reach, reach + 1) ** 2 / (7 * sigma * sigma)
+        bell = np.rint(2.0 ** 30 / (square * square * square * square)).astype(np.int64)
+        self.counts = 1 + (bell << 14) // bell.sum(1, keepdims=True)  # 64 make one symbol
+
+    def code(self, bucket: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+        """Write the symbols, or read as many; returns them. All of a bucket go in one call."""
+        categorical = library("range").stream.model.Categorical
+        order = np.argsort(bucket, axis=None, kind="stable")
+        flat, start = symbols.reshape(-1)[order] + self.reach, 0
+        sizes = np.bincount(bucket.reshape(-1), minlength=BUCKETS)
+        for b in np.flatnonzero(sizes):
+            part = slice(start, start + int(sizes[b]))
+            model = categorical(self.counts[b].astype(np.float64), perfect=False)
+            if self.encodes:
+                self.coder.encode(flat[part].astype(np.int32), model)
+            else:
+                flat[part] = self.coder.decode(model, int(sizes[b]))
+            seen = np.bincount(flat[part], minlength=2 * self.reach + 1)
+            self.counts[b] += 32 * (seen + seen[::-1])
+            start = part.stop
+        coded = np.empty_like(flat)
+        coded[order] = flat - self.reach
+        return coded.reshape(symbols.shape)
+
+
+class RowPredictor:
+    """Guesses the rows of a table from left to right, by the covariance of its columns in the rows above.
+
+    A table's rows share directions - those of unused tokens are nearly one row - so that part of a row tells of the
+    rest. If the covariance is L D L', a row is L e with uncorrelated e: a column is guessed by its row of L and the e
+    so far. All products are of whole numbers and stay below 2**53, where float64 is exact.
+    """
+
+    def __init__(self, columns: int):
+        self.moments, self.lower = np.zeros((columns, columns)), np.zeros((columns, columns))
+        self.rows, self.due = 0, 16
+
+    def begin(self, rows: int) -> None:
+        """Start on the next `rows` rows. L is fitted anew whenever the rows above have doubled."""
+        if self.rows >= self.due:
+            self.lower, self.due = self.fit(), 2 * self.rows
+        self.innovations = np.zeros((rows, len(self.moments)))  # e, in 1/256 code
+
+    def fit(self) -> np.ndarray:
+        """L - 1 of the covariance, shrunk by 160 rows without correlation, in 1/4096. Element by element, no BLAS."""
+        a, variance = self.moments.copy(), np.diag(self.moments)
+        np.fill_diagonal(a, variance + 160 * variance / self.rows + 1)
+        for j in range(len(a) - 1):
+            factor = a[j + 1:, j] / a[j, j]
+            a[j + 1:, j + 1:] -= factor[:, None] * a[j, j + 1:]
+            a[j + 1:, j] = factor
+        return np.rint(np.tril(a, -1) * 4096).clip(-2 ** 16, 2 ** 16)
+
+    def guess(self, left: int, width: int, top: int) -> np.ndarray:
+        """The next `width` columns, from those before `left`.  # int64 [rows, width]"""
+        self.expected = np.floor(self.innovations[:, :left] @ self.lower[left:left + width, :left].T / 4096)
+        return np.floor(self.expected / 256 + 0.5).clip(-top, top).astype(np.int64)
+
+    def observe(self, left: int, codes: np.ndarray) -> None:
+        """What the columns guessed last truly are."""
+        rest = 256.0 * codes - self.expected
+        for k in range(codes.shape[1]):
+            within = self.innovations[:, left:left + k] @ self.lower[left + k, left:left + k]
+            self.innovations[:, left + k] = (rest[:, k] - np.floor(within / 4096)).clip(-2 ** 20, 2 ** 20)
+
+    def end(self, codes: np.ndarray) -> None:
+        codes = codes.astype(np.float64)
+        self.moments += codes.T @ codes
+        self.rows += len(codes)
+
+
+def walk(codes: np.ndarray, top: int, spreads: Spreads, is_table: bool) -> None:
+    """Code a tensor, int64 [matrices, rows, columns], in place: an encoder reads it, a decoder fills it.
+
+    Matrix by matrix, in growing blocks of rows. The spread of a weight is predicted from its column in the blocks
+    above, its row in the tiles to the left, and the average magnitude so far as long as those say little.
+    """
+    columns, seen, cells = codes.shape[-1], 4, 1
+    for matrix in codes:
+        predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
+        column_sum, level_sum, done = np.zeros(columns, np.int64), 0, 0
+        while done < len(matrix):
+            block = matrix[done:done + min(max(done // 2, 4), max(4096 // columns, 64))]
+            average = max(seen * FIXED // cells, FIXED // 256)
+            column = (column_sum + 6 * average) * FIXED // (level_sum + 6 * average)  # FIXED: like its row
+            magnitude, level = code_block(block, top, spreads, predictor, average, column)
+            column_sum += magnitude.sum(0) * FIXED
+            level_sum += int(level.sum())
+            seen += int(magnitude.sum())
+            cells += int(column.sum()) * len(block) // FIXED
+            done += len(block)
+
+
+def code_block(block, top: int, spreads: Spreads, predictor: RowPredictor | None, average: int, column):
+    """Code rows of a matrix, tile by tile. Returns (magnitudes of what was coded [rows, columns], levels [rows])."""
+    width = trust = 16 if predictor else 64  # columns of a tile; after as many a row is its own evidence
+    magnitude, expected = np.zeros_like(block), 0
+    if predictor:
+        predictor.begin(len(block))
+    for left in range(0, block.shape[1], width):
+        tile = block[:, left:left + width]
+        level = (magnitude.sum(1) * FIXED + trust * average) * FIXED // (expected + trust * FIXED)
+        spread = sixteenths(level)[:, None] + sixteenths(column[left:left + width])  # 512: one code
+        bucket = ((spread - 448) // BUCKET_STEP).clip(0, BUCKETS - 1)
+        guess = predictor.guess(left, tile.shape[1], top) if predictor else 0
+        symbols = spreads.code(bucket, tile - guess)
+        tile[:] = symbols + guess
+        if (np.abs(tile) > top).any():
+            raise ValueError("a code is out of range")
+        if predictor:
+            predictor.observe(left, tile)
+        magnitude[:, left:left + width] = np.abs(symbols)
+        expected += int(column[left:left + width].sum())
+    if predictor:
+        predictor.end(block)
+    return magnitude, (magnitude.sum(1) * FIXED + trust * average) * FIXED // (expected + trust * FIXED)
+
+
+def walk_all(arrays: list[np.ndarray], bits: list[int], coder, encodes: bool) -> None:
+    """Code int64 arrays one after another; those with the same symbols share their histograms."""
+    shared = {}
+    for codes, b in zip(arrays, bits):
+        top, is_table = 2 ** (b - 1) - 1, codes.ndim == 2
+        reach = 2 * top if is_table else top  # a table's symbols are differences of two codes
+        if reach not in shared:
+            shared[reach] = Spreads(reach, coder, encodes)
+        walk(codes.reshape(-1, *codes.shape[-2:]), top, shared[reach], is_table)
+
+
+def range_encode(arrays: list[np.ndarray], bits: list[int]) -> bytes:
+    """int8 codes [(matrices,) rows, columns] of so many bits each -> bytes."""
+    coder = library("range").stream.queue.RangeEncoder()
+    walk_all([codes.astype(np.int64) for codes in arrays], bits, coder, encodes=True)
+    return coder.get_compressed().astype("<u4").tobytes()
+
+
+def range_decode(packed: bytes, shapes: list, bits: list[int]) -> list[np.ndarray]:
+    """The arrays of `range_encode`, from their shapes. Raises ValueError if the bytes are not the code of any."""
+    coder = library("range").stream.queue.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
+    arrays = [np.zeros(shape, np.int64) for shape in shapes]
+    try:
+        walk_all(arrays, bits, coder, encodes=False)
+    except AssertionError as error:  # what constriction raises
+        raise ValueError(f"range cannot read a stream: {error}") from None
+    if not coder.maybe_exhausted():
+        raise ValueError("a range stream is longer than its codes")
+    return [codes.astype(np.int8) for codes in arrays]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter as an artifact holds it. Its stream is its family if it is rounded, else "half" or "float"."""
+
+    name: str
+    stream: str
+    bits: int                         # 0: not rounded
+    values: np.ndarray                # int8 codes, or floats of the stream's type
+    scales: np.ndarray | None = None  # fp16 [..., rows, 1], of codes
+
+    def weight(self) -> Tensor:
+        values = torch.from_numpy(self.values)
+        return dequantise(values, torch.from_numpy(self.scales)) if self.bits else values.float()
+
+
+class LedgerRow(NamedTuple):
+    """What one stream takes. `entropy_bytes` is the bound of packers without context (see order0_bytes)."""
+
+    stream: str
+    codec: str
+    values: int
+    raw_bytes: int
+    entropy_bytes: int
+    packed_bytes: int
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """A packed model: its bytes, and the ledger of what took them: (stream, codec, parameters, raw, packed bytes)."""
+    """A packed model: its bytes, and the ledger of what took them."""
 
     blob: bytes
-    ledger: tuple[tuple[str, str, int, int, int], ...]
+    ledger: tuple[LedgerRow, ...]
 
     def table(self, code_bytes: int) -> list[str]:
-        rows = [f"  {name:<10} {codec:<5} {count:>12,} values {raw:>13,} B -> {packed:>12,} B"
-                for name, codec, count, raw, packed in self.ledger]
-        rest = len(self.blob) - sum(row[-1] for row in self.ledger)
-        return [*rows, f"  {'header':<10} {rest:>54,} B", f"  {'code':<10} {code_bytes:>54,} B",
-                f"  {'total':<10} {len(self.blob) + code_bytes:>54,} B"]
+        rows = [f"  {r.stream:<10} {r.codec:<6} {r.values:>12,} values {8 * r.packed_bytes / r.values:>7.3f} bits each, "
+                f"order-0 entropy {r.entropy_bytes:>12,} B -> {r.packed_bytes:>12,} B" for r in self.ledger]
+        width = len(rows[0]) - 15
+        rest = len(self.blob) - sum(row.packed_bytes for row in self.ledger)
+        return rows + [f"  {name:<10} {size:>{width},} B" for name, size in
+                       (("header", rest), ("code", code_bytes), ("total", len(self.blob) + code_bytes))]
 
 
-def pack(cfg: Hyperparameters, model: GPT, tokenizer_sha256: str) -> Artifact:
-    """Quantise and pack every exported parameter of a model. The same weights and settings give the same bytes."""
+def store(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[Stored]:
+    """Every exported parameter of a model, rounded as its family is. Raises UserError for values no file can hold."""
     params = dict(model.named_parameters())
-    families, specs = route(cfg, params), quant_specs(cfg, params)
-    streams, tensors = collections.defaultdict(list), []
+    families, specs, stored = route(cfg, params), quant_specs(cfg, params), []
     for name, p in params.items():
         if not families[name].exported:
             continue
         weight = p.detach().float().cpu()
         if name in specs:
-            codes, scales = quantise(weight, specs[name])
-            streams[families[name].name].append(codes.numpy())
-            streams["scales"].append(scales.numpy())
-            tensors.append([name, list(weight.shape), families[name].name, specs[name].bits])
+            codes, scales = (t.cpu() for t in rounded.get(name) or quantise(weight, specs[name]))
+            stored.append(Stored(name, families[name].name, specs[name].bits, codes.numpy(), scales.numpy()))
+            finite = weight.isfinite().all() and scales.isfinite().all()
         else:
             kind = "float" if named_in(cfg.int8_keep_float_fp32_name_patterns, name) else "half"
-            streams[kind].append(weight.numpy().astype(FLOAT_KINDS[kind]))
-            tensors.append([name, list(weight.shape), kind, 0])
-    ledger, payload = [], b""
-    for stream, arrays in sorted(streams.items()):
-        flat = np.concatenate([array.reshape(-1) for array in arrays])
-        raw = planes(flat)
-        codec, packed = best_packed(cfg.compress, raw)
-        ledger.append((stream, codec, flat.size, len(raw), len(packed)))
-        payload += packed
+            with np.errstate(over="ignore"):
+                stored.append(Stored(name, kind, 0, weight.numpy().astype(FLOAT_KINDS[kind])))
+            finite = np.isfinite(stored[-1].values).all()
+        if not finite:
+            raise UserError(f"parameter {name} is not finite{' in fp16' * bool(weight.isfinite().all())}: "
+                            "the training diverged, or it belongs into INT8_KEEP_FLOAT_FP32_NAME_PATTERNS")
+    return stored
+
+
+def streams_of(stored: list[Stored]) -> dict[str, list[tuple[np.ndarray, int]]]:
+    """Stream -> its (array, bits), in order of their names: what is packed together."""
+    streams = collections.defaultdict(list)
+    for s in stored:
+        streams[s.stream].append((s.values, s.bits))
+        if s.bits:
+            streams["scales"].append((s.scales, 0))
+    return dict(sorted(streams.items()))
+
+
+def pack_stream(codec: str, parts: list[tuple[np.ndarray, int]]) -> bytes:
+    arrays, bits = zip(*parts)
+    return range_encode(arrays, bits) if codec == "range" else compress(
+        codec, planes(np.concatenate([array.reshape(-1) for array in arrays])))
+
+
+def opening(parts: list[tuple[np.ndarray, int]]) -> list[tuple[np.ndarray, int]]:
+    """About the first million values of a stream."""
+    share = min(2 ** 20 / max(sum(array.size for array, _ in parts), 1), 1)
+    return [(array[:math.ceil(share * len(array))], bits) for array, bits in parts]
+
+
+def packed_smallest(wanted: str, streams: dict) -> dict[str, tuple[str, bytes]]:
+    """Stream -> (codec, bytes) of the smallest of the wanted packers. `range` knows codes only: floats go by LZMA.
+
+    Brotli takes minutes for 27 million codes: a packer that is 1 % behind on the opening of a stream is left at that.
+    """
+    codecs = packers(wanted)
+    jobs = [(stream, codec) for stream, parts in streams.items()
+            for codec in [codec for codec in codecs if codec != "range" or parts[0][1]] or ["lzma"]]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # the libraries let go of Python's lock
+        sizes = dict(zip(jobs, pool.map(lambda job: len(pack_stream(job[1], opening(streams[job[0]]))), jobs)))
+        least = {stream: min(size for (of, _), size in sizes.items() if of == stream) for stream in streams}
+        jobs = [job for job in jobs if sizes[job] <= 1.01 * least[job[0]]]
+        packed = list(zip(jobs, pool.map(lambda job: pack_stream(job[1], streams[job[0]]), jobs)))
+    return {stream: min(((codec, data) for (of, codec), data in packed if of == stream), key=lambda pair: len(pair[1]))
+            for stream in streams}
+
+
+def pack(cfg: Hyperparameters, model: GPT, tokenizer_sha256: str, rounded: dict | None = None) -> Artifact:
+    """Quantise and pack every exported parameter of a model. The same weights and settings give the same bytes.
+
+    `rounded` has (codes, scales) by name for parameters whose rounding was chosen otherwise (GPTQ).
+    """
+    return write_artifact(cfg, tokenizer_sha256, store(cfg, model, rounded or {}))
+
+
+def write_artifact(cfg: Hyperparameters, tokenizer_sha256: str, stored: list[Stored]) -> Artifact:
+    streams = streams_of(stored)
+    packed, ledger = packed_smallest(cfg.compress, streams), []
+    for stream, parts in streams.items():
+        flat = np.concatenate([array.reshape(-1) for array, _ in parts])
+        codec, data = packed[stream]
+        ledger.append(LedgerRow(stream, codec, flat.size, flat.nbytes, round(order0_bytes(flat)), len(data)))
     shape = {f.name: getattr(cfg, f.name) for f in settings_by_section()["Model"]}
-    header = json.dumps({"config": {**shape, "mtp_num_heads": 0}, "tokenizer": tokenizer_sha256, "tensors": tensors,
-                         "streams": [[stream, codec, raw, packed] for stream, codec, _, raw, packed in ledger]},
-                        separators=(",", ":")).encode()
-    header = compress("lzma", header) + struct.pack("<I", len(header))
-    blob = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + payload
-    return Artifact(blob + hashlib.sha256(blob).digest()[:ARTIFACT_DIGEST_BYTES], tuple(ledger))
+    text = json_bytes({"config": {**shape, "mtp_num_heads": 0}, "tokenizer": tokenizer_sha256,
+                       "tensors": [[s.name, list(s.values.shape), s.stream, s.bits] for s in stored],
+                       "streams": [[row.stream, row.codec, row.packed_bytes] for row in ledger]})
+    blob = frame(text, b"".join(data for _, data in packed.values()))
+    return Artifact(blob, tuple(ledger))
+
+
+def json_bytes(value) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def frame(text: bytes, payload: bytes) -> bytes:
+    """The whole file from its header text and its streams."""
+    header = compress("lzma", text)
+    size = len(ARTIFACT_MAGIC) + ARTIFACT_NUMBERS.size + len(header) + len(payload) + ARTIFACT_DIGEST_BYTES
+    blob = ARTIFACT_MAGIC + numbers_bytes(size, len(header), len(text)) + header + payload
+    return blob + hashlib.sha256(blob).digest()[:ARTIFACT_DIGEST_BYTES]
+
+
+def numbers_bytes(file_bytes: int, header_bytes: int, text_bytes: int) -> bytes:
+    crc = zlib.crc32(struct.pack("<QII", file_bytes, header_bytes, text_bytes))
+    return ARTIFACT_NUMBERS.pack(file_bytes, header_bytes, text_bytes, crc)
+
+
+def open_frame(blob: bytes) -> tuple[bytes, bytes]:
+    """(header text, payload) of an artifact that is whole. Raises UserError that says in which way it is not."""
+    if not blob:
+        raise UserError("artifact is empty")
+    if not blob.startswith(ARTIFACT_NAME):
+        kind = next((f": it looks like {kind}" for start, kind in FOREIGN.items() if blob.startswith(start)), "")
+        raise UserError(f"this is not an artifact of this program{kind}; nothing of it was loaded")
+    start = len(ARTIFACT_MAGIC) + ARTIFACT_NUMBERS.size
+    if len(blob) < start:
+        raise UserError(f"artifact is cut short: {len(blob)} bytes hold no header")
+    if blob[5] != ARTIFACT_VERSION:
+        raise UserError(f"artifact is of version {blob[5]}; this program reads version {ARTIFACT_VERSION}")
+    numbers = blob[len(ARTIFACT_MAGIC):start]
+    file_bytes, header_bytes, text_bytes, _ = ARTIFACT_NUMBERS.unpack(numbers)
+    if not blob.startswith(ARTIFACT_MAGIC) or numbers != numbers_bytes(file_bytes, header_bytes, text_bytes):
+        raise UserError("artifact is damaged in its first bytes")
+    if len(blob) != file_bytes:
+        raise UserError(f"artifact is {'cut short' if len(blob) < file_bytes else 'over-long'}: "
+                        f"{len(blob):,} bytes instead of {file_bytes:,}")
+    body, digest = blob[:-ARTIFACT_DIGEST_BYTES], blob[-ARTIFACT_DIGEST_BYTES:]
+    if hashlib.sha256(body).digest()[:ARTIFACT_DIGEST_BYTES] != digest:
+        raise UserError("artifact is damaged: its checksum does not match its contents")
+    if text_bytes > ARTIFACT_HEADER_LIMIT:
+        raise UserError(f"artifact is malformed: a header of {text_bytes:,} bytes")
+    return decompress("lzma", body[start:start + header_bytes], text_bytes), body[start + header_bytes:]
+
+
+class Blueprint(GPT):
+    """The names and shapes of a model's parameters, made without memory for them (on the device "meta")."""
+
+    def init_weights(self) -> None:
+        pass
+
+
+def blueprint(cfg: Hyperparameters) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Blueprint(cfg).named_parameters()}
+
+
+def read_artifact(blob: bytes) -> tuple[Hyperparameters, str, list[Stored]]:
+    """(model settings, tokenizer sha256, parameters) of an artifact. Raises UserError for anything out of order."""
+    try:
+        text, payload = open_frame(blob)
+        header = json.loads(text)
+        if json_bytes(header) != text:  # one way to write it: no key twice, no second spelling of a number
+            raise ValueError("its header is not in the form this program writes")
+        cfg = stored_settings(header["config"])
+        table = checked_tensors(cfg, header["tensors"], 2 ** 24 + 64 * len(blob))
+        if not re.fullmatch(r"\w{,64}", header["tokenizer"]):
+            raise ValueError("its tokenizer is no SHA-256")
+        return cfg, header["tokenizer"], read_streams(table, header["streams"], payload)
+    except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"artifact is malformed: {str(error).partition(chr(10))[0][:200] or type(error).__name__}"
+                        ) from None
+
+
+def stored_settings(config: dict) -> Hyperparameters:
+    names = [f.name for f in settings_by_section()["Model"]]
+    if list(config) != names:
+        raise ValueError("its settings are not those of a model")
+    try:
+        return Hyperparameters.from_env({k.upper(): str(int(v) if isinstance(v, bool) else v)
+                                         for k, v in config.items()})
+    except UserError as error:
+        raise ValueError(error) from None
+
+
+def checked_tensors(cfg: Hyperparameters, tensors: list, most: int) -> list[tuple[str, tuple[int, ...], str, int]]:
+    """(name, shape, stream, bits) of each tensor, if they are the parameters of the model the settings describe."""
+    shapes = blueprint(cfg)
+    if json_bytes([row[:2] for row in tensors]) != json_bytes([[name, shape] for name, shape in shapes.items()]):
+        raise ValueError("its tensors are not those of the model in its settings")
+    if sum(map(math.prod, shapes.values())) > most:
+        raise ValueError(f"{sum(map(math.prod, shapes.values())):,} parameters in so small a file")
+    for (name, _, stream, bits), family in zip(tensors, route(cfg, shapes).values()):
+        rounded = family.bits and stream == family.name and type(bits) is int and 2 <= bits <= 8
+        if not rounded and not (stream in FLOAT_KINDS and type(bits) is int and bits == 0):
+            raise ValueError(f"tensor {name} cannot be {stream} of {bits} bits")
+    return [(name, shapes[name], stream, bits) for name, _, stream, bits in tensors]
+
+
+def read_streams(table: list, streams: list, payload: bytes) -> list[Stored]:
+    """The tensors of a checked table. Raises ValueError unless the streams are exactly theirs."""
+    wanted = collections.defaultdict(list)
+    for _, shape, stream, bits in table:
+        wanted[stream].append((shape, bits))
+        if bits:
+            wanted["scales"].append(((*shape[:-1], 1), 0))
+    if [name for name, _, _ in streams] != sorted(wanted):
+        raise ValueError("its streams are not those of its tensors")
+    if any(type(size) is not int or size < 0 for _, _, size in streams) or \
+            sum(size for _, _, size in streams) != len(payload):
+        raise ValueError("its streams do not fill the file")
+    arrays, offset = {}, 0
+    for name, codec, size in streams:
+        arrays[name] = iter(unpack_stream(name, codec, payload[offset:offset + size], *zip(*wanted[name])))
+        offset += size
+    return [Stored(name, stream, bits, next(arrays[stream]), next(arrays["scales"]) if bits else None)
+            for name, _, stream, bits in table]
+
+
+def unpack_stream(stream: str, codec: str, packed: bytes, shapes: tuple, bits: tuple) -> list[np.ndarray]:
+    """The arrays of one stream, held against what may stand in them."""
+    if codec not in PACKERS or codec == "range" and not bits[0]:
+        raise ValueError(f"stream {stream} is packed with {codec!r}")
+    if codec == "range":
+        return range_decode(packed, shapes, bits)  # which makes no code out of range
+    dtype = np.dtype("<f2") if stream == "scales" else FLOAT_KINDS.get(stream, np.dtype("i1"))
+    counts = [math.prod(shape) for shape in shapes]
+    flat = unplanes(decompress(codec, packed, sum(counts) * dtype.itemsize), dtype)
+    parts = [part.reshape(shape) for part, shape in zip(np.split(flat, np.cumsum(counts)[:-1]), shapes)]
+    for part, b in zip(parts, bits):
+        if b and (np.abs(part.astype(np.int16)) > 2 ** (b - 1) - 1).any():
+            raise ValueError(f"stream {stream} has a code out of range")
+    if not b and not np.isfinite(flat).all() or stream == "scales" and np.signbit(flat).any():
+        raise ValueError(f"stream {stream} has a value that is not finite, or a negative scale")
+    return parts
 
 
 def unpack(blob: bytes) -> tuple[Hyperparameters, str, dict[str, Tensor]]:
     """(model settings, tokenizer sha256, weights by parameter name) of an artifact. Raises UserError."""
-    if blob[:len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
-        raise UserError("this is not an artifact of this program (or of another version of it)")
-    body, digest = blob[:-ARTIFACT_DIGEST_BYTES], blob[-ARTIFACT_DIGEST_BYTES:]
-    if hashlib.sha256(body).digest()[:ARTIFACT_DIGEST_BYTES] != digest:
-        raise UserError("artifact is damaged or cut short: its checksum does not match")
-    try:
-        return read_body(body)
-    except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:
-        raise UserError(f"artifact is malformed: {error}") from None
-
-
-def read_body(body: bytes) -> tuple[Hyperparameters, str, dict[str, Tensor]]:
-    start = len(ARTIFACT_MAGIC) + 4
-    header_bytes, = struct.unpack_from("<I", body, len(ARTIFACT_MAGIC))
-    packed, (size,) = body[start:start + header_bytes - 4], struct.unpack_from("<I", body, start + header_bytes - 4)
-    header = json.loads(decompress("lzma", packed, min(size, 2 ** 24)))
-    cfg = Hyperparameters.from_env({k.upper(): str(int(v) if isinstance(v, bool) else v)
-                                    for k, v in header["config"].items()})
-    tensors = header["tensors"]
-    if sum(math.prod(shape) for _, shape, _, _ in tensors) > ARTIFACT_MOST_PARAMS:
-        raise ValueError("more parameters than this program reads")
-    values, offset = {}, start + header_bytes
-    for stream, codec, raw_bytes, packed_bytes in header["streams"]:
-        dtype = np.dtype("<f2") if stream == "scales" else FLOAT_KINDS.get(stream, np.dtype("i1"))
-        if not 0 <= raw_bytes <= 8 * ARTIFACT_MOST_PARAMS or offset + packed_bytes > len(body):
-            raise ValueError(f"stream {stream} is larger than the file")
-        values[stream] = unplanes(decompress(codec, body[offset:offset + packed_bytes], raw_bytes), dtype)
-        offset += packed_bytes
-    taken, weights = collections.Counter(), {}
-
-    def take(stream: str, shape: list[int]) -> Tensor:
-        count = math.prod(shape)
-        part = values[stream][taken[stream]:taken[stream] + count]
-        taken[stream] += count
-        return torch.from_numpy(part.reshape(shape))
-
-    for name, shape, stream, bits in tensors:
-        weights[name] = dequantise(take(stream, shape), take("scales", [*shape[:-1], 1])) if bits \
-            else take(stream, shape).float()
-    return cfg, header["tokenizer"], weights
+    cfg, tokenizer_sha256, stored = read_artifact(blob)
+    return cfg, tokenizer_sha256, {s.name: s.weight() for s in stored}
 
 
 def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
@@ -1803,10 +2681,7 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
     if made_with != tokenizer_sha256:
         raise UserError("artifact was made with another tokenizer; TOKENIZER_PATH names the one to use")
     model = GPT(cfg, rt.attend, rt.dtype)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"artifact does not fit its own settings: {str(error).splitlines()[-1].strip()}") from None
+    model.load_state_dict(weights)
     return model.to(rt.device).eval()
 
 
@@ -1825,118 +2700,385 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Windows:
-    """Which windows score which tokens. Target t is token t+1 of the text; window k reads the `length` tokens before
-    target `ends[k]` and scores the last `fresh[k]` of its targets. Together they score every target once, the tail
-    included: the last window ends with the text (the published scripts cut their windows there and score the tail
-    again and again)."""
+    """Which windows score which tokens. Target t is token t+1 of the text; a window reads `length` tokens from `start`
+    on and scores the targets from `low` up to `high`, which are among its last `keep`. It never reads beyond token
+    `high`: copies of that fill its rest."""
 
-    ends: Tensor     # int64 [windows]
-    fresh: Tensor    # int64 [windows]
+    start: Tensor    # int64 [windows]
+    low: Tensor      # int64 [windows]
+    high: Tensor     # int64 [windows]; equal to low: a filler, that scores nothing
     length: int
-    stride: int
+    keep: int
 
     @classmethod
-    def plan(cls, targets: int, length: int, stride: int) -> Windows:
+    def sliding(cls, targets: int, length: int, stride: int) -> Windows:
+        """Windows that together score every target once, the tail included: the last one ends with the text. (The
+        published scripts cut their windows there and score the tail again and again.)"""
         count = 1 + -(-max(targets - length, 0) // stride)
-        ends = (length + stride * torch.arange(count)).clamp(max=targets)
-        return cls(ends, ends.diff(prepend=torch.zeros(1, dtype=ends.dtype)), length, stride)
+        high = (length + stride * torch.arange(count)).clamp(max=targets)
+        return cls(high - length, F.pad(high[:-1], (1, 0)), high, length, stride)
 
-    def batches(self, chosen: range, size: int):
-        """Groups of at most `size` windows that need equally many logits: (window numbers, how many positions)."""
-        if chosen and chosen[0] == 0 and self.length != self.stride:
-            yield range(1), self.length  # the first window scores all it reads
-            chosen = chosen[1:]
-        for start in range(0, len(chosen), size):
-            yield chosen[start:start + size], self.stride
+    def part(self, start: int, stop: int) -> Windows:
+        return dataclasses.replace(self, start=self.start[start:stop], low=self.low[start:stop],
+                                   high=self.high[start:stop])
+
+    def filled(self, count: int) -> Windows:
+        """`count` windows: fixed shapes for compiled graphs, and for scores that do not depend on the company."""
+        more = [-1] * (count - len(self.low))
+        return dataclasses.replace(self, start=torch.cat((self.start, self.start[more])),
+                                   low=torch.cat((self.low, self.high[more])), high=torch.cat((self.high, self.high[more])))
+
+    def batches(self, size: int, fixed: bool) -> list[Windows]:
+        """Batches of at most `size` windows. The first window of a text scores all it reads and goes by itself."""
+        alone = int(len(self.low) > 0 and self.high[0] - self.low[0] > self.keep)
+        whole = [dataclasses.replace(self.part(0, 1), keep=self.length)] * alone
+        parts = [self.part(i, i + size) for i in range(alone, len(self.low), size)]
+        return whole + [part.filled(size) if fixed else part for part in parts]
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inputs [n, length]; target ids, target numbers and which of them to score, [n, keep] each."""
+        start, low, high = (t.to(tokens.device)[:, None] for t in (self.start, self.low, self.high))
+        at = start + torch.arange(self.length + 1, device=tokens.device)
+        text, number = tokens[at.minimum(high)].long(), at[:, -self.keep - 1:-1]
+        return text[:, :-1], text[:, -self.keep:], number, (number >= low) & (number < high)
 
 
-class SgdAdapter:
-    """Score-first test-time training of the whole model (PR 461, 1092): after each chunk of scored text, a few
-    passes of SGD or AdamW over it. A step's gradient is the mean over TTT_BATCH_SEQS sequences, whatever the ranks."""
+@dataclass(frozen=True)
+class Leg:
+    """A leg of the walk: windows for this rank to score, and then what may be learnt from them."""
 
-    def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
-        self.cfg, self.rt, self.frozen = cfg, rt, min(cfg.ttt_freeze_blocks, model.cfg.num_layers)
-        self.layers, self.loss_fn = model.cfg.num_layers, rt.compiled(model.loss)
-        fixed = tuple(f"blocks.{i}." for i in range(self.frozen))
-        self.named = {name: p for name, p in model.named_parameters() if p.numel() and not name.startswith(fixed)}
-        groups = [{"params": [p], "base_lr": cfg.ttt_lr * self.rate(name)} for name, p in self.named.items()]
-        self.optimiser = (torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0) if cfg.ttt_optimizer == "adamw"
-                          else torch.optim.SGD(groups, lr=0.0, momentum=cfg.ttt_momentum))
+    batches: list[Windows]
+    lesson: int = 0         # tokens to learn from: scored ones of all ranks (stream), read ones of this one (documents)
+    first: int = 0          # the first of them, in a stream
+    progress: float = 0.0   # 0..1 of the text
+    opens: bool = False     # other documents begin here
 
-    def rate(self, name: str) -> float:
-        """PR 1092's rates for AdamW: MLP-down 3x, MLP-up 0.5x; SGD treats all alike."""
-        return {"mlp_down_bank": 3.0, "mlp_up_bank": 0.5}.get(name, 1.0) if self.cfg.ttt_optimizer == "adamw" else 1.0
+    @property
+    def reads(self) -> int:
+        """Tokens this rank reads in order to score."""
+        return sum(len(windows.low) * windows.length for windows in self.batches)
 
-    def learn(self, tokens: Tensor, progress: float) -> None:
-        """Adapt to scored tokens [n + 1]: n targets and the token before them. progress: 0..1 of the text."""
+
+def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, size: int, adapts: bool) -> list[Leg]:
+    """The text as chunks of TTT_CHUNK_TOKENS, or as one if nothing adapts. A window belongs to the chunk of its first
+    scored target, so when a chunk's windows are done all its targets are in the sum. The last chunk teaches nobody."""
+    windows = Windows.sliding(targets, cfg.window, stride)
+    chunk = cfg.ttt_chunk_tokens if adapts else targets
+    count = -(-targets // chunk)
+    first = torch.searchsorted(windows.low, chunk * torch.arange(count + 1)).tolist()
+    legs = []
+    for i in range(count):
+        mine = rt.share_of(first[i + 1] - first[i])
+        batches = windows.part(first[i] + mine.start, first[i] + mine.stop).batches(size, rt.compiles)
+        legs.append(Leg(batches, chunk if i + 1 < count else 0, i * chunk, i / max(count - 1, 1)))
+    return legs
+
+
+def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Leg]:
+    """This rank's documents, TTT_BATCH_DOCS of about one length side by side, chunk by chunk. A document runs from its
+    BOS to the next one, which is its last target. What a token is scored with depends on nothing after it: chunks are
+    counted from the BOS, every batch has the same number of rows, and whether a document is short shows only in time.
+    """
+    targets, chunk = len(val.tokens) - 1, cfg.ttt_doc_chunk_tokens
+    starts = (val.tokens[:-1] == val.bos_id).nonzero().flatten().cpu()
+    bounds = torch.unique(F.pad(F.pad(starts, (1, 0), value=0), (0, 1), value=targets))
+    first, stop = bounds[:-1], bounds[1:]
+    order = (stop - first).argsort(descending=True, stable=True)
+    loads, legs = [0] * rt.world_size, []
+    for group in order.split(cfg.ttt_batch_docs):  # longest first, each to the rank with the least to do
+        steps = -(-int((stop - first)[group[0]]) // chunk)
+        owner = loads.index(min(loads))
+        loads[owner] += steps
+        for step in range(steps if owner == rt.rank else 0):
+            end = chunk * (step + 1)
+            low, high = ((first[group] + at).minimum(stop[group]) for at in (end - chunk, end))
+            length = min(end, cfg.window)
+            windows = Windows(first[group] + end - length, low, high, length, chunk).filled(cfg.ttt_batch_docs)
+            learns = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
+            legs.append(Leg([windows], cfg.ttt_batch_docs * length if learns else 0, opens=step == 0))
+    return legs
+
+
+class EvalClock:
+    """EVAL_MAX_SECONDS for all scores of a run together. It measures what a token costs to score and to learn from. Where
+    the walk would run over, it lowers the epochs and in the end stops adaptation; scoring is never cut."""
+
+    MARGIN = 0.03    # of the limit, kept back for what the measurements did not foresee
+    LEARN_COST = 3   # of a token and epoch over scoring it, until measured: the way back costs two ways there
+
+    def __init__(self, cfg: Hyperparameters, rt: Runtime, now=time.perf_counter):
+        self.limit, self.rt, self.watch, self.pace = cfg.eval_max_seconds or math.inf, rt, Stopwatch(now=now), 0.0
+
+    def demand(self, score_fn, reads: int, rows: int, length: int, keep: int) -> None:
+        """Time a batch of windows (of nothing) and raise UserError if reading `reads` tokens so would take too long."""
+        if math.isinf(self.limit):
+            return
+        ids = torch.zeros(rows, length, dtype=torch.int64, device=self.rt.device)
+        with torch.no_grad():
+            for _ in range(2):  # the first one may compile
+                begun = self.watch.elapsed()
+                score_fn(ids, ids[:, -keep:], 1.0)
+                self.rt.synchronize()
+        self.pace = (self.watch.elapsed() - begun) / ids.numel()
+        needed = self.rt.agree(self.pace * reads)
+        if needed > self.limit:
+            raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.2g} s; allow more "
+                            "(0: no limit) or raise EVAL_STRIDE")
+
+    def begin(self, legs: list[Leg], epochs: int, together: bool) -> None:
+        """A walk starts. together: the ranks adapt in step, so that they must agree."""
+        self.full = self.wanted = epochs
+        self.together, self.lessons, self.left_out = together, sum(leg.lesson > 0 for leg in legs), 0
+        self.to_do = {"score": sum(leg.reads for leg in legs), "learn": sum(leg.lesson for leg in legs)}
+        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # laps: (seconds, tokens)
+
+    def cost(self, what: str) -> float:
+        """Seconds a token. The first lap is left out: it may have compiled."""
+        laps = self.laps[what][1:]
+        if laps:
+            return sum(seconds for seconds, _ in laps) / sum(tokens for _, tokens in laps)
+        share = 1 / self.rt.world_size if self.together else 1
+        return self.pace if what == "score" else self.cost("score") * self.LEARN_COST * share
+
+    def lap(self, what: str, tokens: int, passes: int = 1) -> None:
+        """Book the time since the last lap on `passes` passes over `tokens` tokens."""
+        self.to_do[what] -= tokens
+        if tokens * passes and not math.isinf(self.limit):
+            self.rt.synchronize()
+            now = self.watch.elapsed()
+            self.laps[what].append((now - self.mark, tokens * passes))
+            self.mark = now
+
+    def epochs(self, lesson: int, chunk: int, chunks: int) -> int:
+        """How many passes over a lesson of so many tokens there is time for. Rounded up over the lessons to come: early
+        ones are worth more, and what that overdraws the last ones pay."""
+        if math.isinf(self.limit):
+            return self.wanted
+        spent, scoring = self.watch.elapsed(), self.to_do["score"] * self.cost("score")
+        room, each = self.limit * (1 - self.MARGIN) - spent - scoring, max(self.cost("learn"), 1e-12)
+        epochs = max(0, min(self.wanted, math.ceil(room / each / self.to_do["learn"]), int(room / each / lesson)))
+        epochs = int(self.rt.agree(epochs)) if self.together else epochs
+        if epochs < self.wanted:
+            what = f"epochs {self.wanted} -> {epochs}" if epochs else "adaptation ends"
+            self.rt.log(f"ttt_clock: {what} at chunk {chunk + 1}/{chunks}, {spent:.1f} of {self.limit:g} s spent; the rest "
+                        f"takes {scoring:.1f} s to score, {each * self.to_do['learn']:.1f} s an epoch to learn from",
+                        "ttt_clock", chunk=chunk + 1, chunks=chunks, epochs=epochs, spent_s=spent, scoring_s=scoring)
+        self.wanted, self.left_out = epochs, self.left_out + self.full - epochs
+        return epochs
+
+    def end(self) -> None:
+        """A walk is over: say what it had to give up, on any rank."""
+        if math.isinf(self.limit):
+            return
+        sums = self.rt.sum_(torch.tensor([self.left_out, self.lessons * self.full], device=self.rt.device)).tolist()
+        if sums[0]:
+            self.rt.log("ttt_clock: {} of {} passes over scored chunks were left out".format(*sums))
+        if self.watch.elapsed() > self.limit:
+            self.rt.log(f"ttt_clock: {self.watch.elapsed():.1f} s spent, over EVAL_MAX_SECONDS={self.limit:g}")
+
+
+class LowRank:
+    """A matrix with a low-rank addition, as a function of its input: x W^T + scale (x a^T) b^T.
+
+    a [rank, in] and b [out, rank] for all rows of x [rows, T, in], or with a leading dimension one pair a row.
+    """
+
+    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float):
+        self.matrix, self.a, self.b, self.scale = matrix, a, b, scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix) + self.scale * (x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
+
+
+def hash_pairs(ids: Tensor, buckets: int) -> Tensor:
+    """Bucket of each (previous, current) pair as in PR 1460; the first token precedes itself.  # [rows, T]"""
+    return (torch.cat((ids[:, :1], ids[:, :-1]), dim=1) * 2039 + ids) % buckets
+
+
+def clip_rows_(grads: list[Tensor], most: float, rows: int) -> None:
+    """Scale each row's gradient, of all tensors together, down to the norm `most`, in place."""
+    norms = torch.stack([grad.reshape(rows, -1).norm(dim=1) for grad in grads]).norm(dim=0)
+    factor = (most / (norms + 1e-6)).clamp(max=1)
+    for grad in grads:
+        grad.mul_(factor.view([-1, 1, 1][:grad.dim()]))
+
+
+class Adapter:
+    """Score-first test-time training (PR 461): after each chunk of scored text, a few passes over it. This is what all
+    kinds share; a kind says which tensors move, how fast, and how they enter the forward pass (`dress`, see GPT.hidden).
+
+    A step in the stream goes down the mean over TTT_BATCH_SEQS sequences, whatever the ranks. A step on documents goes
+    down each one's own mean; it happens on the rank that has them, and nothing of it leaves their rows.
+    """
+
+    def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime, moving: list[tuple[float, Tensor]], lr: float,
+                 optimiser: str, rows: int = 0):
+        """moving: (rate over lr, tensor); rows: documents side by side, 0: a stream."""
+        self.cfg, self.rt, self.rows, self.loss_fn, self.table = cfg, rt, rows, rt.compiled(model.loss), None
+        if cfg.hash_embed_buckets:  # no part of the artifact, and zero until it has learnt
+            self.table = torch.zeros(cfg.hash_embed_buckets, model.cfg.model_dim, device=model.tok_emb.weight.device)
+            moving = [*moving, (cfg.hash_embed_lr_mult, self.table)]
+        self.moving, groups = [tensor for _, tensor in moving], collections.defaultdict(list)
+        for p in model.parameters():
+            p.requires_grad_(False)
+        for rate, tensor in moving:
+            groups[lr * rate].append(tensor.requires_grad_(True))
+        self.average = [tensor.detach().clone() for tensor in self.moving] if cfg.ttt_polyak_decay else []
+        groups = [{"params": tensors, "lr": lr, "full_lr": lr} for lr, tensors in groups.items()]  # one update a rate
+        self.optimiser = {
+            "sgd": lambda: torch.optim.SGD(groups, momentum=cfg.ttt_momentum, fused=True),
+            "adamw": lambda: torch.optim.AdamW(groups, weight_decay=0.0, fused=True),
+            "adam": lambda: torch.optim.AdamW(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
+                                              weight_decay=cfg.ttt_weight_decay, fused=True)}[optimiser]()
+
+    def dress(self, kind: str, layer: int, matrix: Tensor):
+        if kind == "embed" and self.table is not None:
+            return lambda ids: F.embedding(ids, matrix) + F.embedding(hash_pairs(ids, len(self.table)), self.table)
+        return matrix
+
+    def learn(self, tokens: Tensor, progress: float, epochs: int) -> None:
+        """Adapt to scored tokens [n + 1] of a stream: n targets and the token before them. progress: 0..1 of the text."""
         length, cfg = self.cfg.train_seq_len, self.cfg
         rows = (len(tokens) - 1) // length
         inputs, targets = (t[:rows * length].long().view(rows, length) for t in (tokens[:-1], tokens[1:]))
         for group in self.optimiser.param_groups:
-            group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
-        for start in [*range(0, rows, cfg.ttt_batch_seqs)] * cfg.ttt_epochs:
-            batch = range(start, min(start + cfg.ttt_batch_seqs, rows))
-            mine = self.rt.share_of(len(batch))
-            self.step(inputs[batch[0]:][mine.start:mine.stop], targets[batch[0]:][mine.start:mine.stop], len(batch))
+            group["lr"] = group["full_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+        self.exchange()
+        for start in [*range(0, rows, cfg.ttt_batch_seqs)] * epochs:
+            count = min(cfg.ttt_batch_seqs, rows - start)
+            share = self.rt.share_of(count)
+            mine = slice(start + share.start, start + share.stop)
+            self.step(self.loss_fn(inputs[mine], targets[mine], dress=self.dress) * (len(share) / count) if share else None)
+        self.exchange()
 
-    def step(self, inputs: Tensor, targets: Tensor, rows_of_all: int) -> None:
-        params = list(self.named.values())
-        if len(inputs):
-            (self.loss_fn(inputs, targets) * (len(inputs) / rows_of_all)).backward()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        self.rt.sum_many_(grads)
-        for (name, p), grad in zip(self.named.items(), grads):
-            if name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"):
-                grad.unflatten(0, (-1, self.layers))[:, :self.frozen] = 0  # a bank may hold two matrices a layer
-            p.grad = grad
-        if self.cfg.ttt_grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(params, self.cfg.ttt_grad_clip)
+    def learn_rows(self, nll: Tensor, counted: Tensor, epochs: int, again) -> None:
+        """Adapt to documents side by side. nll [rows, keep]: scores just committed, with the graph that made them, so
+        that the first step needs no other forward pass; again() makes them anew."""
+        weight = counted / counted.sum(1, keepdim=True).clamp(min=1)
+        for epoch in range(epochs):
+            self.step(((again() if epoch else nll) * weight).sum())
+
+    def step(self, loss: Tensor | None) -> None:
+        """Down the gradient of the sum of `loss` over ranks; None: this rank has no part in it."""
+        if loss is not None:
+            loss.backward()
+        for tensor in self.moving:
+            tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        grads = [tensor.grad for tensor in self.moving]
+        if not self.rows:
+            self.rt.sum_many_(grads)
+        if self.cfg.ttt_grad_clip:
+            clip_rows_(grads, self.cfg.ttt_grad_clip, self.rows or 1)
         self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad()
+        if self.average:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.moving, 1 - self.cfg.ttt_polyak_decay)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Change places with the average: scores come from it, but learning goes on from the weights themselves.
+        (PR 550 also learnt from the average, which shrank every chunk's update to a 500th.)"""
+        if self.average:
+            kept = [tensor.clone() for tensor in self.moving]
+            torch._foreach_copy_(self.moving, self.average)
+            torch._foreach_copy_(self.average, kept)
 
 
-def score_batch(score_fn, val: ValData, windows: Windows, chosen: range, keep: int, meter: BpbMeter, rows: int,
-                temperature: float) -> None:
-    """Score some windows and add what is new in them to the meter. Compiled graphs get their full number of rows."""
-    padding = rows - len(chosen)
-    ends, fresh = (F.pad(t[chosen.start:chosen.stop], (0, padding), value=v)
-                   for t, v in ((windows.ends, windows.length), (windows.fresh, 0)))
-    ends, fresh = ends.to(val.tokens.device), fresh.to(val.tokens.device)
-    text = val.tokens.unfold(0, windows.length + 1, 1)[ends - windows.length].long()  # [rows, length + 1]
-    previous, targets = text[:, -keep - 1:-1], text[:, -keep:]
-    nll = score_fn(text[:, :-1], targets, temperature)
-    counted = torch.arange(keep, device=fresh.device) >= keep - fresh[:, None]
-    meter.add(nll, previous, targets, counted)
+class SgdAdapter(Adapter):
+    """Learning moves the weights themselves (PR 461, 549, 1092): all but the first TTT_FREEZE_BLOCKS blocks. (With
+    banks the published filter, on names, froze hardly anything.)"""
+
+    def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
+        self.frozen = min(cfg.ttt_freeze_blocks, model.cfg.num_layers)
+        fixed = tuple(f"blocks.{i}." for i in range(self.frozen))
+        settings = {"mlp_down_bank": (cfg.ttt_proj_lr_mult, 3.0), "mlp_up_bank": (cfg.ttt_fc_lr_mult, 0.5)}
+        rates = {name: given if given >= 0 else published if cfg.ttt_optimizer == "adamw" else 1.0
+                 for name, (given, published) in settings.items()}
+        moving = [(rates.get(name, 1.0), p) for name, p in model.named_parameters()
+                  if p.numel() and rates.get(name, 1.0) and not name.startswith(fixed)]
+        super().__init__(model, cfg, rt, moving, cfg.ttt_lr, cfg.ttt_optimizer)
+        if not self.frozen and self.table is None:
+            self.dress = None  # the graphs that scored without adaptation serve as they are
+
+    def dress(self, kind: str, layer: int, matrix: Tensor):
+        """A frozen block's matrices get no gradient, so their slices of the banks stay where they are."""
+        return matrix.detach() if 0 <= layer < self.frozen else super().dress(kind, layer, matrix)
 
 
-def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtime, stride: int,
-             batch_seqs: int, adapter=None) -> EvalResult:
-    """The one walk over the validation text: score a chunk, and only then let an adapter learn from it.
+class LoraAdapter(Adapter):
+    """Learning moves low-rank additions to matrices that stay as they are (the record of 2026-03-17; PR 550, which gave
+    up its banks for it): one set for the stream, or one for each of the documents side by side."""
 
-    Without an adapter the text is one chunk; `stride` equal to the window gives the plain evaluation. A window belongs
-    to the chunk of its first scored target, so when a chunk's windows are done all its targets are in the sum.
+    def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
+        rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
+        self.scale, self.pairs, self.born, moving = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
+        generator = torch.Generator().manual_seed(cfg.seed)
+
+        def add(kind: str, layer: int, matrix: Tensor) -> Tensor:
+            if kind in cfg.lora_kinds and (layer < 0 or layer in cfg.lora_layer_ids):
+                a = torch.empty(rank, matrix.size(1)).uniform_(-1, 1, generator=generator) * matrix.size(1) ** -0.5
+                born = [t.to(matrix.device) for t in (a, torch.zeros(matrix.size(0), rank))]
+                pair = self.pairs[kind, layer] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in born]
+                self.born += born
+                moving.extend((cfg.lora_layer_rates.get(layer, 1.0), t) for t in pair)
+            return matrix
+        model.layer_weights(False, add)
+        model.output_weight(False, add)
+        super().__init__(model, cfg, rt, moving, cfg.ttt_lora_lr, cfg.ttt_lora_optimizer, rows)
+
+    def dress(self, kind: str, layer: int, matrix: Tensor):
+        pair = self.pairs.get((kind, layer))
+        return LowRank(matrix, *pair, self.scale) if pair else super().dress(kind, layer, matrix)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget everything, in place: other documents come."""
+        torch._foreach_copy_(self.moving, [born.expand_as(t) for born, t in zip(self.born, self.moving)])
+        for state in self.optimiser.state.values():
+            torch._foreach_zero_(list(state.values()))
+
+
+def adapter_for(model: GPT, cfg: Hyperparameters, rt: Runtime) -> Adapter:
+    return {"sgd": SgdAdapter, "lora": LoraAdapter}[cfg.ttt_mode](model, cfg, rt)
+
+
+def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtime, stride: int, batch_seqs: int,
+             adapter: Adapter | None = None, clock: EvalClock | None = None, observe=None) -> EvalResult:
+    """The one walk over the validation text: plan -> score -> commit, and only then let an adapter learn from it.
+
+    Without an adapter the text is one chunk; `stride` equal to the window gives the plain evaluation. The clock may
+    lower the adapter's epochs. `observe(numbers, nll)` gets every score of this rank with the number of its target.
     """
     start_s, targets, meter = time.perf_counter(), len(val.tokens) - 1, BpbMeter(val.byte_table)
-    windows = Windows.plan(targets, cfg.window, stride)
-    chunk_tokens = cfg.ttt_chunk_tokens if adapter else targets
-    chunks = -(-targets // chunk_tokens)
-    first = torch.searchsorted(windows.ends - windows.fresh, chunk_tokens * torch.arange(chunks + 1)).tolist()
-    temperature = cfg.ttt_temp if adapter else 1.0
-    bar = rt.log.progress(len(windows.ends), name)
-    for chunk in range(chunks):
-        mine = range(first[chunk], first[chunk + 1])
-        mine = mine[rt.share_of(len(mine)).start:rt.share_of(len(mine)).stop]
-        with torch.no_grad():
-            for chosen, keep in windows.batches(mine, batch_seqs):
-                rows = batch_seqs if rt.compiles and keep == stride else len(chosen)
-                score_batch(score_fn, val, windows, chosen, keep, meter, rows, temperature)
-                bar.update(len(chosen) * rt.world_size)
+    temperature, dress, rows = (cfg.ttt_temp, adapter.dress, adapter.rows) if adapter else (1.0, None, 0)
+    legs = plan_documents(val, cfg, rt) if rows else plan_stream(targets, cfg, rt, stride, batch_seqs, bool(adapter))
+    clock = clock or EvalClock(dataclasses.replace(cfg, eval_max_seconds=0.0), rt)
+    clock.begin(legs, cfg.ttt_epochs if adapter else 0, together=not rows)
+    bar = rt.log.progress(len(legs), name)
+    for number, leg in enumerate(legs):
+        epochs = clock.epochs(leg.lesson, number, len(legs)) if leg.lesson else 0
+        if leg.opens:
+            adapter.reset()
+        for windows in leg.batches:
+            ids, wanted, at, counted = windows.read(val.tokens)
+            again = functools.partial(score_fn, ids, wanted, temperature, dress)
+            with torch.set_grad_enabled(rows > 0 and clock.wanted > 0):
+                nll = again()
+            meter.add(nll.detach(), ids[:, -windows.keep:], wanted, counted)
+            if observe:
+                observe(at[counted], nll.detach()[counted])
+        clock.lap("score", leg.reads)
         if adapter:
-            report_chunk(rt, meter, chunk, chunks, time.perf_counter() - start_s)
-            if chunk + 1 < chunks:
-                scored = val.tokens[chunk * chunk_tokens:(chunk + 1) * chunk_tokens + 1]
-                adapter.learn(scored, chunk / max(chunks - 1, 1))
+            report_chunk(rt, meter, number, len(legs), time.perf_counter() - start_s)
+        if epochs and rows:
+            adapter.learn_rows(nll, counted, epochs, again)
+        elif epochs:
+            adapter.learn(val.tokens[leg.first:leg.first + leg.lesson + 1], leg.progress, epochs)
+        clock.lap("learn", leg.lesson, epochs)
+        bar.update()
     bar.close()
+    clock.end()
     loss, bpb, tokens, size = meter.reduce(rt)
     rt.synchronize()
     assert tokens == targets, f"{name} scored {tokens} of {targets} tokens"
@@ -1988,11 +3130,15 @@ def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData,
         rt.log(line)
 
 
-def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData) -> tuple[Path, int, bytes]:
+def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibration: Calibration):
     """Write the float model and the artifact, hold the artifact against its limit, read it back from disk.
 
-    Returns (path, code bytes, the bytes read). Raises UserError above the limit, after the table of what took the bytes.
+    Returns (path, code bytes, the bytes read). Raises UserError above the limit, after the table of what took the bytes;
+    with SIZE_FIT=1 it rounds more coarsely instead.
     """
+    def make(settings: Hyperparameters) -> Artifact:
+        return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, calibration.hessians))
+
     path, code_bytes = rt.folder / "final_model.ptz", os.path.getsize(__file__)
     blob = None
     if rt.rank == 0:
@@ -2001,7 +3147,9 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData) -> tuple
             rt.log(f"export_excluding_mtp_params:{skipped}")
         whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
         write_whole(rt.folder / "final_model.pt", whole)
-        artifact = pack(cfg, model, val.tokenizer_sha256)
+        artifact = make(cfg)
+        if cfg.size_fit and len(artifact.blob) + code_bytes > cfg.artifact_limit_bytes:
+            cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, len(artifact.blob) + code_bytes, code_bytes)
         write_whole(path, artifact.blob)
         blob = path.read_bytes()
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
@@ -2024,12 +3172,47 @@ def precision_tag(cfg: Hyperparameters) -> str:
     return f"int{mlp}" if mlp == attn else f"int{mlp}mlp+int{attn}attn"
 
 
-def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData) -> dict[str, EvalResult]:
-    """Plain, sliding and test-time-trained scores of a model, in that order: the last one changes the weights."""
-    results, tag, score_fn = {}, precision_tag(cfg), rt.compiled(model.nll)
+def reads_ahead(cfg: Hyperparameters, rt: Runtime, val: ValData) -> int:
+    """Tokens this rank will read for all final scores."""
+    stream = lambda stride: plan_stream(len(val.tokens) - 1, cfg, rt, stride, cfg.eval_batch_seqs, False)
+    plans = [stream(cfg.window), *([stream(cfg.eval_stride)] if cfg.eval_stride else [])]
+    if cfg.ttt_enabled:
+        plans.append(plan_documents(val, cfg, rt) if cfg.ttt_reset == "document" else plans[-1])
+    return sum(leg.reads for plan in plans for leg in plan)
 
-    def run(key: str, label: str, stride: int, adapter=None, note: str = "") -> EvalResult:
-        r = results[key] = evaluate(label, score_fn, val, cfg, rt, stride, cfg.eval_batch_seqs, adapter)
+
+def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapter, val: ValData, stride: int) -> None:
+    """What is about to adapt, in the field's lines."""
+    targets, lora = len(val.tokens) - 1, cfg.ttt_mode == "lora"
+    moving = sum(t.numel() for t in adapter.moving) // max(adapter.rows, 1)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if adapter.rows:
+        rt.log(f"ttt_document:start documents={int((val.tokens[:-1] == val.bos_id).sum())} "
+               f"side_by_side={adapter.rows} chunk_tokens={cfg.ttt_doc_chunk_tokens} ttt_epochs={cfg.ttt_epochs} "
+               f"min_doc_tokens={cfg.ttt_min_doc_tokens}")
+    else:
+        rt.log(f"ttt_sliding:start chunks={-(-targets // cfg.ttt_chunk_tokens)} chunk_tokens={cfg.ttt_chunk_tokens} "
+               f"total_windows={len(Windows.sliding(targets, cfg.window, stride).low)} stride={stride} "
+               f"ttt_lr={cfg.ttt_lora_lr if lora else cfg.ttt_lr} ttt_epochs={cfg.ttt_epochs} "
+               f"freeze_blocks={0 if lora else cfg.ttt_freeze_blocks}")
+    rt.log(f"ttt_sliding:params unfrozen={moving} frozen={frozen}")
+    rt.log(f"ttt_lora:rank={cfg.ttt_lora_rank} alpha={cfg.ttt_lora_alpha or cfg.ttt_lora_rank:g} "
+           f"targets={cfg.ttt_lora_targets} layers={','.join(map(str, cfg.lora_layer_ids))} "
+           f"optimizer={cfg.ttt_lora_optimizer} lr={cfg.ttt_lora_lr}" if lora else
+           f"ttt_sliding:optimizer={cfg.ttt_optimizer} lr={cfg.ttt_lr} momentum={cfg.ttt_momentum}")
+
+
+def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData) -> dict[str, EvalResult]:
+    """Plain, sliding and test-time-trained scores of a model, in that order: the last one changes the weights.
+
+    EVAL_MAX_SECONDS holds for all three together, so that nobody has to argue which of them are diagnostics.
+    """
+    results, tag, score_fn = {}, precision_tag(cfg), rt.compiled(model.nll)
+    clock, stride = EvalClock(cfg, rt), cfg.eval_stride or cfg.window
+    clock.demand(score_fn, reads_ahead(cfg, rt, val), cfg.eval_batch_seqs, cfg.window, stride)
+
+    def run(key: str, label: str, stride: int, adapter=None, note: str = "", score_fn=score_fn) -> EvalResult:
+        r = results[key] = evaluate(label, score_fn, val, cfg, rt, stride, cfg.eval_batch_seqs, adapter, clock)
         rt.log(f"{label} val_loss:{r.loss:.4f} val_bpb:{r.bpb:.4f}{note} eval_time:{1000 * r.seconds:.0f}ms",
                "evaluation", **dataclasses.asdict(r))
         rt.log(f"{label}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
@@ -2039,14 +3222,11 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData) ->
     if cfg.eval_stride:
         run("sliding", f"final_{tag}_sliding_window", cfg.eval_stride, note=f" stride:{cfg.eval_stride}")
     if cfg.ttt_enabled:
-        adapter, stride = SgdAdapter(model, cfg, rt), cfg.eval_stride or cfg.window
-        moving, targets = sum(p.numel() for p in adapter.named.values()), len(val.tokens) - 1
-        rt.log(f"ttt_sliding:start chunks={-(-targets // cfg.ttt_chunk_tokens)} chunk_tokens={cfg.ttt_chunk_tokens} "
-               f"total_windows={len(Windows.plan(targets, cfg.window, stride).ends)} stride={stride} "
-               f"ttt_lr={cfg.ttt_lr} ttt_epochs={cfg.ttt_epochs} freeze_blocks={cfg.ttt_freeze_blocks}")
-        rt.log(f"ttt_sliding:params unfrozen={moving} frozen={sum(p.numel() for p in model.parameters()) - moving}")
-        rt.log(f"ttt_sliding:optimizer={cfg.ttt_optimizer} lr={cfg.ttt_lr} momentum={cfg.ttt_momentum}")
-        r = run("ttt", "legal_ttt", stride, adapter)
+        adapter = adapter_for(model, cfg, rt)
+        log_adaptation(cfg, rt, model, adapter, val, stride)
+        if adapter.rows:  # windows grow with the document: one graph for all lengths
+            score_fn = rt.compiled(model.nll, dynamic=True)
+        r = run("ttt", "legal_ttt", stride, adapter, score_fn=score_fn)
         rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
     return results
 
@@ -2057,19 +3237,22 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     seconds, watch = {}, Stopwatch()
     torch.manual_seed(cfg.seed)
     val, data = ValData.open(cfg, rt), TrainData.open(cfg, rt)
-    names = [name for name, _ in GPT(cfg).named_parameters()]
-    model = GPT(cfg, rt.attend, rt.dtype, quant_specs(cfg, names)).to(rt.device)
+    model = GPT(cfg, rt.attend, rt.dtype, quant_specs(cfg, blueprint(cfg))).to(rt.device)
     log_preamble(cfg, rt, model, data, val)
-    plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, stride=cfg.window,
-                              batch_seqs=max(cfg.val_batch_size // rt.world_size // cfg.window, 1))
+    tokens = min(cfg.val_batch_size // rt.world_size, rt.forward_tokens(cfg))
+    plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, stride=cfg.window, batch_seqs=max(tokens // cfg.window, 1))
     seconds["setup"] = watch.elapsed()
     state = train(cfg, rt, model, data, plain)
     seconds["train"] = state.watch.elapsed()
+    left_s = cfg.max_wallclock_seconds - seconds["train"] if cfg.max_wallclock_seconds else math.inf
+    looking = Stopwatch()
+    calibration = calibrate(cfg, rt, model, data, state.step, left_s)
+    seconds["calibrate"] = looking.elapsed()
     averaged = plain("post_average", rt.compiled(model.nll))
     rt.log(f"DIAGNOSTIC post_average val_loss:{averaged.loss:.4f} val_bpb:{averaged.bpb:.4f} "
            f"eval_time:{1000 * averaged.seconds:.0f}ms", "evaluation", **dataclasses.asdict(averaged))
     packing = Stopwatch()
-    path, code_bytes, blob = export(cfg, rt, model, val)
+    path, code_bytes, blob = export(cfg, rt, model, val, calibration)
     seconds["export"] = packing.elapsed()
     results = final_scores(cfg, rt, load_model(blob, rt, val.tokenizer_sha256), val)
     seconds |= {key: r.seconds for key, r in results.items()} | {"total": watch.elapsed()}

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,37 +14,33 @@ from torch.nn import functional as F
 def test_windows_score_each_target_once_with_all_the_context_there_is(targets, length, data):
     length = min(length, targets)
     stride = data.draw(st.integers(1, length))
-    windows = tg.Windows.plan(targets, length, stride)
-    scored = [t for end, fresh in zip(windows.ends.tolist(), windows.fresh.tolist()) for t in range(end - fresh, end)]
+    windows = tg.Windows.sliding(targets, length, stride)
+    scored = [t for low, high in zip(windows.low.tolist(), windows.high.tolist()) for t in range(low, high)]
     assert scored == list(range(targets))
-    assert windows.ends.min() >= length and windows.ends.max() == targets
-    assert (windows.fresh[1:] <= stride).all()
+    assert torch.equal(windows.start, windows.high - length) and windows.high.max() == targets
+    assert ((windows.high - windows.low)[1:] <= stride).all() and (windows.start >= 0).all()
+    tokens = torch.arange(targets + 1)
+    for part in windows.batches(3, fixed=data.draw(st.booleans())):
+        inputs, wanted, at, counted = part.read(tokens)
+        assert torch.equal(wanted[counted], at[counted] + 1) and torch.equal(inputs[:, -part.keep:][counted], at[counted])
+        scored = scored[len(at[counted]):] if at[counted].tolist() == scored[:len(at[counted])] else None
+    assert scored == []
 
 
-class Recorder:
-    """Stands where the meter stands and remembers every counted score, in order."""
+class Scores:
+    """Every score by the number of its target, and how often it was given."""
 
-    def __init__(self, byte_table):
-        self.meter, self.nll, self.targets = tg_meter(byte_table), [], []
-        self.sums = self.meter.sums
-        Recorder.last = self
+    def __init__(self, targets):
+        self.nll, self.given = torch.full((targets,), torch.nan), torch.zeros(targets, dtype=torch.int)
 
-    def add(self, nll, previous, target, counted):
-        self.nll += nll[counted].tolist()
-        self.targets += target[counted].tolist()
-        self.meter.add(nll, previous, target, counted)
-
-    def reduce(self, rt):
-        return self.meter.reduce(rt)
-
-
-tg_meter = tg.BpbMeter
+    def __call__(self, numbers, nll):
+        self.nll[numbers] = nll.float()
+        self.given.index_add_(0, numbers, torch.ones_like(numbers, dtype=torch.int))
 
 
 @pytest.fixture
-def setting(config, rt, monkeypatch):
-    """(settings, validation data, a fresh copy of one scrambled model) and a recorder of scores."""
-    monkeypatch.setattr(tg, "BpbMeter", Recorder)
+def setting(config, rt):
+    """(settings, validation data, a maker of fresh copies of one scrambled model)."""
     cfg = config()
     val = tg.ValData.open(cfg, rt)
 
@@ -53,70 +50,87 @@ def setting(config, rt, monkeypatch):
     return cfg, val, model
 
 
-MODES = [("plain", 32, False), ("sliding", 8, False), ("sliding, odd stride", 7, False), ("ttt", 8, True)]
+LORA = {"ttt_mode": "lora", "ttt_lora_targets": "q,k,v,o,mlp,head", "ttt_lora_rank": 2, "ttt_epochs": 2}
+MODES = {  # name: (stride, changes to the settings; None: no adapter)
+    "plain": (32, None), "sliding": (8, None), "sliding, odd stride": (7, None),
+    "sgd": (8, {}), "sgd, frozen": (8, {"ttt_freeze_blocks": 1, "ttt_fc_lr_mult": 0.0}),
+    "adamw": (8, {"ttt_optimizer": "adamw", "ttt_lr": 0.002}),
+    "polyak": (8, {"ttt_polyak_decay": 0.6}), "hash": (8, {"hash_embed_buckets": 512}),
+    "lora": (8, LORA), "lora, hash": (8, {**LORA, "hash_embed_buckets": 512}),
+    "document": (8, {**LORA, "ttt_reset": "document", "ttt_batch_docs": 3, "ttt_doc_chunk_tokens": 16}),
+    "document, sgd": (8, {**LORA, "ttt_reset": "document", "ttt_batch_docs": 2, "ttt_doc_chunk_tokens": 32,
+                          "ttt_lora_optimizer": "sgd", "ttt_min_doc_tokens": 64, "ttt_epochs": 1})}
 
 
-def score(cfg, val, model, stride, adapts, rt):
-    adapter = tg.SgdAdapter(model, cfg, rt) if adapts else None
-    return tg.evaluate("test", model.nll, val, cfg, rt, stride, cfg.eval_batch_seqs, adapter)
+def score(cfg, val, model, stride, changes, rt, clock=None):
+    """(result, scores) of a walk; with changes, {} included, something adapts."""
+    cfg = dataclasses.replace(cfg, **changes or {})
+    tg.check_combinations(cfg)
+    scores = Scores(len(val.tokens) - 1)
+    adapter = None if changes is None else tg.adapter_for(model, cfg, rt)
+    result = tg.evaluate("test", model.nll, val, cfg, rt, stride, cfg.eval_batch_seqs, adapter, clock, scores)
+    assert (scores.given == 1).all()
+    return result, scores.nll
 
 
-@pytest.mark.parametrize("name, stride, adapts", MODES)
-def test_every_token_once_and_the_bytes_of_the_text(setting, rt, corpus, name, stride, adapts):
+@pytest.mark.parametrize("mode", MODES)
+def test_every_token_once_and_the_bytes_of_the_text(setting, rt, mode):
     cfg, val, model = setting
-    result = score(cfg, val, model(), stride, adapts, rt)
-    assert Recorder.last.targets == val.tokens[1:].tolist()
+    stride, changes = MODES[mode]
+    result, nll = score(cfg, val, model(), stride, changes, rt)
     assert result.tokens == len(val.tokens) - 1
     assert result.bytes == int(val.byte_table.count(val.tokens[:-1], val.tokens[1:]).sum())
-    nll = torch.tensor(Recorder.last.nll, dtype=torch.double)
-    assert result.loss == pytest.approx(nll.mean().item()) and result.bpb == pytest.approx(nll.sum().item() / 0.6931471805599453 / result.bytes)
+    assert result.loss == pytest.approx(nll.double().mean().item())
+    assert result.bpb == pytest.approx(nll.double().sum().item() / math.log(2) / result.bytes)
 
 
 @pytest.mark.parametrize("stride", [1, 8, 32])
 def test_scores_are_those_of_one_window_at_a_time(setting, rt, stride):
     cfg, val, model = setting
     model, tokens = model(), val.tokens[:120].long()
-    score(cfg, dataclasses.replace(val, tokens=tokens), model, stride, False, rt)
+    _, nll = score(cfg, dataclasses.replace(val, tokens=tokens), model, stride, None, rt)
     wanted = []
     with torch.no_grad():
         while len(wanted) < len(tokens) - 1:  # the next `stride` targets, each window as early as it can be
             end = min(32 if not wanted else len(wanted) + stride, len(tokens) - 1)
             logits = model.logits(model.hidden(tokens[None, end - 32:end]))[0]
-            nll = F.cross_entropy(logits, tokens[end - 31:end + 1], reduction="none")
-            wanted += nll[len(wanted) - end:].tolist()
-    assert Recorder.last.nll == pytest.approx(wanted, abs=2e-5)
+            each = F.cross_entropy(logits, tokens[end - 31:end + 1], reduction="none")
+            wanted += each[len(wanted) - end:].tolist()
+    assert nll.tolist() == pytest.approx(wanted, abs=2e-5)
 
 
-@pytest.mark.parametrize("name, stride, adapts", MODES)
-@pytest.mark.parametrize("t", [1, 300, 511, 512, 513, 1024, 1600])
-def test_no_score_depends_on_its_token_s_future(setting, rt, name, stride, adapts, t):
-    """Score before update: other tokens from position t on leave every score before t bit-identical."""
+@pytest.mark.parametrize("mode", MODES)
+def test_no_score_depends_on_its_token_s_future(setting, rt, mode):
+    """Score before update: other tokens from position t on leave every score before t bit-identical - also where they
+    end or begin documents, so that others share the batch."""
     cfg, val, model = setting
-    changed = val.tokens.clone()
-    changed[t:] = (changed[t:] + 7) % cfg.vocab_size
-    scores = []
-    for tokens in (val.tokens, changed):
-        score(cfg, dataclasses.replace(val, tokens=tokens), model(), stride, adapts, rt)
-        scores.append(Recorder.last.nll)
-    before = t - 1  # target i is token i + 1
-    assert scores[0][:before] == scores[1][:before]
-    assert scores[0][before:] != scores[1][before:]
+    stride, changes = MODES[mode]
+    tokens = val.tokens[:1100].clone()
+    tokens[[40, 41, 300, 340, 600]] = val.bos_id
+    _, before = score(cfg, dataclasses.replace(val, tokens=tokens), model(), stride, changes, rt)
+    for t in (1, 300, 333, 512, 513, 1024):
+        changed = tokens.clone()
+        changed[t:] = (changed[t:] + 7) % cfg.vocab_size
+        changed[t + 30::90] = val.bos_id
+        _, after = score(cfg, dataclasses.replace(val, tokens=changed), model(), stride, changes, rt)
+        assert torch.equal(before[:t - 1], after[:t - 1])  # target i is token i + 1
+        assert not torch.equal(before[t - 1:], after[t - 1:])
 
 
-def test_an_adapter_sees_only_scored_tokens_all_but_the_last_chunk(setting, rt):
+@pytest.mark.parametrize("stride", [8, 7, 32])
+def test_an_adapter_sees_only_scored_tokens_all_but_the_last_chunk(setting, rt, stride):
     cfg, val, model = setting
-    handed = []
+    scores, handed, model = Scores(len(val.tokens) - 1), [], model()
 
-    class Spy:
-        def learn(self, tokens, progress):
-            seen = len(handed) * cfg.ttt_chunk_tokens + len(tokens) - 1
-            assert len(Recorder.last.nll) >= seen and torch.equal(tokens[1:], val.tokens[seen - len(tokens) + 2:seen + 1])
+    class Spy(tg.SgdAdapter):
+        def learn(self, tokens, progress, epochs):
+            first = len(handed) * cfg.ttt_chunk_tokens
+            last = first + len(tokens) - 1
+            assert torch.equal(tokens, val.tokens[first:last + 1]) and (scores.given[:last] == 1).all()
             handed.append(progress)
-    for stride in (8, 7, 32):
-        handed.clear()
-        tg.evaluate("test", model().nll, val, cfg, rt, stride, 4, Spy())
-        chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
-        assert handed == [i / (chunks - 1) for i in range(chunks - 1)]
+    tg.evaluate("test", model.nll, val, cfg, rt, stride, 4, Spy(model, cfg, rt), observe=scores)
+    chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
+    assert handed == [i / (chunks - 1) for i in range(chunks - 1)]
 
 
 def test_ttt_learns(setting, rt):
@@ -124,7 +138,7 @@ def test_ttt_learns(setting, rt):
     cfg, val, model = setting
     again = dataclasses.replace(val, tokens=val.tokens[:400].repeat(5))
     cfg = dataclasses.replace(cfg, ttt_lr=0.05, ttt_epochs=2)
-    plain, adapted = (score(cfg, again, model(), 8, adapts, rt) for adapts in (False, True))
+    plain, adapted = (score(cfg, again, model(), 8, changes, rt)[0] for changes in (None, {}))
     assert adapted.bpb < plain.bpb - 0.05
 
 
@@ -152,7 +166,7 @@ def test_sgd_adaptation_is_the_plain_loop(setting, rt):
     cfg, val, model = setting
     cfg = dataclasses.replace(cfg, ttt_epochs=2)
     ours = model()
-    score(cfg, val, ours, 8, True, rt)
+    score(cfg, val, ours, 8, {}, rt)
     wanted = reference_ttt(cfg, model(), val)
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -163,7 +177,7 @@ def test_frozen_blocks_stay(setting, rt, optimiser):
     cfg, val, model = setting
     cfg = dataclasses.replace(cfg, ttt_freeze_blocks=2, ttt_optimizer=optimiser, ttt_lr=0.01)
     start, moved = model(), model()
-    score(cfg, val, moved, 8, True, rt)
+    score(cfg, val, moved, 8, {}, rt)
     before, after = dict(start.named_parameters()), dict(moved.named_parameters())
     for name in before:
         if name.endswith("_bank"):
@@ -176,33 +190,31 @@ def test_frozen_blocks_stay(setting, rt, optimiser):
 def test_temperature_divides_the_logits_of_the_adapted_score_alone(setting, rt):
     cfg, val, model = setting
     hot = dataclasses.replace(cfg, ttt_temp=2.0, ttt_lr=0.0)
-    assert score(hot, val, model(), 8, False, rt).bpb == score(cfg, val, model(), 8, False, rt).bpb
-    score(hot, val, model(), 32, True, rt)
+    assert score(hot, val, model(), 8, None, rt)[0].bpb == score(cfg, val, model(), 8, None, rt)[0].bpb
+    _, nll = score(hot, val, model(), 32, {}, rt)
     m, ids = model(), val.tokens[:33].long()[None]
     with torch.no_grad():
         logits = m.logits(m.hidden(ids[:, :-1]))[0] / 2
-    assert Recorder.last.nll[:32] == pytest.approx(F.cross_entropy(logits, ids[0, 1:], reduction="none").tolist(), abs=2e-5)
+    assert nll[:32].tolist() == pytest.approx(F.cross_entropy(logits, ids[0, 1:], reduction="none").tolist(), abs=2e-5)
 
 
 def test_padding_for_compiled_graphs_counts_nothing(setting, rt, tmp_path):
     cfg, val, model = setting
-    eager = score(cfg, val, model(), 8, False, rt)
+    eager, _ = score(cfg, val, model(), 8, None, rt)
     padded = dataclasses.replace(rt, compiles=True)  # score_fn stays eager: only the padding differs
-    assert score(cfg, val, model(), 8, False, padded).bpb == pytest.approx(eager.bpb, rel=1e-6)
+    assert score(cfg, val, model(), 8, None, padded)[0].bpb == pytest.approx(eager.bpb, rel=1e-6)
 
 
-def test_ranks_share_the_windows(setting, tmp_path):
-    cfg, val, model = setting
+@pytest.mark.parametrize("mode", ["sliding", "sgd", "document"])
+def test_ranks_share_the_windows(setting, tmp_path, mode):
+    """The plans of all ranks together score every target once and teach, rank by rank, what one rank would learn."""
+    cfg, val, _ = setting
+    stride, changes = MODES[mode]
+    cfg = dataclasses.replace(cfg, **changes or {})
     scored = []
     for rank in range(3):
         rt = make_runtime(tmp_path, rank=rank, world_size=3)
-        meter_targets = []
-        windows = tg.Windows.plan(len(val.tokens) - 1, 32, 8)
-        mine = rt.share_of(len(windows.ends))
-        for chosen, keep in windows.batches(mine, 16):
-            meter = Recorder(val.byte_table)
-            with torch.no_grad():
-                tg.score_batch(model().nll, val, windows, chosen, keep, meter, len(chosen), 1.0)
-            meter_targets += meter.targets
-        scored += meter_targets
-    assert scored == val.tokens[1:].tolist()
+        legs = tg.plan_documents(val, cfg, rt) if mode == "document" else tg.plan_stream(
+            len(val.tokens) - 1, cfg, rt, stride, 16, changes is not None)
+        scored += [i for leg in legs for part in leg.batches for i in part.read(val.tokens)[2][part.read(val.tokens)[3]].tolist()]
+    assert sorted(scored) == list(range(len(val.tokens) - 1))

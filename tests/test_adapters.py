@@ -1,0 +1,353 @@
+"""Test-time training: each adapter against the slow obvious loop, documents side by side, ranks, the clock, refusals."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import train_gpt as tg
+from conftest import ROOT, environment, make_runtime, scrambled
+from test_evaluation import LORA, MODES, Scores, reference_ttt, score, setting  # noqa: F401  (a fixture)
+from torch.nn import functional as F
+
+DOCUMENT = {**LORA, "ttt_reset": "document", "ttt_batch_docs": 3, "ttt_doc_chunk_tokens": 12}
+
+
+def with_documents(val, starts, length=320):
+    """The validation text cut to `length`, with documents beginning at 0 and at `starts` and nowhere else."""
+    tokens = val.tokens[:length].clone()
+    tokens[tokens == val.bos_id] = val.bos_id + 7
+    tokens[[0, *starts]] = val.bos_id
+    return dataclasses.replace(val, tokens=tokens)
+
+
+def weights_with_additions(model, pairs, scale):
+    """(parameters, output matrix) in which every addition is simply added."""
+    named, layers = dict(model.named_parameters()), model.cfg.num_layers
+    banks = {name: list(named[name]) for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")}
+    head = model.tok_emb.weight
+    for (kind, layer), (a, b) in pairs.items():
+        if kind == "head":
+            head = head + scale * b @ a
+            continue
+        bank, offset = {"query": ("qo_bank", 0), "out": ("qo_bank", layers), "key": ("kv_bank", 0),
+                        "value": ("kv_bank", layers), "up": ("mlp_up_bank", 0), "down": ("mlp_down_bank", 0)}[kind]
+        banks[bank][layer + offset] = banks[bank][layer + offset] + scale * b @ a
+    return {name: torch.stack(banks[name]) if name in banks else p for name, p in named.items()}, head
+
+
+class Trunk(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model.hidden(ids)
+
+
+def reference_documents(cfg, model, val):
+    """Scores, one document after another, each with its own additions, its own optimiser and plain autograd."""
+    adapter = tg.LoraAdapter(model, cfg, make_runtime("."))
+    scale, trunk = (cfg.ttt_lora_alpha or cfg.ttt_lora_rank) / cfg.ttt_lora_rank, Trunk(model)
+    tokens, chunk, scores = val.tokens.long(), cfg.ttt_doc_chunk_tokens, []
+    bounds = sorted({0, *(tokens[:-1] == val.bos_id).nonzero().flatten().tolist(), len(tokens) - 1})
+    for first, stop in zip(bounds, bounds[1:]):
+        pairs = {key: [t[0].detach().clone().requires_grad_() for t in pair] for key, pair in adapter.pairs.items()}
+        groups = [{"params": pair, "lr": cfg.ttt_lora_lr * cfg.lora_layer_rates.get(layer, 1.0)}
+                  for (_, layer), pair in pairs.items()]
+        params = [t for pair in pairs.values() for t in pair]
+        optimiser = (torch.optim.Adam(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10)
+                     if cfg.ttt_lora_optimizer == "adam" else torch.optim.SGD(groups, momentum=cfg.ttt_momentum))
+        for low in range(first, stop, chunk):
+            high, start = min(low + chunk, stop), max(first, low + chunk - cfg.window)
+
+            def nll():
+                named, head = weights_with_additions(model, pairs, scale)
+                hidden = torch.func.functional_call(trunk, {f"model.{k}": v for k, v in named.items()}, tokens[None, start:high])
+                logits = tg.capped_logits(hidden[0, low - high:], head, cfg.logit_softcap)
+                return F.cross_entropy(logits, tokens[low + 1:high + 1], reduction="none")
+            with torch.no_grad():
+                scores.append(nll())
+            for _ in range(cfg.ttt_epochs if high < stop and low - first + chunk >= cfg.ttt_min_doc_tokens else 0):
+                optimiser.zero_grad()
+                nll().mean().backward()
+                torch.nn.utils.clip_grad_norm_(params, cfg.ttt_grad_clip)
+                optimiser.step()
+    return torch.cat(scores)
+
+
+@pytest.mark.parametrize("changes", [
+    DOCUMENT, {**DOCUMENT, "ttt_lora_optimizer": "sgd", "ttt_lora_lr": 0.1, "ttt_lora_alpha": 4.0, "ttt_min_doc_tokens": 30},
+    {**DOCUMENT, "ttt_lora_targets": "q,v", "ttt_lora_layers": "0,2", "ttt_lora_layer_rates": "2:0.3", "ttt_epochs": 1},
+    {**DOCUMENT, "ttt_doc_chunk_tokens": 32, "ttt_batch_docs": 9}], ids=["adam", "sgd", "layers", "wide"])
+def test_documents_side_by_side_are_documents_one_by_one(setting, rt, changes):
+    cfg, val, model = setting
+    val = with_documents(val, [1, 2, 30, 90, 100, 190, 290, 291])
+    cfg = dataclasses.replace(cfg, **changes)
+    _, nll = score(cfg, val, model(), 8, changes, rt)
+    torch.testing.assert_close(nll, reference_documents(cfg, model(), val), atol=5e-5, rtol=1e-5)
+    assert (nll - score(cfg, val, model(), 8, {**changes, "ttt_lora_lr": 0.0}, rt)[1]).abs().max() > 1e-2
+
+
+def test_a_document_s_scores_do_not_depend_on_its_company(setting, rt):
+    """Bit for bit in a batch of the same size; to rounding at another size."""
+    cfg, val, model = setting
+    text = with_documents(val, [50, 130, 170])
+    alone = dataclasses.replace(val, tokens=text.tokens[50:131])
+    _, among = score(cfg, text, model(), 8, DOCUMENT, rt)
+    _, single = score(cfg, alone, model(), 8, DOCUMENT, rt)
+    assert torch.equal(among[50:130], single)
+    for size in (1, 7):
+        _, other = score(cfg, text, model(), 8, {**DOCUMENT, "ttt_batch_docs": size}, rt)
+        torch.testing.assert_close(other, among, atol=1e-5, rtol=1e-5)
+
+
+def test_a_document_begins_with_nothing_learnt(setting, rt):
+    """The same documents again get the same scores: from other batches before them nothing remains."""
+    cfg, val, model = setting
+    once = with_documents(val, [30, 100, 130, 200], 261).tokens
+    once[-1] = val.bos_id
+    twice = dataclasses.replace(val, tokens=torch.cat((once, once[1:])))
+    for changes, same in (({**DOCUMENT, "ttt_batch_docs": 2}, True), ({**LORA, "ttt_chunk_tokens": 64}, False)):
+        _, nll = score(cfg, twice, model(), 32, changes, rt)
+        assert torch.equal(nll[:260], nll[260:]) == same
+
+
+@pytest.mark.parametrize("mode", ["lora", "lora, hash", "hash", "document"])
+def test_before_the_first_lesson_nothing_is_changed(setting, rt, mode):
+    cfg, val, model = setting
+    stride, changes = MODES[mode]
+    still = {**changes, "ttt_lora_lr": 0.0, "ttt_lr": 0.0}
+    _, nll = score(cfg, val, model(), stride, still, rt)
+    if mode == "document":
+        assert torch.equal(nll, score(cfg, val, model(), stride, {**changes, "ttt_min_doc_tokens": 10 ** 6}, rt)[1])
+    else:
+        assert torch.equal(nll, score(cfg, val, model(), stride, None, rt)[1])
+
+
+@pytest.mark.parametrize("mode", ["adamw", "polyak", "hash", "lora", "lora, hash", "document"])
+def test_each_adapter_learns(setting, rt, mode):
+    """On text that repeats itself, inside its documents as well, the adapted score is the better one."""
+    cfg, val, model = setting
+    stride, changes = MODES[mode]
+    again = with_documents(val, [])
+    again = dataclasses.replace(val, tokens=torch.cat((again.tokens[:1], again.tokens[1:60].repeat(20))))
+    changes = {**changes, "ttt_chunk_tokens": 128, "ttt_lora_lr": 0.03, "ttt_epochs": 2}
+    still, moved = (score(cfg, again, model(), stride, {**changes, **more}, rt)[0].bpb
+                    for more in ({"ttt_lora_lr": 0.0, "ttt_lr": 0.0}, {}))
+    assert moved < still - 0.05
+
+
+def test_additions_are_where_they_were_asked_for_and_the_weights_stay(setting, rt):
+    cfg, val, model = setting
+    changes = {"ttt_mode": "lora", "ttt_lora_targets": "k,mlp,head", "ttt_lora_layers": "1-2", "ttt_lora_rank": 3,
+               "ttt_lora_layer_rates": "2:0.5", "hash_embed_buckets": 64}
+    cfg = dataclasses.replace(cfg, **changes)
+    model, start = model(), model()
+    adapter = tg.adapter_for(model, cfg, rt)
+    assert set(adapter.pairs) == {(kind, layer) for kind in ("key", "up", "down") for layer in (1, 2)} | {("head", -1)}
+    a, b = adapter.pairs["up", 2]
+    assert a.shape == (3, 32) and b.shape == (96, 3) and not b.any()
+    assert 0.8 * 32 ** -0.5 < a.abs().max() <= 32 ** -0.5
+    rates = {id(t): group["full_lr"] for group in adapter.optimiser.param_groups for t in group["params"]}
+    assert [rates[id(t)] for t in (a, adapter.pairs["up", 1][0], adapter.pairs["head", -1][1], adapter.table)] == \
+        pytest.approx([0.005, 0.01, 0.01, 0.1])
+    tg.evaluate("test", model.nll, val, cfg, rt, 8, 16, adapter)
+    assert b.any() and adapter.table.any()
+    assert all(torch.equal(p, q) for p, q in zip(start.parameters(), model.parameters()))
+
+
+def test_hash_of_pairs_as_published(setting, rt):
+    ids = torch.tensor([[5, 7, 1023, 1023]])
+    assert tg.hash_pairs(ids, 16384).tolist() == [[5 * 2040 % 16384, 10202, (7 * 2039 + 1023) % 16384, 6152]]
+    cfg, val, model = setting
+    cfg = dataclasses.replace(cfg, hash_embed_buckets=4096)
+    adapter = tg.adapter_for(model(), cfg, rt)
+    adapter.learn(val.tokens[:129], 0.0, 1)
+    seen = torch.unique(tg.hash_pairs(val.tokens[:128].long().view(-1, cfg.train_seq_len), 4096))
+    assert adapter.table.abs().sum(1).nonzero().flatten().tolist() == seen.tolist()
+
+
+def test_polyak_scores_with_the_average_and_learns_from_the_weights(setting, rt):
+    cfg, val, model = setting
+    cfg = dataclasses.replace(cfg, ttt_polyak_decay=0.6, ttt_epochs=2)
+    raw, averaged = reference_ttt(cfg, model(), val), model()
+    adapter, start = tg.adapter_for(averaged, cfg, rt), averaged.qo_bank.detach().clone()
+    tg.evaluate("test", averaged.nll, val, cfg, rt, 8, 16, adapter)
+    for (name, p), hidden in zip(averaged.named_parameters(), adapter.average):
+        torch.testing.assert_close(hidden, raw[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert (averaged.qo_bank - raw["qo_bank"]).abs().max() > 1e-4 < (averaged.qo_bank - start).abs().max()
+    unmoved = dataclasses.replace(cfg, ttt_polyak_decay=0.99999)  # hardly moves in so few steps
+    _, still = score(cfg, val, model(), 8, None, rt)
+    torch.testing.assert_close(score(unmoved, val, model(), 8, {}, rt)[1], still, atol=2e-3, rtol=0)
+
+
+def test_rates_of_families(setting, rt):
+    cfg, _, model = setting
+    for changes, wanted in (({}, (1, 1, 1)), ({"ttt_optimizer": "adamw"}, (3, 0.5, 1)),
+                            ({"ttt_proj_lr_mult": 2.0, "ttt_fc_lr_mult": 0.0}, (2, None, 1))):
+        model_ = model()
+        adapter = tg.adapter_for(model_, dataclasses.replace(cfg, ttt_lr=1.0, **changes), rt)
+        rates = {id(t): group["lr"] for group in adapter.optimiser.param_groups for t in group["params"]}
+        assert tuple(rates.get(id(p)) for p in (model_.mlp_down_bank, model_.mlp_up_bank, model_.qo_bank)) == wanted
+        assert len(adapter.optimiser.param_groups) == len(set(rates.values()))
+
+
+# ---- the clock
+
+class FakeTime:
+    """Stands still but for what scoring and learning are said to take."""
+
+    def __init__(self, monkeypatch, model, score_s, learn_s):
+        self.now, nll, backward = 0.0, model.nll, torch.Tensor.backward
+
+        def scored(ids, *rest):
+            self.now += score_s(self) * ids.numel() if callable(score_s) else score_s * ids.numel()
+            return nll(ids, *rest)
+
+        def learnt(*args, **kwargs):
+            self.now += learn_s
+            return backward(*args, **kwargs)
+        self.score = scored
+        monkeypatch.setattr(torch.Tensor, "backward", learnt)
+
+    def __call__(self):
+        return self.now
+
+
+class Log:
+    def __init__(self):
+        self.lines = []
+
+    def __call__(self, text, *rest, **fields):
+        self.lines.append(text)
+
+    def progress(self, *args):
+        return tg._NoProgress()
+
+
+def timed(setting, rt, monkeypatch, limit, changes, learn_s=1.0, score_s=0.001):
+    cfg, val, model = setting
+    val = with_documents(val, [100, 290])
+    cfg, model, log = dataclasses.replace(cfg, eval_max_seconds=limit, **changes), model(), Log()
+    rt, fake = dataclasses.replace(rt, log=log), FakeTime(monkeypatch, model, score_s, learn_s)
+    clock, scores = tg.EvalClock(cfg, rt, now=fake), Scores(len(val.tokens) - 1)
+    clock.demand(fake.score, 0, 2, cfg.window, 8)
+    tg.evaluate("test", fake.score, val, cfg, rt, 8, 16, tg.adapter_for(model, cfg, rt), clock, scores)
+    monkeypatch.undo()
+    assert (scores.given == 1).all()
+    return fake.now, [line for line in log.lines if line.startswith("ttt_clock")]
+
+
+@pytest.mark.parametrize("changes", [{"ttt_chunk_tokens": 32, "ttt_epochs": 4},
+                                     {**DOCUMENT, "ttt_lora_targets": "q", "ttt_batch_docs": 1, "ttt_epochs": 4}], ids=["stream", "document"])
+def test_adaptation_gives_way_to_the_clock(setting, rt, monkeypatch, changes):
+    free, lines = timed(setting, rt, monkeypatch, 1e6, changes)
+    still, _ = timed(setting, rt, monkeypatch, 1e6, {**changes, "ttt_epochs": 0})
+    assert lines == [] and timed(setting, rt, monkeypatch, 1.1 * free, changes) == (free, [])
+    for share in (0.7,):  # of the time that learning would take
+        limit = still + share * (free - still)
+        spent, lines = timed(setting, rt, monkeypatch, limit, changes)
+        assert 0.85 * limit < spent <= limit
+        assert lines and all("epochs" in line or "adaptation ends" in line for line in lines[:-1])
+        assert lines[-1].endswith("passes over scored chunks were left out") and len(lines) <= 1 + 4
+    spent, lines = timed(setting, rt, monkeypatch, 1.02 * still, changes)
+    assert still <= spent < 1.1 * still and "adaptation ends at chunk 1/" in lines[0]
+
+
+def test_scoring_that_slows_down_ends_adaptation_and_goes_on(setting, rt, monkeypatch):
+    changes = {"ttt_chunk_tokens": 32, "ttt_epochs": 2}
+    spent, lines = timed(setting, rt, monkeypatch, 4, changes, 0.1, lambda fake: 0.001 if fake.now < 1 else 0.01)
+    assert spent > 4 and any("adaptation ends" in line for line in lines) and "over EVAL_MAX_SECONDS=4" in lines[-1]
+
+
+def test_a_limit_too_small_to_score_at_all_is_refused_before_scoring(run):
+    done = run(EVAL_MAX_SECONDS=0.002)
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "EVAL_MAX_SECONDS=0.002: scoring alone would take about" in done.err
+    assert "roundtrip" not in done.out and (done.folder / "final_model.ptz").exists()
+
+
+# ---- from settings
+
+@pytest.mark.parametrize("variables, said", [
+    ({}, "ttt_sliding:optimizer=sgd"),
+    ({"TTT_OPTIMIZER": "adamw", "TTT_LR": 0.001, "TTT_POLYAK_DECAY": 0.9}, "ttt_sliding:optimizer=adamw"),
+    ({"HASH_EMBED_BUCKETS": 4096, "TTT_FREEZE_BLOCKS": 1}, "ttt_sliding:params unfrozen="),
+    ({"TTT_MODE": "lora", "TTT_LORA_TARGETS": "q,k,v,o,mlp,head", "TTT_LORA_LAYERS": "1-2"},
+     "ttt_lora:rank=8 alpha=8 targets=q,k,v,o,mlp,head layers=1,2 optimizer=adam lr=0.01"),
+    ({"TTT_MODE": "lora", "TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_BATCH_DOCS": 2, "LORA_RANK": 4},
+     "ttt_document:start documents=")])
+def test_every_mode_from_its_variables(run, variables, said):
+    done = run(ITERATIONS=2, EVAL_STRIDE=16, **variables)
+    assert done.code == 0, done.err
+    assert said in done.out and done.summary["val_bpb_ttt"] != done.summary["val_bpb_sliding"]
+
+
+@pytest.mark.parametrize("variables, said", [
+    ({"TTT_LORA_TARGETS": "q,w"}, "TTT_LORA_TARGETS='q,w' is not some of q,k,v,o,mlp,head"),
+    ({"TTT_LORA_TARGETS": ""}, "TTT_LORA_TARGETS="), ({"TTT_LORA_LAYERS": "1-x"}, "is not layers like"),
+    ({"TTT_LORA_LAYERS": "2-3"}, "outside 0..2"), ({"TTT_LORA_LAYERS": "0-1-2"}, "is not layers like"),
+    ({"TTT_LORA_LAYER_RATES": "1"}, "pairs like 7:0.6"), ({"TTT_LORA_LAYER_RATES": "9:0.6"}, "outside 0..2"),
+    ({"TTT_LORA_RANK": 0}, "TTT_LORA_RANK=0 is out of range"), ({"TTT_RESET": "document", "TTT_MODE": "sgd"}, "only TTT_MODE=lora"),
+    ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 33}, "longer than a window"),
+    ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_POLYAK_DECAY": 0.9}, "TTT_POLYAK_DECAY works along a stream"),
+    ({"TTT_CHUNK_TOKENS": 16}, "holds no sequence"),
+    ({"TTT_CHUNK_TOKENS": 40, "EVAL_STRIDE": 48, "EVAL_SEQ_LEN": 64}, "shorter than the 48 tokens")])
+def test_refusals(corpus, tmp_path, variables, said):
+    with pytest.raises(tg.UserError) as refused:
+        tg.Hyperparameters.from_env(environment(corpus, tmp_path, TTT_MODE="lora") | {k: str(v) for k, v in variables.items()})
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_documents_need_a_bos(config, rt, monkeypatch):
+    cfg, opened = config(**DOCUMENT), tg.open_tokenizer
+    for bos, said in ((-1, "has no BOS"), (2, r"no BOS \(token 2\) in ")):
+        def other(cfg):
+            tokenizer, digest = opened(cfg)
+            monkeypatch.setattr(type(tokenizer), "bos_id", lambda self: bos)
+            return tokenizer, digest
+        monkeypatch.setattr(tg, "open_tokenizer", other)
+        with pytest.raises(tg.UserError, match=said):
+            tg.ValData.open(cfg, rt)
+
+
+# ---- ranks
+
+def walks(cfg, rt):
+    """Scores of three ways to adapt, on this rank and its fellows."""
+    val, results = tg.ValData.open(cfg, rt), []
+    for changes in ({"ttt_polyak_decay": 0.6}, {**LORA, "hash_embed_buckets": 512}, {**DOCUMENT, "ttt_batch_docs": 1}):
+        changed = dataclasses.replace(cfg, **{**changes, "ttt_batch_seqs": 3, "ttt_lora_targets": "q,head"})
+        torch.manual_seed(0)
+        model = scrambled(tg.GPT(cfg)).eval()
+        r = tg.evaluate("test", model.nll, val, changed, rt, 8, 16, tg.adapter_for(model, changed, rt), tg.EvalClock(changed, rt))
+        results.append([r.tokens, r.bytes, r.bpb])
+    return results
+
+
+ON_TWO_RANKS = """
+import json, sys
+sys.path[:0] = {paths!r}
+import train_gpt as tg
+from test_adapters import walks
+cfg = tg.Hyperparameters.from_env()
+rt = tg.Runtime.open(cfg)
+results = walks(cfg, rt)
+if rt.rank == 0:
+    print(json.dumps(results))
+rt.close()
+"""
+
+
+def test_world_size_does_not_change_what_is_learnt(corpus, config, rt, tmp_path):
+    script = tmp_path / "walks.py"
+    script.write_text(ON_TWO_RANKS.format(paths=[str(ROOT), str(ROOT / "tests")]))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, tmp_path)},
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for two, one in zip(json.loads(done.stdout.strip().splitlines()[-1]), walks(config(), rt)):
+        assert two[:2] == one[:2] and two[2] == pytest.approx(one[2], rel=2e-6)

@@ -1,0 +1,292 @@
+"""The file that is submitted: packers, container, integrity."""
+import dataclasses
+import hashlib
+import io
+import json
+import pickle
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, scrambled
+from hypothesis import given, settings, strategies as st
+
+import train_gpt as tg
+
+sys.path.append(str(ROOT / "tools"))
+import pack_bench  # noqa: E402
+
+SHA = "ab" * 32
+CODECS = tuple(tg.PACKERS)  # range first
+shapes = st.lists(st.integers(1, 40), min_size=2, max_size=3)
+
+
+def codes_of(shape, bits, seed, spread):
+    """Codes as of a weight whose rows and columns differ in spread; some rows alike, as unused tokens' are."""
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=shape) * np.exp(rng.normal(size=shape[-1])) * np.exp(rng.normal(size=(*shape[:-1], 1)))
+    weight[..., ::3, :] = weight[..., :1, :] + 0.1 * weight[..., ::3, :]
+    top = 2 ** (bits - 1) - 1
+    return np.clip(np.rint(spread * top * weight), -top, top).astype(np.int8)
+
+
+def model_of(cfg, seed=0):
+    torch.manual_seed(seed)
+    return scrambled(tg.GPT(cfg), seed)
+
+
+@given(st.lists(st.tuples(shapes, st.integers(2, 8)), min_size=1, max_size=3), st.sampled_from(CODECS),
+       st.integers(0, 100), st.sampled_from([0.0, 0.05, 0.3, 5.0]))
+@settings(max_examples=80, deadline=None)
+def test_codes_survive_every_packer(kinds, codec, seed, spread):
+    arrays = [codes_of(shape, bits, seed + i, spread) for i, (shape, bits) in enumerate(kinds)]
+    bits = tuple(b for _, b in kinds)
+    packed = tg.pack_stream(codec, list(zip(arrays, bits)))
+    assert packed == tg.pack_stream(codec, list(zip(arrays, bits)))
+    for array, got in zip(arrays, tg.unpack_stream("attn", codec, packed, [a.shape for a in arrays], bits)):
+        assert got.dtype == np.int8 and np.array_equal(got, array)
+
+
+@given(st.binary(min_size=1, max_size=3000), st.sampled_from(CODECS[1:]), st.binary(min_size=1, max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_a_stream_is_read_whole_and_nothing_beyond(raw, codec, extra):
+    packed = tg.compress(codec, raw)
+    assert tg.decompress(codec, packed, len(raw)) == raw
+    for size, data in ((len(raw) + 1, packed), (len(raw), packed + extra), (len(raw), packed[:-1]),
+                       *([(len(raw) - 1, packed)] if raw else [])):
+        with pytest.raises(ValueError):
+            tg.decompress(codec, data, size)
+
+
+@pytest.mark.parametrize("codec", CODECS[1:])
+def test_a_bomb_is_not_unpacked(codec):
+    bomb = tg.compress(codec, bytes(2 ** 24))
+    with pytest.raises(ValueError):
+        tg.decompress(codec, bomb, 1000)
+
+
+def test_range_coding_is_near_the_entropy_and_knows_rows_columns_and_shared_directions():
+    rng = np.random.default_rng(1)
+    plain = np.clip(np.rint(rng.normal(size=(2, 256, 256)) * 4), -31, 31).astype(np.int8)
+    assert len(tg.range_encode([plain], [6])) < 1.006 * tg.order0_bytes(plain)
+    uneven = np.clip(np.rint(rng.normal(size=(2, 256, 256)) * np.exp(rng.normal(size=256)) * 2), -31, 31)
+    assert len(tg.range_encode([uneven.astype(np.int8)], [6])) < 0.9 * tg.order0_bytes(uneven.astype(np.int8))
+    shared = rng.normal(size=(512, 4)) @ rng.normal(size=(4, 64)) * 10 + rng.normal(size=(512, 64)) * 2
+    shared = np.clip(np.rint(shared), -127, 127).astype(np.int8)
+    assert len(tg.range_encode([shared], [8])) < 0.8 * tg.order0_bytes(shared)
+
+
+def test_range_coding_gives_these_bytes_everywhere():
+    """A decoder on another machine must walk the same way; the digest is that of the machine this was written on."""
+    i = np.arange(6 * 50 * 70)
+    bank = ((i * 2654435761 % 2 ** 32 // 2 ** 20) % 63 - 31) * (i % 70 + 1) // 70
+    table = (bank.reshape(300, 70)[:, ::-1] + i.reshape(300, 70) // 70 % 7) // 2
+    packed = tg.range_encode([bank.reshape(6, 50, 70).astype(np.int8), table.astype(np.int8)], [6, 6])
+    assert hashlib.sha256(packed).hexdigest()[:16] == "46071083da84a842"
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("codec", [*CODECS, "auto"])
+def test_the_artifact_is_the_model(config, rt, codec, bits):
+    cfg = config(compress=codec, mlp_quant_bits=bits, attn_qat_bits=bits, embed_bits=bits, mtp_num_heads=1,
+                 int8_keep_float_fp32_name_patterns="q_gain")
+    model = model_of(cfg)
+    artifact = tg.pack(cfg, model, SHA)
+    loaded = tg.load_model(artifact.blob, rt, SHA)
+    specs = tg.quant_specs(cfg, [name for name, _ in model.named_parameters()])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in specs:
+                p.copy_(tg.dequantise(*tg.quantise(p, specs[name])))
+            elif not name.endswith("q_gain"):
+                p.copy_(p.half().float())
+    exported = {name: p for name, p in model.state_dict().items() if not name.startswith("mtp_heads")}
+    assert exported.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(p, loaded.state_dict()[name]) for name, p in exported.items())
+    ids = torch.randint(cfg.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded.logits(loaded.hidden(ids)), model.logits(model.hidden(ids)))
+
+
+def test_the_same_weights_give_the_same_bytes_and_another_weight_gives_others(config):
+    cfg = config()
+    blobs = [tg.pack(cfg, model_of(cfg), SHA).blob for _ in range(2)]
+    assert blobs[0] == blobs[1]
+    assert tg.pack(cfg, model_of(cfg, seed=1), SHA).blob != blobs[0]
+
+
+def test_auto_is_the_smallest_and_the_ledger_is_the_file(config):
+    cfg, model = config(), model_of(config())
+    sizes = {codec: {row.stream: row.packed_bytes for row in
+                     tg.pack(dataclasses.replace(cfg, compress=codec), model, SHA).ledger} for codec in CODECS}
+    artifact = tg.pack(cfg, model, SHA)
+    for row in artifact.ledger:
+        assert row.packed_bytes == min(of[row.stream] for of in sizes.values())
+        assert 0 < row.entropy_bytes <= row.raw_bytes
+    text, payload = tg.open_frame(artifact.blob)
+    assert sum(row.packed_bytes for row in artifact.ledger) == len(payload)
+    assert sum(row.values for row in artifact.ledger if row.stream != "scales") == \
+        sum(p.numel() for p in model.parameters())
+    lines = artifact.table(1234)
+    assert lines[-1].split()[:2] == ["total", f"{len(artifact.blob) + 1234:,}"]
+    listed = [int(line.split(" B")[-2].split()[-1].replace(",", "")) for line in lines]
+    assert sum(listed[:-1]) == listed[-1]
+
+
+def test_rounding_chosen_elsewhere_is_stored(config, rt):
+    cfg, model = config(), model_of(config())
+    codes = torch.ones_like(model.kv_bank, dtype=torch.int8)
+    scales = torch.full((*codes.shape[:-1], 1), 0.5, dtype=torch.float16)
+    loaded = tg.load_model(tg.pack(cfg, model, SHA, {"kv_bank": (codes, scales)}).blob, rt, SHA)
+    assert (loaded.kv_bank == 0.5).all()
+
+
+@pytest.mark.parametrize("value, text", [(float("nan"), "is not finite: the training diverged"),
+                                         (1e6, "q_gain is not finite in fp16")])
+def test_weights_no_file_can_hold(config, value, text):
+    cfg, model = config(), model_of(config())
+    with torch.no_grad():
+        (model.blocks[0].attn.q_gain if value == 1e6 else model.mlp_up_bank).view(-1)[3] = value
+    with pytest.raises(tg.UserError, match=text):
+        tg.pack(cfg, model, SHA)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return pack_bench.tiny_artifact()
+
+
+def resealed(blob, change):
+    """The artifact with its header changed by `change(header)`, and the checksums mended."""
+    text, payload = tg.open_frame(blob)
+    header = json.loads(text)
+    return tg.frame(tg.json_bytes(change(header) or header), payload)
+
+
+def zipped():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("data.pkl", "x")
+    return file.getvalue()
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was opened",)
+
+
+@pytest.mark.parametrize("bad, text", [
+    (lambda blob: b"", "artifact is empty"),
+    (lambda blob: blob[:5], "cut short: 5 bytes hold no header"),
+    (lambda blob: blob[:-1], "cut short"),
+    (lambda blob: blob[:len(blob) // 2], "cut short: .* bytes instead of"),
+    (lambda blob: blob + b"\0", "over-long"),
+    (lambda blob: zipped(), "a zip file"),
+    (lambda blob: pickle.dumps(Bomb()), "a pickle"),
+    (lambda blob: b"just some text, long enough to be one", "not an artifact of this program; nothing"),
+    (lambda blob: blob[:5] + b"\1" + blob[6:], "version 1; this program reads version 2"),
+    (lambda blob: blob.replace(b"\r\n", b"\n", 1), "damaged in its first bytes"),
+    (lambda blob: blob[:-40] + bytes([blob[-40] ^ 1]) + blob[-39:], "checksum does not match"),
+    (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), "checksum does not match"),
+])
+def test_a_bad_file_is_named_in_one_line(tiny, bad, text):
+    with pytest.raises(tg.UserError, match=text) as caught:
+        tg.unpack(bad(tiny))
+    assert "\n" not in str(caught.value)
+
+
+def test_any_flipped_byte_is_noticed(tiny):
+    for at in {*range(40), *range(0, len(tiny), 7)}:
+        with pytest.raises(tg.UserError):
+            tg.unpack(tiny[:at] + bytes([tiny[at] ^ (1 << at % 8)]) + tiny[at + 1:])
+
+
+def set_at(*path, value):
+    def change(header):
+        for key in path[:-1]:
+            header = header[key]
+        header[path[-1]] = value
+    return change
+
+
+@pytest.mark.parametrize("change, text", [
+    (set_at("tensors", 0, 0, value="nobody"), "tensors are not those of the model"),
+    (set_at("tensors", 1, 1, value=[-1, 16]), "tensors are not those of the model"),
+    (set_at("tensors", 1, 1, 0, value=1e3), "tensors are not those of the model"),
+    (lambda h: h["tensors"].append(h["tensors"][0]), "tensors are not those of the model"),
+    (set_at("tensors", 0, 2, value="double"), "cannot be double"),
+    (lambda h: next(t for t in h["tensors"] if t[3]).__setitem__(3, 9), "of 9 bits"),
+    (lambda h: next(t for t in h["tensors"] if t[3]).__setitem__(3, float("nan")), "of nan bits"),
+    (lambda h: next(t for t in h["tensors"] if t[0] == "qo_bank").__setitem__(2, "mlp"), "cannot be mlp"),
+    (set_at("streams", 0, 1, value="rar"), "is packed with 'rar'"),
+    (set_at("streams", 0, 1, value=["range"]), "malformed"),
+    (lambda h: next(s for s in h["streams"] if s[0] == "half").__setitem__(1, "range"), "is packed with 'range'"),
+    (lambda h: h["streams"].append(["half", "lzma", 0]), "streams are not those"),
+    (set_at("streams", 0, 2, value=-5), "do not fill the file"),
+    (set_at("streams", 0, 2, value=2 ** 62), "do not fill the file"),
+    (lambda h: h["config"].pop("model_dim") and None, "settings are not those of a model"),
+    (set_at("config", "model_dim", value=2 ** 62), "malformed"),
+    (set_at("config", "model_dim", value=10 ** 4000), "malformed"),
+    (set_at("config", "num_layers", value="many"), "NUM_LAYERS='many' is not a whole number"),
+    (set_at("config", "logit_softcap", value=float("inf")), "LOGIT_SOFTCAP=inf is out of range"),
+    (set_at("tokenizer", value=["x"]), "malformed"),
+    (lambda h: [h], "malformed"),
+    (lambda h: {**h, "tensors": {}}, "malformed"),
+])
+def test_a_malformed_header_is_refused_although_its_checksum_is_right(tiny, change, text):
+    with pytest.raises(tg.UserError, match=text) as caught:
+        tg.unpack(resealed(tiny, change))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_model_too_large_for_its_file_is_refused_before_it_is_made(tiny):
+    def grow(header):
+        header["config"]["bigram_vocab_size"] = 2 ** 22
+        cfg = tg.stored_settings(header["config"])
+        kept = {name: rest for name, _, *rest in header["tensors"]}
+        header["tensors"] = [[name, list(shape), *kept[name]] for name, shape in tg.blueprint(cfg).items()]
+    with pytest.raises(tg.UserError, match="parameters in so small a file"):
+        tg.unpack(resealed(tiny, grow))
+
+
+def test_one_spelling_of_the_header_only(tiny):
+    text, payload = tg.open_frame(tiny)
+    for other in (text.replace(b":", b": ", 1), text[:-1] + b',"config":{}}', text.replace(b"{", b'{"a":1,"a":1,', 1),
+                  b"[" * 9999 + b"]" * 9999, b"\xff", b""):
+        with pytest.raises(tg.UserError, match="malformed"):
+            tg.unpack(tg.frame(other, payload))
+
+
+@pytest.mark.parametrize("stream, value", [("half", np.inf), ("half", np.nan), ("scales", np.nan), ("scales", -1.0),
+                                           ("attn", 32), ("attn", -32), ("attn", -128)])
+def test_values_that_cannot_be_are_refused(stream, value):
+    dtype, bits = (np.int8, 6) if stream == "attn" else ("<f2", 0)
+    array = np.ones((2, 3, 4), dtype)
+    array[1, 2, 1] = value
+    with pytest.raises(ValueError, match=f"stream {stream}"):
+        tg.unpack_stream(stream, "lzma", tg.pack_stream("lzma", [(array, bits)]), [array.shape], (bits,))
+
+
+def test_fuzz(capsys):
+    outcomes = pack_bench.fuzz(400)
+    assert sum(outcomes.values()) == 400 and outcomes["damage refused"] > 40 and outcomes["header refused"] > 80
+
+
+def test_another_tokenizer_is_refused(tiny, rt):
+    with pytest.raises(tg.UserError, match="another tokenizer"):
+        tg.load_model(tiny, rt, "cd" * 32)
+
+
+@pytest.mark.parametrize("codec", ["range", "brotli", "zstd"])
+def test_a_missing_package_is_named_with_its_pip_line(config, monkeypatch, codec):
+    cfg, model, package = config(compress=codec), model_of(config()), tg.PACKERS[codec]
+    blob = tg.pack(cfg, model, SHA).blob
+    monkeypatch.setitem(sys.modules, package, None)  # what an absent package looks like to import
+    for act in (lambda: tg.pack(cfg, model, SHA), lambda: tg.unpack(blob)):
+        with pytest.raises(tg.UserError, match=f"needs the package {package}: pip install {package}"):
+            act()
+    auto = tg.pack(dataclasses.replace(cfg, compress="auto"), model, SHA)
+    assert codec not in {row.codec for row in auto.ledger}
+    assert tg.unpack(auto.blob)[2].keys() == tg.blueprint(cfg).keys()

@@ -1,0 +1,216 @@
+"""tools/parity.py against the reference fixture and a spoilt copy of it; tools/bench.py's reading of logs."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURE = ROOT.parent / "shared" / "reference" / "parity"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+parity, bench = load("parity"), load("bench")
+needs_fixture = pytest.mark.skipif(not (FIXTURE / "fixture.npz").is_file(), reason="no fixture beside here")
+
+
+# ---- parity ------------------------------------------------------------------------------------------------
+
+def spoil(folder: Path, names: list[str], change) -> Path:
+    """A copy of the fixture with some arrays put through `change`; None drops one."""
+    shutil.copy(FIXTURE / "fixture.json", folder)
+    with np.load(FIXTURE / "fixture.npz", allow_pickle=False) as stored:
+        arrays = {key: stored[key] for key in stored.files}
+    arrays |= {name: change(arrays[name].copy()) for name in names}
+    np.savez(folder / "fixture.npz", **{key: array for key, array in arrays.items() if array is not None})
+    return folder
+
+
+def verdicts(text: str) -> dict[str, str]:
+    """Quantity -> ok or FAIL."""
+    lines = [line for line in text.splitlines() if "at most" in line]
+    return {line[:28].strip(): "FAIL" if "FAIL" in line else "ok" for line in lines}
+
+
+@needs_fixture
+def test_our_arithmetic_is_that_of_pr_1092(capsys):
+    code = parity.main([str(FIXTURE)])
+    lines = verdicts(capsys.readouterr().out)
+    assert code == 0 and set(lines.values()) == {"ok"}
+    assert {"logits", "loss", "gradients, relative", "losses of three steps", "weights after three steps",
+            "sliding, nats", "ttt, nats", "weights after ttt"} <= set(lines)
+
+
+@needs_fixture
+def test_a_perturbed_weight_fails(tmp_path, capsys):
+    def nudge(bank):
+        bank[0, 0, 0] += 0.05
+        return bank
+
+    code = parity.main([str(spoil(tmp_path, ["w/qo_bank"], nudge))])
+    lines = verdicts(capsys.readouterr().out)
+    assert code == 1 and lines["logits"] == lines["loss"] == lines["weights after three steps"] == "FAIL"
+
+
+@needs_fixture
+@pytest.mark.parametrize("error", [0.01, np.nan])
+def test_one_wrong_entry_of_any_stored_result_is_found(tmp_path, capsys, error):
+    def change(array):
+        array.reshape(-1)[5] += error
+        return array
+
+    spoilt = {"batch/logits": "logits", "grad/smear.gate": "gradients, relative",
+              "after3/tok_emb.weight": "weights after three steps", "after_ttt/kv_bank": "weights after ttt"}
+    assert parity.main([str(spoil(tmp_path, list(spoilt), change))]) == 1
+    lines = verdicts(capsys.readouterr().out)
+    assert {key for key, verdict in lines.items() if verdict == "FAIL"} == set(spoilt.values())
+
+
+@needs_fixture
+def test_a_fixture_without_an_array_or_with_a_strange_setting_is_refused(tmp_path, capsys):
+    assert parity.main([str(spoil(tmp_path, ["batch/x"], lambda _: None))]) == 2
+    assert "batch/x" in capsys.readouterr().err
+    config = json.loads((FIXTURE / "fixture.json").read_text())
+    config["config"]["model"]["warp_drive"] = 1
+    (tmp_path / "fixture.json").write_text(json.dumps(config))
+    assert parity.main([str(tmp_path)]) == 2
+    assert "warp_drive" in capsys.readouterr().err
+
+
+@needs_fixture
+def test_without_the_tokenizer_only_nats_are_compared(tmp_path, capsys):
+    folder = tmp_path / "a" / "b"
+    shutil.copytree(FIXTURE, folder)
+    code, out = parity.main([str(folder)]), capsys.readouterr().out
+    assert code == 0 and "note: bytes are not compared" in out and "sliding, bytes" not in verdicts(out)
+    assert parity.main([str(folder), "--tokenizer", str(tmp_path / "none.model")]) == 2
+
+
+@pytest.mark.parametrize("content", [None, b"no archive"])
+def test_a_folder_that_is_no_fixture_gives_one_line(tmp_path, capsys, content):
+    if content:
+        (tmp_path / "fixture.json").write_text('{"config": {}, "expected": {}}')
+        (tmp_path / "fixture.npz").write_bytes(content)
+    assert parity.main([str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+# ---- bench -------------------------------------------------------------------------------------------------
+
+LOG = """val_loader:shards pattern=x tokens:10000
+step:0/6 val_loss:6.9 val_bpb:4.1 train_time:0ms step_avg:0.01ms
+step:1/6 train_loss:6.9 train_time:900ms step_avg:900.00ms
+step:2/6 train_loss:6.8 train_time:1200ms step_avg:600.00ms
+step:3/6 train_loss:6.7 train_time:1400ms step_avg:466.67ms
+step:4/6 train_loss:6.6 train_time:1500ms step_avg:375.00ms
+step:5/6 train_loss:6.5 train_time:1700ms step_avg:340.00ms
+step:6/6 train_loss:6.4 train_time:1800ms step_avg:300.00ms
+final_int6_roundtrip val_loss:3.1 val_bpb:1.90 eval_time:400ms
+final_int6_roundtrip_exact val_loss:3.12345678 val_bpb:1.90123456
+final_int6_sliding_window val_loss:3.0 val_bpb:1.80 stride:64 eval_time:2000ms
+final_int6_sliding_window_exact val_loss:3.01234567 val_bpb:1.80123456
+final_int8_zlib_roundtrip_exact val_loss:3.01234567 val_bpb:1.80123456
+legal_ttt val_loss:2.9 val_bpb:1.70 eval_time:5000ms
+"""
+
+
+def test_a_log_gives_speeds_and_scores():
+    found = bench.read_log(LOG, batch_tokens=8192)
+    assert found["train_tokens_per_s"] == pytest.approx(8192 / 0.1)  # the median of 100, 200 and 100 ms
+    assert (found["sliding_tokens_per_s"], found["ttt_tokens_per_s"]) == (5000, 2000)
+    assert (found["roundtrip_bpb"], found["sliding_bpb"], found["ttt_bpb"]) == (1.90123456, 1.80123456, 1.70)
+
+
+@pytest.mark.parametrize("missing, told", [
+    ("legal_ttt", "legal_ttt"), ("step:", "train_loss"), ("val_loader", "tokens"), ("final_int6_s", "sliding")])
+def test_a_log_that_lacks_something_is_refused_by_name(missing, told):
+    text = "\n".join(line for line in LOG.splitlines() if not line.startswith(missing))
+    with pytest.raises(bench.BenchError, match=told):
+        bench.read_log(text, 8192)
+
+
+def test_ratios_are_paired_and_the_table_shows_them():
+    sides = [{key: scale for key in bench.ROWS} for scale in (100.0, 50.0, 300.0, 100.0, 100.0, 10.0)]
+    pairs = [{"seed": i, "ours": sides[2 * i], "peer": sides[2 * i + 1]} for i in range(3)]
+    rows = bench.summarise(pairs)
+    assert rows["cpu_s"] == {"ours": 100, "peer": 50, "ratio": 3, "lowest": 2, "highest": 10}
+    lines = bench.table(rows, "peer").splitlines()
+    assert len(lines) == 2 + len(bench.ROWS) and "| 3.000 | 2.000 … 10.000 | more |" in lines[2]
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+def test_validation_is_cut_to_whole_windows_over_shards(tmp_path):
+    text = np.arange(100)
+    write_shard(tmp_path / "fineweb_val_000000.bin", text[:30])
+    write_shard(tmp_path / "fineweb_val_000001.bin", text[30:])
+    write_shard(tmp_path / "fineweb_train_000000.bin", text)
+    cut = bench.cut_validation(tmp_path, tmp_path / "cut", tokens=70, window=16)
+    shard = parity.ours.open_shard(str(cut / "fineweb_val_000000.bin"))
+    assert shard.tolist() == text[:4 * 16 + 1].tolist()
+    train = "fineweb_train_000000.bin"
+    assert (cut / train).read_bytes() == (tmp_path / train).read_bytes()
+    with pytest.raises(bench.BenchError, match="no window"):
+        bench.cut_validation(tmp_path, tmp_path / "none", tokens=16, window=16)
+
+
+def test_runs_alternate_and_failures_name_the_side(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(f"import os\nprint({LOG!r})\nopen({str(tmp_path / 'order')!r}, 'a')"
+                       ".write(os.environ['WHO'] + os.environ['SEED'] + ' ')\n")
+    commands = {name: ["env", f"WHO={name}", sys.executable, str(program)] for name in ("ours", "peer")}
+    pairs = bench.run_pairs(commands, {"TRAIN_BATCH_TOKENS": "8192", "SEED": "5"}, repeat=2, threads=1)
+    assert (tmp_path / "order").read_text() == "ours5 peer5 peer6 ours6 "
+    assert all(pair[side]["peak_rss_mib"] > 1 for pair in pairs for side in commands)
+    program.write_text("raise SystemExit('boom')")
+    with pytest.raises(bench.BenchError, match="peer ended with code 1: boom"):
+        bench.run_once("peer", commands["peer"], {}, 1)
+
+
+def test_a_cuda_script_runs_on_the_cpu_unchanged_on_disk(tmp_path):
+    peer = tmp_path / "peer.py"
+    peer.write_text("""import subprocess, torch
+from flash_attn_interface import flash_attn_func
+if not torch.cuda.is_available():
+    raise RuntimeError("CUDA is required")
+device = torch.device("cuda", 0)
+torch.cuda.set_device(device)
+with torch.autocast(device_type="cuda", dtype=torch.bfloat16):
+    x = torch.ones(1, 4, 2, 8, device=device).bfloat16()
+    y = torch.compile(lambda t: flash_attn_func(t, t[:, :, :1], t[:, :, :1], causal=True), dynamic=False)(x)
+torch.cuda.synchronize()
+subprocess.run(["nvidia-smi"])
+assert __name__ == "__main__" and y.shape == x.shape
+print(y.dtype, y.device, torch.cuda.max_memory_allocated())
+""")
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "bench.py"), "--on-cpu", str(peer)],
+                          capture_output=True, text=True)
+    assert done.stdout.split() == ["torch.float32", "cpu", "0"], done.stderr
+
+
+def test_help_and_bad_arguments(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--help"])
+    assert stop.value.code == 0 and "--peer" in capsys.readouterr().out
+    assert bench.main(["--peer", str(tmp_path / "none.py")]) == 2
+    assert bench.main(["--peer", __file__, "steps"]) == 2
+    assert bench.main(["--peer", __file__, "--data", str(tmp_path), "--tokenizer", __file__]) == 2
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())

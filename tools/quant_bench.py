@@ -1,0 +1,143 @@
+"""What rounding costs: bits x clip rule x (nearest or GPTQ), on a trained model.
+
+    python tools/quant_bench.py FLOAT_MODEL [KEY=VALUE...] [--tokens N] [--what banks|tables|all]
+    python tools/quant_bench.py FLOAT_MODEL [KEY=VALUE...] [--tokens N] --over 0.2     # SIZE_FIT, 20 % over the limit
+
+FLOAT_MODEL is a final_model.pt or a checkpoint (its EMA is taken); KEY=VALUE are the settings it was trained with.
+Each row rounds the weights by one rule and leaves the rest as floats. Columns: nats a token added to the loss on the
+first N validation tokens, the same in percent (of nats, so of bits per byte), bytes of order-0 entropy of the codes, and
+the sum over matrices of trace(error hessian error^T), which GPTQ lowers, relative to what rounding to nearest leaves.
+"""
+import argparse
+import dataclasses
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+
+RULES = [("percentile", 0.0), ("amax", 0.0)]
+SIGMAS = {4: (2.5, 3.0, 4.0), 5: (4.0, 6.0), 6: (4.0, 6.0, 8.0, 12.85), 7: (8.0, 15.0), 8: (8.0, 20.0)}
+TABLES = ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "trigram.embed.weight", "ve_shared.embed.weight")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--tokens", type=int, default=65_536, help="validation tokens")
+    parser.add_argument("--bits", default="4,6", help="with commas")
+    parser.add_argument("--over", type=float, help="instead: let SIZE_FIT bring the artifact under a limit it exceeds by "
+                        "this share")
+    parser.add_argument("--what", choices=("banks", "tables", "all"), default="banks", help="which weights to round")
+    return parser.parse_intermixed_args()
+
+
+def load(path: str, cfg: tg.Hyperparameters, rt: tg.Runtime) -> tg.GPT:
+    """The float model: of a final_model.pt, or the EMA of a checkpoint."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model = tg.GPT(cfg, rt.attend, rt.dtype)
+    model.load_state_dict(state["model"] if "model" in state else state)
+    if state.get("averager", {}).get("ema"):
+        with torch.no_grad():
+            for p, mean in zip(model.parameters(), state["averager"]["ema"]):
+                p.copy_(mean)
+    return model.to(rt.device).eval()
+
+
+@torch.no_grad()
+def loss_on(model: tg.GPT, ids: torch.Tensor, seq_len: int) -> float:
+    inputs, targets = ids[:-1].view(-1, seq_len), ids[1:].view(-1, seq_len)
+    parts = [model.nll(x, y).double().sum() for x, y in zip(inputs.split(16), targets.split(16))]
+    return float(sum(parts)) / targets.numel()
+
+
+@torch.no_grad()
+def output_change(model: tg.GPT, rounded: dict, hessians: dict) -> float:
+    """Sum over the matrices with a Hessian of trace(error hessian error^T)."""
+    params, total = dict(model.named_parameters()), 0.0
+    for name in set(rounded) & set(hessians):
+        error = (tg.dequantise(*rounded[name]) - params[name]).view(-1, *params[name].shape[-2:])
+        total += float(((error @ hessians[name]) * error).sum())
+    return total
+
+
+def measured(cfg, model, names: set, hessians: dict, used: dict, ids: torch.Tensor) -> tuple[float, float, float, float]:
+    """(loss, order-0 bytes, output change, seconds) with `names` rounded by the settings."""
+    start = time.perf_counter()
+    rounded = {n: pair for n, pair in tg.round_model(cfg, model, used).items() if n in names}
+    seconds = time.perf_counter() - start
+    with tg.wearing(model, rounded):
+        loss = loss_on(model, ids, cfg.train_seq_len)
+    size = sum(tg.entropy_bytes(codes) for codes, _ in rounded.values())
+    return loss, size, output_change(model, rounded, hessians), seconds
+
+
+def show_fit(cfg, rt, model, data, ids: torch.Tensor, step: int, over: float) -> None:
+    """Fit the model to the limit it exceeds by the share `over`; the losses around it."""
+    calibration = tg.calibrate(cfg, rt, model, data, step, float("inf"))
+    code_bytes = os.path.getsize(tg.__file__)
+
+    def make(settings):
+        return tg.pack(settings, model, "0" * 64, tg.round_model(settings, model, calibration.hessians))
+
+    def loss(settings):
+        with tg.wearing(model, tg.round_model(settings, model, calibration.hessians)):
+            return loss_on(model, ids, cfg.train_seq_len)
+
+    total = len(make(cfg).blob) + code_bytes
+    cfg = dataclasses.replace(cfg, artifact_limit_bytes=int(total / (1 + over)))
+    fitted, artifact = tg.fit_size(cfg, rt, model, calibration.prices, make, total, code_bytes)
+    print(f"loss: float {loss_on(model, ids, cfg.train_seq_len):.5f}, before the fit {loss(cfg):.5f} in {total:,} bytes, "
+          f"after it {loss(fitted):.5f} in {len(artifact.blob) + code_bytes:,} bytes")
+    fit, low, high = tg.SizeFit(cfg, model, calibration.prices), 0.0, tg.FIT_OCTAVES
+    wanted = fit.bytes_at({s: math.log2(getattr(fitted, s) / getattr(fit.cfg, s)) for s in fit.groups})
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fit.bytes_at(dict.fromkeys(fit.groups, middle)) > wanted else (low, middle)
+    alike = tg.coarser(fit.cfg, dict.fromkeys(fit.groups, high))
+    print(f"for comparison, every clip widened alike, {2 ** high:.3f} times: {loss(alike):.5f} at the same entropy")
+
+
+def main() -> None:
+    args = arguments()
+    extra = {"SIZE_FIT": "1"} if args.over else {}
+    environ = dict(os.environ) | extra | dict(pair.split("=", 1) for pair in args.settings)
+    environ.setdefault("ARTIFACT_DIR", "/tmp")
+    cfg = tg.Hyperparameters.from_env(environ | {"RUN_ID": "quant_bench"})
+    rt = tg.Runtime.open(cfg)
+    model, data = load(args.model, cfg, rt), tg.TrainData.open(cfg, rt)
+    count = args.tokens // cfg.train_seq_len * cfg.train_seq_len
+    ids = torch.from_numpy(tg.TokenStream(cfg.val_files, cfg.vocab_size).read(0, count + 1)).long().to(rt.device)
+    step = len(data.stream) // cfg.train_batch_tokens // 2
+    if args.over:
+        return show_fit(cfg, rt, model, data, ids, step, args.over)
+    hessians = tg.calibrate(cfg, rt, model, data, step, float("inf")).hessians
+    everything = set(tg.quant_specs(cfg, dict(model.named_parameters())))
+    names = {n for n in everything if args.what == "all" or (n in TABLES) == (args.what == "tables")}
+    float_loss = loss_on(model, ids, cfg.train_seq_len)
+    print(f"{args.what} of {args.model}: {sum(p.numel() for n, p in model.named_parameters() if n in names):,} weights, "
+          f"float loss {float_loss:.5f} nats on {count:,} tokens\n"
+          f"bits  rule             rounding  added nats  added %   order-0 bytes  output change  seconds")
+    for bits in map(int, args.bits.split(",")):
+        for clip, sigmas in [*RULES, *(("sdclip", k) for k in SIGMAS.get(bits, (6.0, 12.0)))]:
+            env = {"CLIP_RULE": clip, "MATRIX_BITS": bits, "EMBED_BITS": bits, "BIGRAM_BITS": bits, "VE_BITS": bits}
+            if sigmas:
+                env |= {"MATRIX_CLIP_SIGMAS": sigmas, "EMBED_CLIP_SIGMAS": sigmas}
+            changed = tg.Hyperparameters.from_env(environ | {k: str(v) for k, v in env.items()})
+            base = None
+            for rounding, used in (("nearest", {}), ("gptq", hessians)):
+                loss, size, change, seconds = measured(changed, model, names, hessians, used, ids)
+                base = base or change
+                print(f"{bits:4}  {clip + (f' {sigmas:g}' if sigmas else ''):<15}  {rounding:<8}  {loss - float_loss:10.5f}  "
+                      f"{100 * (loss / float_loss - 1):7.3f}  {size:14,.0f}  {change / base:13.3f}  {seconds:7.1f}",
+                      flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Settings of test-time training over one model and a slice of the validation text, as a table.
+
+    python tools/ttt_bench.py final_model.ptz --tokens 200000 TTT_MODE=lora TTT_LORA_RANK=1,2,4,8 TTT_LORA_LR=0.003,0.01
+    python tools/ttt_bench.py final_model.pt --tokens 200000 TTT_LR=0.01,0.03 SEED=1,2,3 --out sweep.json
+    python tools/ttt_bench.py final_model.ptz --tokens 20000 --speed TTT_BATCH_DOCS=16
+
+Every combination of the values is scored from the same weights; alternatives stand between commas, those of settings
+that are lists themselves between slashes (TTT_LORA_TARGETS=q,v/q,k,v,o). The gain is bits per byte against sliding
+evaluation without adaptation. All other settings - data, tokenizer, device, and for a float model (.pt) its shape -
+come from the environment. --speed: documents side by side against one at a time, in tokens a second.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train_gpt as tg  # noqa: E402
+
+LISTS = ("TTT_LORA_TARGETS", "TTT_LORA_LAYERS", "TTT_LORA_LAYER_RATES", "VE_LAYERS")
+MODEL_FIELDS = [f.name for f in tg.settings_by_section()["Model"]]
+
+
+def read_grid(pairs: list[str]) -> list[dict[str, str]]:
+    """KEY=a,b … as every combination of values, the last key changing fastest. Raises UserError."""
+    axes = []
+    for pair in pairs:
+        key, equals, values = pair.partition("=")
+        if not equals:
+            raise tg.UserError(f"{pair!r} is not KEY=VALUE[,VALUE…]")
+        if "/" in values:
+            values = values.split("/")
+        else:
+            values = [values] if key in LISTS else values.split(",")
+        axes.append([(key, value) for value in values])
+    return [dict(row) for row in itertools.product(*axes)]
+
+
+def load(path: Path, rt: tg.Runtime, val: tg.ValData, cfg: tg.Hyperparameters) -> tg.GPT:
+    """The model of an artifact (.ptz, which knows its shape) or of a float state (.pt). Raises UserError."""
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise tg.UserError(f"cannot read {path}: {error.strerror}") from None
+    if path.suffix == ".ptz":
+        return tg.load_model(blob, rt, val.tokenizer_sha256)
+    model = tg.GPT(dataclasses.replace(cfg, mtp_num_heads=0), rt.attend, rt.dtype)
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise tg.UserError(f"{path} does not fit the settings of the environment: {str(error).splitlines()[-1].strip()}") from None
+    return model.to(rt.device).eval()
+
+
+class Bench:
+    """One model, one slice of text, and a score for each set of settings."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.base = tg.Hyperparameters.from_env({**os.environ, "TTT_ENABLED": "0"})
+        self.rt = dataclasses.replace(tg.Runtime.open(self.base), log=tg.RunLog(Path("."), "", active=False))
+        val = tg.ValData.open(self.base, self.rt)
+        self.val = dataclasses.replace(val, tokens=val.tokens[:args.tokens + 1])
+        self.model = load(args.model, self.rt, val, self.base)
+        self.weights = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
+        self.plain = {}  # (window, stride) -> bpb without adaptation
+
+    def settings(self, changes: dict[str, str]) -> tg.Hyperparameters:
+        shape = {name.upper(): getattr(self.model.cfg, name) for name in MODEL_FIELDS}
+        shape = {name: str(int(value) if isinstance(value, bool) else value) for name, value in shape.items()}
+        cfg = tg.Hyperparameters.from_env({**os.environ, **shape, "EVAL_MAX_SECONDS": "0", **changes, "TTT_ENABLED": "1"})
+        if len(self.val.tokens) <= cfg.window:
+            raise tg.UserError(f"--tokens {len(self.val.tokens) - 1} is less than a window of {cfg.window}")
+        return cfg
+
+    def score(self, cfg: tg.Hyperparameters, adapts: bool) -> tg.EvalResult:
+        self.model.load_state_dict(self.weights)
+        adapter = tg.adapter_for(self.model, cfg, self.rt) if adapts else None
+        score_fn = self.rt.compiled(self.model.nll, dynamic=bool(adapter and adapter.rows))
+        return tg.evaluate("bench", score_fn, self.val, cfg, self.rt, cfg.eval_stride or cfg.window,
+                           cfg.eval_batch_seqs, adapter)
+
+    def row(self, changes: dict[str, str]) -> dict:
+        cfg = self.settings(changes)
+        key = cfg.window, cfg.eval_stride
+        if key not in self.plain:
+            self.plain[key] = self.score(cfg, False)
+        r = self.score(cfg, True)
+        return {"settings": changes, "bpb": r.bpb, "gain": self.plain[key].bpb - r.bpb, "loss": r.loss, "tokens": r.tokens,
+                "bytes": r.bytes, "seconds": r.seconds, "plain_bpb": self.plain[key].bpb, "plain_seconds": self.plain[key].seconds}
+
+    def speed(self, changes: dict[str, str]) -> dict:
+        """Tokens a second of documents side by side and one at a time, of the same code on the same text."""
+        cfg = self.settings({"TTT_MODE": "lora", "TTT_RESET": "document", **changes})
+        paces = []
+        for rows in (cfg.ttt_batch_docs, 1):
+            r = self.score(dataclasses.replace(cfg, ttt_batch_docs=rows), True)
+            paces.append(r.tokens / r.seconds)
+        return {"settings": changes, "side_by_side": cfg.ttt_batch_docs, "tokens_per_s": paces[0],
+                "tokens_per_s_alone": paces[1], "ratio": paces[0] / paces[1]}
+
+
+def line(row: dict, keys: list[str]) -> str:
+    """A row of the Markdown table."""
+    if "ratio" in row:
+        cells = [f"{row['side_by_side']}", f"{row['tokens_per_s']:,.0f}", f"{row['tokens_per_s_alone']:,.0f}", f"{row['ratio']:.2f}"]
+    else:
+        cells = [f"{row['bpb']:.5f}", f"{row['gain']:+.5f}", f"{row['seconds']:.1f}"]
+    return "| " + " | ".join([row["settings"].get(key, "") for key in keys] + cells) + " |"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="final_model.ptz or final_model.pt")
+    parser.add_argument("--tokens", type=int, default=100_000, metavar="N", help="targets to score (default: %(default)s)")
+    parser.add_argument("--speed", action="store_true", help="documents side by side against one at a time")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers there as JSON, after every row")
+    parser.add_argument("settings", nargs="*", metavar="KEY=a,b,c", help="settings and their values")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_intermixed_args(argv)
+    try:
+        grid = read_grid(args.settings)
+        bench = Bench(args)
+        for changes in grid:
+            bench.settings(changes)  # a bad combination is refused before the first hour is spent
+        keys = [key for key in (grid[0] if grid else {})]
+        heads = keys + (["side by side", "tokens/s", "tokens/s alone", "ratio"] if args.speed else ["bpb", "gain", "seconds"])
+        print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
+        rows, begun = [], time.time()
+        for changes in grid:
+            rows.append(bench.speed(changes) if args.speed else bench.row(changes))
+            print(line(rows[-1], keys), flush=True)
+            if args.out:
+                tg.write_whole(args.out, json.dumps({
+                    "model": args.model.name, "device": str(bench.rt.device), "threads": torch.get_num_threads(),
+                    "torch": torch.__version__, "seconds": time.time() - begun, "rows": rows}, indent=1).encode())
+        for (window, stride), r in bench.plain.items():
+            print(f"without adaptation, windows of {window} every {stride}: {r.bpb:.5f} bpb, {r.tokens:,} tokens, {r.seconds:.1f} s")
+    except tg.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
