@@ -2490,7 +2490,8 @@ def pack_stream(codec: str, parts: list[tuple[np.ndarray, int]]) -> bytes:
 def opening(parts: list[tuple[np.ndarray, int]]) -> list[tuple[np.ndarray, int]]:
     """About the first million values of a stream."""
     share = min(2 ** 20 / max(sum(array.size for array, _ in parts), 1), 1)
-    return [(array[:math.ceil(share * len(array))], bits) for array, bits in parts]
+    return [(array[:math.ceil(share * len(array))], bits) for array, bits in
+            ((np.atleast_1d(array), bits) for array, bits in parts)]
 
 
 def packed_smallest(wanted: str, streams: dict) -> dict[str, tuple[str, bytes]]:
@@ -2948,7 +2949,11 @@ class Adapter:
             count = min(cfg.ttt_batch_seqs, rows - start)
             share = self.rt.share_of(count)
             mine = slice(start + share.start, start + share.stop)
-            self.step(self.loss_fn(inputs[mine], targets[mine], dress=self.dress) * (len(share) / count) if share else None)
+            at_once = max(self.rt.forward_tokens(cfg) // length, 1)
+            for x, y in zip(inputs[mine].split(at_once), targets[mine].split(at_once)):
+                if len(x):  # a rank may have no part in a step
+                    (self.loss_fn(x, y, dress=self.dress) * (len(x) / count)).backward()
+            self.step()
         self.exchange()
 
     def learn_rows(self, nll: Tensor, counted: Tensor, epochs: int, again) -> None:
@@ -2956,12 +2961,11 @@ class Adapter:
         that the first step needs no other forward pass; again() makes them anew."""
         weight = counted / counted.sum(1, keepdim=True).clamp(min=1)
         for epoch in range(epochs):
-            self.step(((again() if epoch else nll) * weight).sum())
+            ((again() if epoch else nll) * weight).sum().backward()
+            self.step()
 
-    def step(self, loss: Tensor | None) -> None:
-        """Down the gradient of the sum of `loss` over ranks; None: this rank has no part in it."""
-        if loss is not None:
-            loss.backward()
+    def step(self) -> None:
+        """Down the gradients in `.grad`, summed over ranks in a stream."""
         for tensor in self.moving:
             tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         grads = [tensor.grad for tensor in self.moving]
