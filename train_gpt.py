@@ -195,6 +195,7 @@ class Hyperparameters:
     eval_seq_len: int = env_field(2048, "tokens of an evaluation window; 0: TRAIN_SEQ_LEN", lo=0)
     eval_stride: int = env_field(64, "tokens newly scored by each sliding window; 0: no sliding evaluation", lo=0)
     eval_batch_seqs: int = env_field(32, "windows of one forward pass", lo=1)
+    eval_artifact: str = env_field("", "no training: score this artifact, whose model settings replace those given here")
     eval_max_seconds: float = env_field(600.0, "for all final scores together: adaptation gives way, scoring never; "
                                         "0: no limit", lo=0)
     ttt_enabled: bool = env_field(True, "score once more with test-time training on what was scored before")
@@ -224,7 +225,7 @@ class Hyperparameters:
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
     ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0)
-    ttt_batch_docs: int = env_field(64, "documents adapted side by side, a rank", lo=1, aliases=("TTT_BATCH_SIZE",))
+    ttt_batch_docs: int = env_field(64, "documents adapted side by side on a rank; fewer cost as much", lo=1, aliases=("TTT_BATCH_SIZE",))
     ttt_doc_chunk_tokens: int = env_field(256, "tokens of a document scored before each of its adaptations", lo=1,
                                           aliases=("TTT_CHUNK_SIZE",))
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
@@ -418,8 +419,8 @@ def check_adaptation(cfg: Hyperparameters, demand) -> None:
     else:
         demand(cfg.ttt_mode == "lora", f"TTT_RESET=document keeps weights for each document: only TTT_MODE=lora can, "
                f"not {cfg.ttt_mode}")
-        demand(cfg.ttt_doc_chunk_tokens <= cfg.window, f"TTT_DOC_CHUNK_TOKENS={cfg.ttt_doc_chunk_tokens} is longer than "
-               f"a window of EVAL_SEQ_LEN={cfg.window}")
+        demand(cfg.ttt_doc_chunk_tokens <= cfg.window, f"TTT_DOC_CHUNK_TOKENS={cfg.ttt_doc_chunk_tokens} is longer "
+               f"than a window of EVAL_SEQ_LEN={cfg.window}")
         for name in ("hash_embed_buckets", "ttt_polyak_decay"):
             demand(not getattr(cfg, name), f"{name.upper()} works along a stream; TTT_RESET=document starts afresh")
     if cfg.ttt_mode == "lora":
@@ -733,6 +734,82 @@ class Runtime:
     def share_of(self, count: int) -> range:
         """This rank's contiguous part of `count` things."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+
+class EvalClock:
+    """EVAL_MAX_SECONDS for all scores of a run together. It measures what a token costs to score and to learn from.
+    Where the walk would run over, it lowers the epochs and in the end stops adaptation; scoring is never cut."""
+
+    MARGIN = 0.03    # of the limit, kept back for what the measurements did not foresee
+    LEARN_COST = 3   # of a token and epoch over scoring it, until measured: the way back costs two ways there
+
+    def __init__(self, cfg: Hyperparameters, rt: Runtime, now=time.perf_counter):
+        self.limit, self.rt, self.watch, self.pace = cfg.eval_max_seconds or math.inf, rt, Stopwatch(now=now), 0.0
+
+    def demand(self, batch, tokens: int, reads: int) -> None:
+        """Time `batch()`, which reads `tokens` tokens; raise UserError if reading `reads` would take too long."""
+        if math.isinf(self.limit):
+            return
+        for _ in range(2):  # the first one may compile
+            begun = self.watch.elapsed()
+            batch()
+            self.rt.synchronize()
+        self.pace = (self.watch.elapsed() - begun) / tokens
+        needed = self.rt.agree(self.pace * reads)
+        if needed > self.limit:
+            raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
+                            "more (0: no limit) or raise EVAL_STRIDE")
+
+    def begin(self, reads: int, lessons: list[int], epochs: int, together: bool) -> None:
+        """A walk starts: tokens to read, tokens of each lesson. together: the ranks adapt in step and must agree."""
+        self.full = self.wanted = epochs
+        self.together, self.lessons, self.left_out = together, len(lessons), 0
+        self.to_do = {"score": reads, "learn": sum(lessons)}
+        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # laps: (seconds, tokens)
+
+    def cost(self, what: str) -> float:
+        """Seconds a token. The first lap is left out: it may have compiled."""
+        laps = self.laps[what][1:]
+        if laps:
+            return sum(seconds for seconds, _ in laps) / sum(tokens for _, tokens in laps)
+        share = 1 / self.rt.world_size if self.together else 1
+        return self.pace if what == "score" else self.cost("score") * self.LEARN_COST * share
+
+    def lap(self, what: str, tokens: int, passes: int = 1) -> None:
+        """Book the time since the last lap on `passes` passes over `tokens` tokens."""
+        self.to_do[what] -= tokens
+        if tokens * passes and not math.isinf(self.limit):
+            self.rt.synchronize()
+            now = self.watch.elapsed()
+            self.laps[what].append((now - self.mark, tokens * passes))
+            self.mark = now
+
+    def epochs(self, lesson: int, chunk: int, chunks: int) -> int:
+        """How many passes over a lesson of so many tokens there is time for. Rounded up over the lessons to come: early
+        ones are worth more, and what that overdraws the last ones pay."""
+        if math.isinf(self.limit):
+            return self.wanted
+        spent, scoring = self.watch.elapsed(), self.to_do["score"] * self.cost("score")
+        room, each = self.limit * (1 - self.MARGIN) - spent - scoring, max(self.cost("learn"), 1e-12)
+        epochs = max(0, min(self.wanted, math.ceil(room / each / self.to_do["learn"]), int(room / each / lesson)))
+        epochs = int(self.rt.agree(epochs)) if self.together else epochs
+        if epochs < self.wanted:
+            what = f"epochs {self.wanted} -> {epochs}" if epochs else "adaptation ends"
+            self.rt.log(f"ttt_clock: {what} at chunk {chunk + 1}/{chunks}, {spent:.1f} of {self.limit:g} s spent; the "
+                        f"rest takes {scoring:.1f} s to score, {each * self.to_do['learn']:.1f} s an epoch to learn from",
+                        "ttt_clock", chunk=chunk + 1, chunks=chunks, epochs=epochs, spent_s=spent, scoring_s=scoring)
+        self.wanted, self.left_out = epochs, self.left_out + self.full - epochs
+        return epochs
+
+    def end(self) -> None:
+        """A walk is over: say what it had to give up, on any rank."""
+        if math.isinf(self.limit):
+            return
+        sums = self.rt.sum_(torch.tensor([self.left_out, self.lessons * self.full], device=self.rt.device)).tolist()
+        if sums[0]:
+            self.rt.log("ttt_clock: {} of {} passes over scored chunks were left out".format(*sums))
+        if self.watch.elapsed() > self.limit:
+            self.rt.log(f"ttt_clock: {self.watch.elapsed():.1f} s spent, over EVAL_MAX_SECONDS={self.limit:g}")
 
 
 # ------------------------------------------------------------------------------------------------ DATA
@@ -1103,7 +1180,7 @@ def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
     """
     y = y.unflatten(2, (v.size(2), -1))                  # [batch, T, kv_heads, group, d]
     axis = F.normalize(v, dim=-1).unsqueeze(-2)          # [batch, T, kv_heads, 1, d]
-    return (y - (y * axis).sum(-1, keepdim=True) * axis).flatten(2, 3)
+    return torch.addcmul(y, torch.linalg.vecdot(y, axis).unsqueeze(-1), axis, value=-1).flatten(2, 3)
 
 
 def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
@@ -1153,6 +1230,21 @@ def project(x: Tensor, weight) -> Tensor:
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
 
 
+class SquaredLeakyReLU(torch.autograd.Function):
+    """LeakyReLU(x)² as x * t with t = LeakyReLU of the squared slope: its derivative is 2t, so t is all that is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slope: float) -> Tensor:
+        bent = F.leaky_relu(x, slope * slope)
+        ctx.save_for_backward(bent)
+        return x * bent
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        bent, = ctx.saved_tensors
+        return (upstream * bent).mul_(2), None
+
+
 class SmearGate(nn.Module):
     """Each position takes a learnt share of its predecessor, dimension by dimension; half at the start."""
 
@@ -1162,7 +1254,7 @@ class SmearGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         share = torch.sigmoid(self.gate).to(x.dtype)
-        return x + share * (F.pad(x, (0, 0, 1, 0))[:, :-1] - x)
+        return torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], share)
 
 
 class Table(nn.Module):
@@ -1249,12 +1341,12 @@ class Block(nn.Module):
     def forward(self, x, x0, weights: LayerWeights, rope, value_embedding, first_value, keep: int):
         """Last `keep` positions of the stream after this block, and the attention's values."""
         mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
+        x = torch.addcmul(mix[0] * x, mix[1], x0)
         y, value = self.attn(norm(x) * self.norm_scale, weights[:4], rope, value_embedding, first_value, keep)
         x = x[:, -keep:]
-        out = x + self.attn_scale.to(x.dtype) * y
-        y = F.leaky_relu(project(norm(out) * self.norm_scale, weights.up), self.slope).square()
-        out = out + self.mlp_scale.to(x.dtype) * project(y, weights.down)
+        out = torch.addcmul(x, self.attn_scale.to(x.dtype), y)
+        y = SquaredLeakyReLU.apply(project(norm(out) * self.norm_scale, weights.up), self.slope)
+        out = torch.addcmul(out, self.mlp_scale.to(x.dtype), project(y, weights.down))
         if self.dtg_gate is not None:
             gate = F.linear(x.detach(), self.dtg_gate.weight.to(x.dtype), self.dtg_gate.bias.to(x.dtype))
             out = x + torch.sigmoid(gate) * (out - x)
@@ -1389,7 +1481,7 @@ class GPT(nn.Module):
         for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat, dress))):
             decoder = layer - cfg.num_layers // 2
             if decoder >= 0 and skips:
-                x = x + self.skip_weights[decoder].to(x.dtype) * skips.pop()
+                x = torch.addcmul(x, self.skip_weights[decoder].to(x.dtype), skips.pop())
             wanted = keep or length
             wanted = wanted if layer == cfg.num_layers - 1 else length
             x, value = block(x, x0, weights, rope, extra.get(layer), first_value, wanted)
@@ -1887,8 +1979,7 @@ OWN_TEXT_ROWS, OWN_TEXT_TEMPERATURE = 4, 0.8   # R1019; its 64 sequences are 16 
 CLIP_SETTINGS = ("mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas")  # what SIZE_FIT may coarsen
 FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
 FIT_OCTAVES = 4.0      # a clip is doubled four times at most: 6-bit weights then have 2 bits left
-FIT_TEXTS = 4          # micro-batches on which the price of a coarser clip is measured,
-FIT_PROBE = 2.0        # at this many octaves: one changes an INT6 model by less than the sample's noise
+FIT_TEXTS, FIT_TEXT_TOKENS = 4, 8192  # on so many texts of so many tokens the price of a coarser clip is measured
 
 
 class InputSums:
@@ -1956,10 +2047,10 @@ def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, st
     texts = own_text(cfg, rt, model) if cfg.gptq_calibration == "self" else (
         batch for i in range(cfg.gptq_calibration_batches) for batch in data.batch(step + i))
     rt.log("GPTQ:collecting Hessians from calibration data...")
-    for inputs, targets in texts:
+    for inputs, _ in texts:
         model.logits(model.hidden(inputs, dress=look), dress=look)
         tokens += inputs.numel()
-        kept += [(inputs, targets)] * (len(kept) < FIT_TEXTS)
+        kept += [inputs[:max(FIT_TEXT_TOKENS // inputs.size(1), 1)]] * (len(kept) < FIT_TEXTS)
         rt.synchronize()
         if watch.elapsed() > left_s / (3 if cfg.size_fit else 1.5):  # the rest is for rounding, and for prices
             break
@@ -2028,20 +2119,28 @@ def coarser(cfg: Hyperparameters, octaves: dict[str, float]) -> Hyperparameters:
     return dataclasses.replace(cfg, **{name: getattr(cfg, name) * 2 ** x for name, x in octaves.items()})
 
 
-def clip_prices(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor], texts: list) -> dict[str, float]:
-    """What doubling each clip would add to the loss, in nats a token, on a little calibration text."""
+def clip_prices(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor], texts: list[Tensor]) -> dict[str, float]:
+    """What doubling each clip costs, in nats a token, on a little calibration text.
+
+    The cost is how far the predictions drift from those of the float model: KL(float || rounded), which the loss rises
+    by on text the float model describes well. The loss itself would need fifty times the text: rounding moves it both
+    ways, and by more than it moves it up (on 16,384 tokens it called coarser attention a gain, which it was not).
+    """
     base = in_sigmas(cfg, model)
     rounded = round_model(base, model, hessians)
+    predict = lambda ids: model.logits(model.hidden(ids)).flatten(0, 1).log_softmax(-1)
+    exact = [predict(ids) for ids in texts]
 
-    def loss(changed: dict) -> float:
+    def drift(changed: dict) -> float:
         with wearing(model, rounded | changed):
-            return sum(model.nll(*text).mean().item() for text in texts) / len(texts)
+            return sum(F.kl_div(predict(ids), true, reduction="batchmean", log_target=True).item()
+                       for ids, true in zip(texts, exact)) / len(texts)
 
-    before, prices = loss({}), {}
+    before, prices = drift({}), {}
     for setting, names in by_clip(base, rounded).items():
         few = {name: hessians[name] for name in names if name in hessians}
-        changed = round_model(coarser(base, {setting: FIT_PROBE}), model, few)
-        prices[setting] = (loss({name: changed[name] for name in names}) - before) * 3 / (4 ** FIT_PROBE - 1)
+        changed = round_model(coarser(base, {setting: 1.0}), model, few)
+        prices[setting] = drift({name: changed[name] for name in names}) - before
     return prices
 
 
@@ -2060,8 +2159,7 @@ class SizeFit:
         params = dict(model.named_parameters())
         self.groups = by_clip(self.cfg, params)
         self.weights = {s: sum(params[name].numel() for name in names) for s, names in self.groups.items()}
-        total = max(sum(prices.values()), 1e-9)
-        cheapest = 0.25 * total / sum(self.weights.values())  # a weight: a small sample is not trusted beyond an octave
+        cheapest = 0.01 * max(sum(prices.values()), 1e-9) / sum(self.weights.values())  # a weight; nothing is free
         self.prices = {s: max(prices[s], cheapest * n) for s, n in self.weights.items()}
         self.curves = {s: [self.family_bytes(params, s, x) for x in self.grid()] for s in self.groups}
 
@@ -2219,12 +2317,8 @@ def unplanes(raw: bytes, dtype: np.dtype) -> np.ndarray:
 
 def order0_bytes(array: np.ndarray) -> float:
     """Entropy of the byte planes of an array, each byte by itself: what a packer without any context cannot beat."""
-    bits = 0.0
-    for plane in np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T:
-        counts = np.bincount(plane)
-        counts = counts[counts > 0]
-        bits += float(counts @ np.log2(counts.sum() / counts))
-    return bits / 8
+    by_plane = np.frombuffer(planes(np.ascontiguousarray(array)), np.uint8).reshape(array.itemsize, -1)
+    return sum(entropy_bytes(torch.tensor(plane)) for plane in by_plane)
 
 
 # The range coder. The codes are coded by the library constriction; the probabilities are ours: histograms that learn
@@ -2727,7 +2821,8 @@ class Windows:
         """`count` windows: fixed shapes for compiled graphs, and for scores that do not depend on the company."""
         more = [-1] * (count - len(self.low))
         return dataclasses.replace(self, start=torch.cat((self.start, self.start[more])),
-                                   low=torch.cat((self.low, self.high[more])), high=torch.cat((self.high, self.high[more])))
+                                   low=torch.cat((self.low, self.high[more])),
+                                   high=torch.cat((self.high, self.high[more])))
 
     def batches(self, size: int, fixed: bool) -> list[Windows]:
         """Batches of at most `size` windows. The first window of a text scores all it reads and goes by itself."""
@@ -2800,84 +2895,6 @@ def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Leg]
     return legs
 
 
-class EvalClock:
-    """EVAL_MAX_SECONDS for all scores of a run together. It measures what a token costs to score and to learn from. Where
-    the walk would run over, it lowers the epochs and in the end stops adaptation; scoring is never cut."""
-
-    MARGIN = 0.03    # of the limit, kept back for what the measurements did not foresee
-    LEARN_COST = 3   # of a token and epoch over scoring it, until measured: the way back costs two ways there
-
-    def __init__(self, cfg: Hyperparameters, rt: Runtime, now=time.perf_counter):
-        self.limit, self.rt, self.watch, self.pace = cfg.eval_max_seconds or math.inf, rt, Stopwatch(now=now), 0.0
-
-    def demand(self, score_fn, reads: int, rows: int, length: int, keep: int) -> None:
-        """Time a batch of windows (of nothing) and raise UserError if reading `reads` tokens so would take too long."""
-        if math.isinf(self.limit):
-            return
-        ids = torch.zeros(rows, length, dtype=torch.int64, device=self.rt.device)
-        with torch.no_grad():
-            for _ in range(2):  # the first one may compile
-                begun = self.watch.elapsed()
-                score_fn(ids, ids[:, -keep:], 1.0)
-                self.rt.synchronize()
-        self.pace = (self.watch.elapsed() - begun) / ids.numel()
-        needed = self.rt.agree(self.pace * reads)
-        if needed > self.limit:
-            raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.2g} s; allow more "
-                            "(0: no limit) or raise EVAL_STRIDE")
-
-    def begin(self, legs: list[Leg], epochs: int, together: bool) -> None:
-        """A walk starts. together: the ranks adapt in step, so that they must agree."""
-        self.full = self.wanted = epochs
-        self.together, self.lessons, self.left_out = together, sum(leg.lesson > 0 for leg in legs), 0
-        self.to_do = {"score": sum(leg.reads for leg in legs), "learn": sum(leg.lesson for leg in legs)}
-        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # laps: (seconds, tokens)
-
-    def cost(self, what: str) -> float:
-        """Seconds a token. The first lap is left out: it may have compiled."""
-        laps = self.laps[what][1:]
-        if laps:
-            return sum(seconds for seconds, _ in laps) / sum(tokens for _, tokens in laps)
-        share = 1 / self.rt.world_size if self.together else 1
-        return self.pace if what == "score" else self.cost("score") * self.LEARN_COST * share
-
-    def lap(self, what: str, tokens: int, passes: int = 1) -> None:
-        """Book the time since the last lap on `passes` passes over `tokens` tokens."""
-        self.to_do[what] -= tokens
-        if tokens * passes and not math.isinf(self.limit):
-            self.rt.synchronize()
-            now = self.watch.elapsed()
-            self.laps[what].append((now - self.mark, tokens * passes))
-            self.mark = now
-
-    def epochs(self, lesson: int, chunk: int, chunks: int) -> int:
-        """How many passes over a lesson of so many tokens there is time for. Rounded up over the lessons to come: early
-        ones are worth more, and what that overdraws the last ones pay."""
-        if math.isinf(self.limit):
-            return self.wanted
-        spent, scoring = self.watch.elapsed(), self.to_do["score"] * self.cost("score")
-        room, each = self.limit * (1 - self.MARGIN) - spent - scoring, max(self.cost("learn"), 1e-12)
-        epochs = max(0, min(self.wanted, math.ceil(room / each / self.to_do["learn"]), int(room / each / lesson)))
-        epochs = int(self.rt.agree(epochs)) if self.together else epochs
-        if epochs < self.wanted:
-            what = f"epochs {self.wanted} -> {epochs}" if epochs else "adaptation ends"
-            self.rt.log(f"ttt_clock: {what} at chunk {chunk + 1}/{chunks}, {spent:.1f} of {self.limit:g} s spent; the rest "
-                        f"takes {scoring:.1f} s to score, {each * self.to_do['learn']:.1f} s an epoch to learn from",
-                        "ttt_clock", chunk=chunk + 1, chunks=chunks, epochs=epochs, spent_s=spent, scoring_s=scoring)
-        self.wanted, self.left_out = epochs, self.left_out + self.full - epochs
-        return epochs
-
-    def end(self) -> None:
-        """A walk is over: say what it had to give up, on any rank."""
-        if math.isinf(self.limit):
-            return
-        sums = self.rt.sum_(torch.tensor([self.left_out, self.lessons * self.full], device=self.rt.device)).tolist()
-        if sums[0]:
-            self.rt.log("ttt_clock: {} of {} passes over scored chunks were left out".format(*sums))
-        if self.watch.elapsed() > self.limit:
-            self.rt.log(f"ttt_clock: {self.watch.elapsed():.1f} s spent, over EVAL_MAX_SECONDS={self.limit:g}")
-
-
 class LowRank:
     """A matrix with a low-rank addition, as a function of its input: x W^T + scale (x a^T) b^T.
 
@@ -2905,8 +2922,8 @@ def clip_rows_(grads: list[Tensor], most: float, rows: int) -> None:
 
 
 class Adapter:
-    """Score-first test-time training (PR 461): after each chunk of scored text, a few passes over it. This is what all
-    kinds share; a kind says which tensors move, how fast, and how they enter the forward pass (`dress`, see GPT.hidden).
+    """Score-first test-time training (PR 461): after each chunk of scored text, a few passes over it. This is what
+    all kinds share; a kind says which tensors move, how fast, and how they enter a forward pass (`dress`: GPT.hidden).
 
     A step in the stream goes down the mean over TTT_BATCH_SEQS sequences, whatever the ranks. A step on documents goes
     down each one's own mean; it happens on the rank that has them, and nothing of it leaves their rows.
@@ -2938,7 +2955,7 @@ class Adapter:
         return matrix
 
     def learn(self, tokens: Tensor, progress: float, epochs: int) -> None:
-        """Adapt to scored tokens [n + 1] of a stream: n targets and the token before them. progress: 0..1 of the text."""
+        """Adapt to scored tokens [n + 1] of a stream: n targets and the token before them. progress: 0..1 of it."""
         length, cfg = self.cfg.train_seq_len, self.cfg
         rows = (len(tokens) - 1) // length
         inputs, targets = (t[:rows * length].long().view(rows, length) for t in (tokens[:-1], tokens[1:]))
@@ -3058,8 +3075,9 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     temperature, dress, rows = (cfg.ttt_temp, adapter.dress, adapter.rows) if adapter else (1.0, None, 0)
     legs = plan_documents(val, cfg, rt) if rows else plan_stream(targets, cfg, rt, stride, batch_seqs, bool(adapter))
     clock = clock or EvalClock(dataclasses.replace(cfg, eval_max_seconds=0.0), rt)
-    clock.begin(legs, cfg.ttt_epochs if adapter else 0, together=not rows)
-    bar = rt.log.progress(len(legs), name)
+    clock.begin(sum(leg.reads for leg in legs), [leg.lesson for leg in legs if leg.lesson],
+                cfg.ttt_epochs if adapter else 0, together=not rows)
+    bar = rt.log.progress(sum(len(leg.batches) for leg in legs), name)
     for number, leg in enumerate(legs):
         epochs = clock.epochs(leg.lesson, number, len(legs)) if leg.lesson else 0
         if leg.opens:
@@ -3072,6 +3090,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             meter.add(nll.detach(), ids[:, -windows.keep:], wanted, counted)
             if observe:
                 observe(at[counted], nll.detach()[counted])
+            bar.update()
         clock.lap("score", leg.reads)
         if adapter:
             report_chunk(rt, meter, number, len(legs), time.perf_counter() - start_s)
@@ -3080,7 +3099,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
         elif epochs:
             adapter.learn(val.tokens[leg.first:leg.first + leg.lesson + 1], leg.progress, epochs)
         clock.lap("learn", leg.lesson, epochs)
-        bar.update()
+        nll = again = None  # a graph nobody learns from must not outlive its leg
     bar.close()
     clock.end()
     loss, bpb, tokens, size = meter.reduce(rt)
@@ -3099,6 +3118,43 @@ def report_chunk(rt: Runtime, meter: BpbMeter, chunk: int, chunks: int, seconds:
 
 
 # ------------------------------------------------------------------------------------------------ MAIN
+def settings_from(environ) -> Hyperparameters:
+    """The settings of the environment; with EVAL_ARTIFACT those of the model are the artifact's. Raises UserError."""
+    path = environ.get("EVAL_ARTIFACT")
+    if not path:
+        return Hyperparameters.from_env(environ)
+    stored = model_variables(path)
+    size = Hyperparameters.from_env({"VOCAB_SIZE": environ.get("VOCAB_SIZE", stored["VOCAB_SIZE"])}).vocab_size
+    if size != int(stored["VOCAB_SIZE"]):
+        raise UserError(f"VOCAB_SIZE={size}, but the model in {path} has VOCAB_SIZE={stored['VOCAB_SIZE']}")
+    fields = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
+    replaced = {name for key in stored for name in env_names(fields[key])}
+    return Hyperparameters.from_env({k: v for k, v in environ.items() if k not in replaced} | stored)
+
+
+def model_variables(path: str) -> dict[str, str]:
+    """The model's settings in an artifact, as variables, with the bits its log lines are named after. Raises UserError."""
+    blob = read_file(path)
+    try:
+        header = json.loads(open_frame(blob)[0])
+        cfg = stored_settings(header["config"])
+        bits = {stream: bits for _, _, stream, bits in header["tensors"]}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: artifact is malformed: {error}") from None
+    values = {f.name: getattr(cfg, f.name) for f in settings_by_section()["Model"]}
+    values |= {f.bits: bits[f.name] for f in FAMILIES if f.name in ("mlp", "attn") and f.name in bits}
+    return {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}
+
+
+def read_file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read artifact {path}: {error.strerror}") from None
+
+
 def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
     """All settings to the log file, those that differ from the defaults to the console as well."""
     rt.log(str(rt.log.path(".txt")))
@@ -3213,7 +3269,9 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData) ->
     """
     results, tag, score_fn = {}, precision_tag(cfg), rt.compiled(model.nll)
     clock, stride = EvalClock(cfg, rt), cfg.eval_stride or cfg.window
-    clock.demand(score_fn, reads_ahead(cfg, rt, val), cfg.eval_batch_seqs, cfg.window, stride)
+    nothing = torch.zeros(cfg.eval_batch_seqs, cfg.window, dtype=torch.int64, device=rt.device)
+    with torch.no_grad():
+        clock.demand(lambda: score_fn(nothing, nothing[:, -stride:], 1.0), nothing.numel(), reads_ahead(cfg, rt, val))
 
     def run(key: str, label: str, stride: int, adapter=None, note: str = "", score_fn=score_fn) -> EvalResult:
         r = results[key] = evaluate(label, score_fn, val, cfg, rt, stride, cfg.eval_batch_seqs, adapter, clock)
@@ -3238,6 +3296,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData) ->
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
     log_settings(cfg, rt)
+    packers(cfg.compress)  # a missing package is to be noticed before training, not after
     seconds, watch = {}, Stopwatch()
     torch.manual_seed(cfg.seed)
     val, data = ValData.open(cfg, rt), TrainData.open(cfg, rt)
@@ -3260,19 +3319,46 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     seconds["export"] = packing.elapsed()
     results = final_scores(cfg, rt, load_model(blob, rt, val.tokenizer_sha256), val)
     seconds |= {key: r.seconds for key, r in results.items()} | {"total": watch.elapsed()}
+    return summarise(cfg, rt, path, len(blob), code_bytes, results, seconds, averaged.bpb, state.step)
+
+
+def score_artifact(cfg: Hyperparameters, rt: Runtime) -> dict:
+    """The end of `run` alone, for an artifact made before: read -> evaluate. Returns the same summary."""
+    log_settings(cfg, rt)
+    watch, val = Stopwatch(), ValData.open(cfg, rt)
+    blob = read_file(cfg.eval_artifact)
+    model = load_model(blob, rt, val.tokenizer_sha256)
+    for line in (
+        f"artifact:{cfg.eval_artifact} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}",
+        f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}",
+        f"val_loader:shards pattern={cfg.val_files} tokens:{len(val.tokens) - 1}",
+        f"model_params:{sum(p.numel() for p in model.parameters())}",
+        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention}",
+    ):
+        rt.log(line)
+    seconds = {"setup": watch.elapsed(), "train": 0.0, "calibrate": 0.0, "export": 0.0}
+    results = final_scores(cfg, rt, model, val)
+    seconds |= {key: r.seconds for key, r in results.items()} | {"total": watch.elapsed()}
+    return summarise(cfg, rt, cfg.eval_artifact, len(blob), os.path.getsize(__file__), results, seconds)
+
+
+def summarise(cfg: Hyperparameters, rt: Runtime, path, artifact_bytes: int, code_bytes: int,
+              results: dict[str, EvalResult], seconds: dict, pre_quant_bpb: float | None = None, steps: int = 0) -> dict:
+    """What a run comes to. A score that was not asked for is None."""
     bpb = {key: results[key].bpb if key in results else None for key in ("roundtrip", "sliding", "ttt")}
-    return {"run_id": rt.run_id, "val_bpb_pre_quant": averaged.bpb, "val_bpb_roundtrip": bpb["roundtrip"],
+    return {"run_id": rt.run_id, "val_bpb_pre_quant": pre_quant_bpb, "val_bpb_roundtrip": bpb["roundtrip"],
             "val_bpb_sliding": bpb["sliding"], "val_bpb_ttt": bpb["ttt"], "artifact_path": str(path),
-            "artifact_bytes": len(blob), "code_bytes": code_bytes, "total_bytes": len(blob) + code_bytes,
-            "artifact_limit_bytes": cfg.artifact_limit_bytes, "steps": state.step,
-            "tokens": state.step * cfg.train_batch_tokens, "seconds": {k: round(v, 3) for k, v in seconds.items()},
-            "peak_rss_bytes": peak_rss_bytes()}
+            "artifact_bytes": artifact_bytes, "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes,
+            "artifact_limit_bytes": cfg.artifact_limit_bytes, "steps": steps, "tokens": steps * cfg.train_batch_tokens,
+            "seconds": {k: round(v, 3) for k, v in seconds.items()}, "peak_rss_bytes": peak_rss_bytes()}
 
 
 def report(rt: Runtime, summary: dict) -> None:
     """The short summary for people; then the same as one JSON line and file for programs."""
     spent = ", ".join(f"{phase} {s:.1f}" for phase, s in summary["seconds"].items())
     bpb = lambda key: "off" if summary[key] is None else f"{summary[key]:.4f}"
+    trained = [] if summary["val_bpb_pre_quant"] is None else [str(rt.folder / "final_model.pt")]
+    files = ", ".join([summary["artifact_path"], *trained, str(rt.log.path(".txt"))])
     for line in (
         "-" * 72,
         f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, from the artifact {bpb('val_bpb_roundtrip')}, "
@@ -3280,8 +3366,7 @@ def report(rt: Runtime, summary: dict) -> None:
         f"size            {summary['total_bytes']:,} of {summary['artifact_limit_bytes']:,} bytes: "
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
         f"seconds         {spent}",
-        f"files           {summary['artifact_path']}, {rt.folder / 'final_model.pt'}, {rt.log.path('.txt')}, .jsonl, "
-        f".summary.json",
+        f"files           {files}, .jsonl, .summary.json",
     ):
         rt.log(line)
     text = json.dumps(summary)
@@ -3298,17 +3383,18 @@ def main(arguments: list[str]) -> int:
               "variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     try:
-        cfg = Hyperparameters.from_env()
+        cfg = settings_from(os.environ)
         rt = Runtime.open(cfg)
         try:
-            report(rt, run(cfg, rt))
+            report(rt, score_artifact(cfg, rt) if cfg.eval_artifact else run(cfg, rt))
         finally:
             rt.close()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; RESUME=1 with this RUN_ID goes on from its last checkpoint", file=sys.stderr)
+        print("interrupted" if os.environ.get("EVAL_ARTIFACT") else
+              "interrupted; RESUME=1 with this RUN_ID goes on from its last checkpoint", file=sys.stderr)
         return 130
     return 0
 
