@@ -14,6 +14,10 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # spinning threads: steps 4 
 usage() {
   cat <<'EOF'
 bash run.sh [PROFILE] [KEY=VALUE...]   set up and run train_gpt.py; without PROFILE: default with GPUs, smoke without
+bash run.sh eval ARTIFACT [PROFILE] [KEY=VALUE...]   score an artifact without training; model settings are its own
+bash run.sh inspect ARTIFACT [--plot FILE.png]       where its bytes are (tools/inspect_artifact.py)
+bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS]     text from it; --help lists the options (tools/sample.py)
+bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
 bash run.sh data SUBCOMMAND...         make or fetch data: embedded, text, fineweb (data/prepare.py)
 bash run.sh bench ...                  measure speed and memory (tools/bench.py)
@@ -104,8 +108,9 @@ count_gpus() {
     echo 0
   fi
 }
-run() {  # [PROFILE] KEY=VALUE...
-  local profile='' gpus='' asked
+ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of a run
+  local profile='' asked
+  gpus=''
   case ${1:-} in '' | *=*) ;; *) profile=$1; shift ;; esac
   [ -z "$profile" ] || [ -f "profiles/$profile.env" ] ||
     die "unknown command or profile '$profile'; profiles: $(cd profiles && echo ./*.env | sed 's/\.\///g; s/\.env//g')"
@@ -120,6 +125,9 @@ run() {  # [PROFILE] KEY=VALUE...
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
   ready_data "$profile" "$asked"
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
+}
+run() {  # [PROFILE] KEY=VALUE...
+  ready "$@"
   [ "$gpus" -gt 1 ] || exec "$python" train_gpt.py
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
   exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt.py
@@ -136,7 +144,13 @@ case $command in
     for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # somebody names the tests to run
     exec "$python" -m pytest ${where:+tests} "$@" ;;
   data) shift; to_run; exec "$python" data/prepare.py "$@" ;;
-  bench | parity) shift; to_run; exec "$python" "tools/$command.py" "$@" ;;
+  bench | parity | record) shift; to_run; exec "$python" "tools/$command.py" "$@" ;;
+  eval)
+    case ${2:-} in '' | -* | [A-Z]*=*) die "eval needs a file: bash run.sh eval ARTIFACT [KEY=VALUE...]" ;; esac
+    export EVAL_ARTIFACT=$2
+    run "${@:3}" ;;
+  inspect) shift; to_run; exec "$python" tools/inspect_artifact.py "$@" ;;
+  sample) shift; ready; exec "$python" tools/sample.py "$@" ;;
   settings) to_run; exec "$python" train_gpt.py --help ;;
   *) run "$@" ;;
 esac

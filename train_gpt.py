@@ -178,6 +178,9 @@ class Hyperparameters:
     attn_clip_sigmas: float = env_field(12.85, "with sdclip: the same, attention banks", lo=0.1, hi=1000,
                                         group="MATRIX_CLIP_SIGMAS")
     embed_clip_sigmas: float = env_field(20.0, "with sdclip: the same, all tables", lo=0.1, hi=1000)
+    mlp_clip_widen: float = env_field(1.0, "MLP banks: steps this much wider than the rule's, for a smaller file", lo=1, hi=100)
+    attn_clip_widen: float = env_field(1.0, "the same, attention banks", lo=1, hi=100)
+    embed_clip_widen: float = env_field(1.0, "the same, all tables", lo=1, hi=100)
     fp16_keep_name_patterns: str = env_field("", "name parts, with commas: parameters stored as fp16, not rounded")
     int8_keep_float_fp32_name_patterns: str = env_field(
         "", "name parts, with commas: parameters stored as fp32 in the artifact")
@@ -1003,6 +1006,7 @@ class QuantSpec:
     bits: int
     clip: str = "percentile"   # or "amax", "sdclip"
     sigmas: float = 12.85      # sdclip: standard deviations of the row at the largest code (R1394)
+    widen: float = 1.0         # steps are this much wider than the clip rule has them; the outer codes are then unused
 
     @property
     def top(self) -> int:
@@ -1025,21 +1029,29 @@ def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """fp16-exact scale of each row by the spec's clip rule.  # float32 [..., rows, 1]
+    """fp16-exact scale (the step) of each row.  # float32 [..., rows, 1]"""
+    return storable(rule_scales(weight, spec) * spec.widen)
+
+
+def storable(scale: Tensor) -> Tensor:
+    return scale.clamp(min=SCALE_FLOOR).half().float()
+
+
+def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales by the spec's clip rule.
 
     sdclip (R1394) ignores the largest weights: the step is `sigmas` / top of the row's standard deviation, and what it
     is in bits is left to the entropy coder, log2(sigmas) less than `bits`.
     """
-    fit = lambda clip: (clip / spec.top).clamp(min=SCALE_FLOOR).half().float()
     if spec.clip == "sdclip":
-        return fit(spec.sigmas * weight.std(-1, keepdim=True, correction=0))
+        return spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.top
     magnitudes = weight.abs()
     if spec.clip == "amax":
-        return fit(magnitudes.amax(-1, keepdim=True))
-    best = fit(upper_quantile(magnitudes, PERCENTILES[0]))
+        return magnitudes.amax(-1, keepdim=True) / spec.top
+    best = storable(upper_quantile(magnitudes, PERCENTILES[0]) / spec.top)
     best_error = rounding_error(weight, best, spec)
     for share in PERCENTILES[1:]:
-        scale = fit(upper_quantile(magnitudes, share))
+        scale = storable(upper_quantile(magnitudes, share) / spec.top)
         error = rounding_error(weight, scale, spec)
         best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
     return best
@@ -1521,7 +1533,7 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------ PARAMETERS
 @dataclass(frozen=True)
 class Family:
-    """How one kind of parameter is trained and stored; `lr`, `decay`, `bits` and `sigmas` name settings."""
+    """How one kind of parameter is trained and stored; `lr` to `widen` name settings."""
 
     name: str
     pattern: str
@@ -1530,16 +1542,23 @@ class Family:
     decay: str = ""       # "": none
     bits: str = ""        # "": stored as float
     sigmas: str = ""      # its clip under sdclip
+    widen: str = ""       # what SIZE_FIT may change
     exported: bool = True
 
 
 FAMILIES = (
-    Family("attn", r"(qo|kv)_bank", "muon", "matrix_lr", "muon_wd", "attn_qat_bits", "attn_clip_sigmas"),
-    Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp_clip_sigmas"),
-    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "adam_wd", "embed_bits", "embed_clip_sigmas"),
-    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "adam_wd", "bigram_bits", "embed_clip_sigmas"),
-    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "adam_wd", "ve_bits", "embed_clip_sigmas"),
-    Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas"),
+    Family("attn", r"(qo|kv)_bank", "muon", "matrix_lr", "muon_wd", "attn_qat_bits", "attn_clip_sigmas",
+           "attn_clip_widen"),
+    Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp_clip_sigmas",
+           "mlp_clip_widen"),
+    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "adam_wd", "embed_bits", "embed_clip_sigmas",
+           "embed_clip_widen"),
+    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "adam_wd", "bigram_bits", "embed_clip_sigmas",
+           "embed_clip_widen"),
+    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "adam_wd", "ve_bits", "embed_clip_sigmas",
+           "embed_clip_widen"),
+    Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas",
+           "embed_clip_widen"),
     Family("mtp", r"mtp_heads\.\d+\.weight", "adamw", "head_lr", exported=False),
     Family("proj", r"(bigram|trigram|ve_shared)\.proj\.weight", "adamw", "scalar_lr", "adam_wd"),
     Family("control", r"skip_weights|smear\.gate|(bigram|trigram|ve_shared)\.scale|ve_layer_scales\.\d+|blocks\.\d+\..+",
@@ -1565,7 +1584,7 @@ def route(cfg: Hyperparameters, names) -> dict[str, Family]:
 def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
     """How each parameter that is exported rounded is rounded - by QAT and by the export alike."""
     kept = f"{cfg.fp16_keep_name_patterns},{cfg.int8_keep_float_fp32_name_patterns}"
-    return {name: QuantSpec(getattr(cfg, family.bits), cfg.clip_rule, getattr(cfg, family.sigmas))
+    return {name: QuantSpec(getattr(cfg, family.bits), cfg.clip_rule, getattr(cfg, family.sigmas), getattr(cfg, family.widen))
             for name, family in route(cfg, names).items() if family.bits and not named_in(kept, name)}
 
 
@@ -1976,10 +1995,9 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
 
 # ------------------------------------------------------------------------------------------------ ROUNDING
 OWN_TEXT_ROWS, OWN_TEXT_TEMPERATURE = 4, 0.8   # R1019; its 64 sequences are 16 batches
-CLIP_SETTINGS = ("mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas")  # what SIZE_FIT may coarsen
 FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
-FIT_OCTAVES = 4.0      # a clip is doubled four times at most: 6-bit weights then have 2 bits left
-FIT_TEXTS, FIT_TEXT_TOKENS = 4, 8192  # on so many texts of so many tokens the price of a coarser clip is measured
+FIT_OCTAVES = 4.0      # a step is doubled four times at most: 6-bit weights then have 2 bits left
+FIT_TEXTS, FIT_TEXT_TOKENS = 4, 8192  # on so many texts of so many tokens the price of wider steps is measured
 
 
 class InputSums:
@@ -2032,7 +2050,7 @@ class Calibration:
     """What the export learns from text. The text is read inside the training time; afterwards only weights are."""
 
     hessians: dict[str, Tensor]   # parameter -> [matrices, columns, columns]; empty without GPTQ
-    prices: dict[str, float]      # clip setting -> nats a token that doubling it would cost; empty without SIZE_FIT
+    prices: dict[str, float]      # ..._clip_widen -> nats a token that doubling it costs; empty without SIZE_FIT
 
 
 @torch.no_grad()
@@ -2057,7 +2075,7 @@ def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, st
     hessians = look.by_parameter(rt) if cfg.gptq_enabled else {}
     rt.log(f"GPTQ:collected {len(look.sums)} Hessians in {watch.elapsed():.1f}s from {tokens} tokens a rank "
            f"({cfg.gptq_calibration})", "calibration", tokens=tokens, seconds=watch.elapsed())
-    prices = clip_prices(cfg, model, hessians, kept) if cfg.size_fit and rt.rank == 0 else {}
+    prices = step_prices(cfg, model, hessians, kept) if cfg.size_fit and rt.rank == 0 else {}
     if watch.elapsed() > left_s:
         rt.log(f"warning: calibration took {watch.elapsed():.1f}s, {watch.elapsed() - left_s:.1f}s more than was left of "
                "MAX_WALLCLOCK_SECONDS; raise GPTQ_RESERVE_SECONDS or lower GPTQ_CALIBRATION_BATCHES")
@@ -2093,41 +2111,26 @@ def wearing(model: GPT, rounded: dict[str, tuple[Tensor, Tensor]]):
             params[name].data.copy_(weight)
 
 
-def by_clip(cfg: Hyperparameters, names) -> dict[str, list[str]]:
-    """Clip setting -> the parameters it rules."""
+def by_widening(cfg: Hyperparameters, names) -> dict[str, list[str]]:
+    """Setting that widens steps -> the parameters it rules."""
     families, groups = route(cfg, names), collections.defaultdict(list)
     for name in quant_specs(cfg, names):
-        groups[families[name].sigmas].append(name)
+        groups[families[name].widen].append(name)
     return groups
 
 
-def in_sigmas(cfg: Hyperparameters, model: GPT) -> Hyperparameters:
-    """The same settings with CLIP_RULE=sdclip: each clip such that the steps keep their (geometric) mean size."""
-    if cfg.clip_rule == "sdclip":
-        return cfg
-    params, sigmas = dict(model.named_parameters()), {}
-    specs = quant_specs(cfg, params)
-    for setting, names in by_clip(cfg, params).items():
-        ratios = torch.cat([(row_scales(w, specs[name]) * specs[name].top / w.std(-1, keepdim=True, correction=0)).flatten()
-                            for name, w in ((name, params[name].detach().float()) for name in names)])
-        sigmas[setting] = round(ratios[ratios.isfinite() & (ratios > 0)].log().mean().exp().item(), 4)
-    return dataclasses.replace(cfg, clip_rule="sdclip", **sigmas)
-
-
 def coarser(cfg: Hyperparameters, octaves: dict[str, float]) -> Hyperparameters:
-    """Clips, and with them steps, wider by so many doublings."""
+    """Steps wider by so many doublings, setting by setting."""
     return dataclasses.replace(cfg, **{name: getattr(cfg, name) * 2 ** x for name, x in octaves.items()})
 
 
-def clip_prices(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor], texts: list[Tensor]) -> dict[str, float]:
-    """What doubling each clip costs, in nats a token, on a little calibration text.
+def step_prices(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor], texts: list[Tensor]) -> dict[str, float]:
+    """What doubling the steps costs, in nats a token and setting by setting, on a little calibration text.
 
-    The cost is how far the predictions drift from those of the float model: KL(float || rounded), which the loss rises
-    by on text the float model describes well. The loss itself would need fifty times the text: rounding moves it both
-    ways, and by more than it moves it up (on 16,384 tokens it called coarser attention a gain, which it was not).
+    The cost is how far the predictions drift from those of the float model, KL(float || rounded): what the loss rises
+    by on text that the float model describes well, without the loss's own ups and downs, which would need more text.
     """
-    base = in_sigmas(cfg, model)
-    rounded = round_model(base, model, hessians)
+    rounded = round_model(cfg, model, hessians)
     predict = lambda ids: model.logits(model.hidden(ids)).flatten(0, 1).log_softmax(-1)
     exact = [predict(ids) for ids in texts]
 
@@ -2137,27 +2140,26 @@ def clip_prices(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor], t
                        for ids, true in zip(texts, exact)) / len(texts)
 
     before, prices = drift({}), {}
-    for setting, names in by_clip(base, rounded).items():
+    for setting, names in by_widening(cfg, rounded).items():
         few = {name: hessians[name] for name in names if name in hessians}
-        changed = round_model(coarser(base, {setting: 1.0}), model, few)
+        changed = round_model(coarser(cfg, {setting: 1.0}), model, few)
         prices[setting] = drift({name: changed[name] for name in names}) - before
     return prices
 
 
 class SizeFit:
-    """Finds the cheapest coarser clips that bring the artifact under its limit.
+    """Finds the cheapest wider steps that bring the artifact under its limit.
 
-    A clip wider by x doublings costs price (4^x - 1) / 3 nats, because the error goes with the square of the step, and
+    Steps wider by x doublings cost price (4^x - 1) / 3 nats, because the error goes with the square of the step, and
     saves about x bits a weight, because the entropy coder gets log2 of the step less. The cheapest way to a size is
     then the one where the last byte saved costs the same everywhere: 4^x in proportion to weights / price, one number
     to search for. How many bits there are to save is read off the codes' order-0 entropy; the packer has the last word.
-    (Bits are no further knob: with an entropy coder INT5 at k sigmas is INT6 at 2k, to the same codes.)
+    (Bits are no further knob: with an entropy coder INT5 is INT6 with steps twice as wide, to the same codes.)
     """
 
     def __init__(self, cfg: Hyperparameters, model: GPT, prices: dict[str, float]):
-        self.cfg = in_sigmas(cfg, model)
-        params = dict(model.named_parameters())
-        self.groups = by_clip(self.cfg, params)
+        self.cfg, params = cfg, dict(model.named_parameters())
+        self.groups = by_widening(cfg, params)
         self.weights = {s: sum(params[name].numel() for name in names) for s, names in self.groups.items()}
         cheapest = 0.01 * max(sum(prices.values()), 1e-9) / sum(self.weights.values())  # a weight; nothing is free
         self.prices = {s: max(prices[s], cheapest * n) for s, n in self.weights.items()}
@@ -2172,7 +2174,7 @@ class SizeFit:
         return sum(entropy_bytes(quantise(params[name].detach(), specs[name])[0]) for name in self.groups[setting])
 
     def octaves(self, slope: float) -> dict[str, float]:
-        """Doublings of each clip at which one more byte saved costs as much everywhere."""
+        """Doublings at which one more byte saved costs as much everywhere."""
         return {s: min(max(0.5 * math.log2(slope * n / self.prices[s]), 0.0), FIT_OCTAVES)
                 for s, n in self.weights.items()}
 
@@ -2195,7 +2197,7 @@ class SizeFit:
 def fit_size(cfg: Hyperparameters, rt: Runtime, model: GPT, prices: dict[str, float], make, total: int, code_bytes: int):
     """(settings, artifact) that fit: at most 0.5 % under ARTIFACT_LIMIT_BYTES. `make(settings)` rounds and packs.
 
-    Raises UserError where the coarsest clips do not suffice. Packs FIT_ROUNDS times at most, and no more once
+    Raises UserError where the widest steps do not suffice. Packs FIT_ROUNDS times at most, and no more once
     FIT_SECONDS have passed.
     """
     limit, watch, fit, best = cfg.artifact_limit_bytes, Stopwatch(), SizeFit(cfg, model, prices), None
@@ -2209,10 +2211,10 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, model: GPT, prices: dict[str, fl
         settings = coarser(fit.cfg, octaves)
         artifact = make(settings)
         was, total, wanted, entropy = total, len(artifact.blob) + code_bytes, entropy, fit.bytes_at(octaves)
-        clips = {s: round(getattr(settings, s), 2) for s in octaves}
+        steps = {s.upper(): round(getattr(settings, s), 3) for s in octaves}
         rt.log(f"size_fit:total:{total} ({total / limit:.2%} of the limit) expected_cost:{fit.nats(octaves):.5f} nats "
-               f"{' '.join(f'{s.upper()}:{getattr(fit.cfg, s):.2f}->{k}' for s, k in clips.items())} "
-               f"time:{watch.elapsed():.1f}s", "size_fit", total=total, limit=limit, clips=clips)
+               f"{' '.join(f'{s}:{k}' for s, k in steps.items())} time:{watch.elapsed():.1f}s",
+               "size_fit", total=total, limit=limit, steps=steps)
         if total <= limit and (best is None or total > best[2]):
             best = settings, artifact, total
         coarsest = total > limit and min(octaves.values()) >= FIT_OCTAVES
@@ -2222,7 +2224,7 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, model: GPT, prices: dict[str, fl
             rate = min(max((total - was) / (entropy - wanted), 0.5), 2.0)
     if best is None:
         raise UserError(f"SIZE_FIT=1 cannot reach ARTIFACT_LIMIT_BYTES={limit:,}: {total:,} bytes are left with "
-                        + ", ".join(f"{s.upper()}={k}" for s, k in clips.items()) + "; fewer parameters are needed")
+                        + ", ".join(f"{s}={k}" for s, k in steps.items()) + "; fewer parameters are needed")
     if best[2] < limit * (1 - FIT_WINDOW):
         rt.log(f"warning: size_fit leaves {limit - best[2]} bytes unused")
     return best[:2]
@@ -2696,7 +2698,7 @@ def read_artifact(blob: bytes) -> tuple[Hyperparameters, str, list[Stored]]:
         if not re.fullmatch(r"\w{,64}", header["tokenizer"]):
             raise ValueError("its tokenizer is no SHA-256")
         return cfg, header["tokenizer"], read_streams(table, header["streams"], payload)
-    except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"artifact is malformed: {str(error).partition(chr(10))[0][:200] or type(error).__name__}"
                         ) from None
 

@@ -1,4 +1,4 @@
-"""Test-time training: each adapter against the slow obvious loop, documents side by side, ranks, the clock, refusals."""
+"""Test-time training: adapters against slow obvious loops, documents side by side, ranks, the clock, refusals."""
 import dataclasses
 import json
 import os
@@ -65,7 +65,8 @@ def reference_documents(cfg, model, val):
 
             def nll():
                 named, head = weights_with_additions(model, pairs, scale)
-                hidden = torch.func.functional_call(trunk, {f"model.{k}": v for k, v in named.items()}, tokens[None, start:high])
+                named = {f"model.{name}": p for name, p in named.items()}
+                hidden = torch.func.functional_call(trunk, named, tokens[None, start:high])
                 logits = tg.capped_logits(hidden[0, low - high:], head, cfg.logit_softcap)
                 return F.cross_entropy(logits, tokens[low + 1:high + 1], reduction="none")
             with torch.no_grad():
@@ -79,7 +80,8 @@ def reference_documents(cfg, model, val):
 
 
 @pytest.mark.parametrize("changes", [
-    DOCUMENT, {**DOCUMENT, "ttt_lora_optimizer": "sgd", "ttt_lora_lr": 0.1, "ttt_lora_alpha": 4.0, "ttt_min_doc_tokens": 30},
+    DOCUMENT,
+    {**DOCUMENT, "ttt_lora_optimizer": "sgd", "ttt_lora_lr": 0.1, "ttt_lora_alpha": 4.0, "ttt_min_doc_tokens": 30},
     {**DOCUMENT, "ttt_lora_targets": "q,v", "ttt_lora_layers": "0,2", "ttt_lora_layer_rates": "2:0.3", "ttt_epochs": 1},
     {**DOCUMENT, "ttt_doc_chunk_tokens": 32, "ttt_batch_docs": 9}], ids=["adam", "sgd", "layers", "wide"])
 def test_documents_side_by_side_are_documents_one_by_one(setting, rt, changes):
@@ -234,15 +236,17 @@ def timed(setting, rt, monkeypatch, limit, changes, learn_s=1.0, score_s=0.001):
     cfg, model, log = dataclasses.replace(cfg, eval_max_seconds=limit, **changes), model(), Log()
     rt, fake = dataclasses.replace(rt, log=log), FakeTime(monkeypatch, model, score_s, learn_s)
     clock, scores = tg.EvalClock(cfg, rt, now=fake), Scores(len(val.tokens) - 1)
-    clock.demand(fake.score, 0, 2, cfg.window, 8)
+    nothing = torch.zeros(2, cfg.window, dtype=torch.long)
+    clock.demand(lambda: fake.score(nothing, nothing[:, -8:], 1.0), nothing.numel(), 0)
     tg.evaluate("test", fake.score, val, cfg, rt, 8, 16, tg.adapter_for(model, cfg, rt), clock, scores)
     monkeypatch.undo()
     assert (scores.given == 1).all()
     return fake.now, [line for line in log.lines if line.startswith("ttt_clock")]
 
 
-@pytest.mark.parametrize("changes", [{"ttt_chunk_tokens": 32, "ttt_epochs": 4},
-                                     {**DOCUMENT, "ttt_lora_targets": "q", "ttt_batch_docs": 1, "ttt_epochs": 4}], ids=["stream", "document"])
+@pytest.mark.parametrize("changes", [
+    {"ttt_chunk_tokens": 32, "ttt_epochs": 4},
+    {**DOCUMENT, "ttt_lora_targets": "q", "ttt_batch_docs": 1, "ttt_epochs": 4}], ids=["stream", "document"])
 def test_adaptation_gives_way_to_the_clock(setting, rt, monkeypatch, changes):
     free, lines = timed(setting, rt, monkeypatch, 1e6, changes)
     still, _ = timed(setting, rt, monkeypatch, 1e6, {**changes, "ttt_epochs": 0})
@@ -291,14 +295,15 @@ def test_every_mode_from_its_variables(run, variables, said):
     ({"TTT_LORA_TARGETS": ""}, "TTT_LORA_TARGETS="), ({"TTT_LORA_LAYERS": "1-x"}, "is not layers like"),
     ({"TTT_LORA_LAYERS": "2-3"}, "outside 0..2"), ({"TTT_LORA_LAYERS": "0-1-2"}, "is not layers like"),
     ({"TTT_LORA_LAYER_RATES": "1"}, "pairs like 7:0.6"), ({"TTT_LORA_LAYER_RATES": "9:0.6"}, "outside 0..2"),
-    ({"TTT_LORA_RANK": 0}, "TTT_LORA_RANK=0 is out of range"), ({"TTT_RESET": "document", "TTT_MODE": "sgd"}, "only TTT_MODE=lora"),
+    ({"TTT_LORA_RANK": 0}, "TTT_LORA_RANK=0 is out of range"),
+    ({"TTT_RESET": "document", "TTT_MODE": "sgd"}, "only TTT_MODE=lora"),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 33}, "longer than a window"),
-    ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_POLYAK_DECAY": 0.9}, "TTT_POLYAK_DECAY works along a stream"),
+    ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_POLYAK_DECAY": 0.9}, "works along a stream"),
     ({"TTT_CHUNK_TOKENS": 16}, "holds no sequence"),
     ({"TTT_CHUNK_TOKENS": 40, "EVAL_STRIDE": 48, "EVAL_SEQ_LEN": 64}, "shorter than the 48 tokens")])
 def test_refusals(corpus, tmp_path, variables, said):
     with pytest.raises(tg.UserError) as refused:
-        tg.Hyperparameters.from_env(environment(corpus, tmp_path, TTT_MODE="lora") | {k: str(v) for k, v in variables.items()})
+        tg.Hyperparameters.from_env(environment(corpus, tmp_path, **{"TTT_MODE": "lora", **variables}))
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -314,6 +319,25 @@ def test_documents_need_a_bos(config, rt, monkeypatch):
             tg.ValData.open(cfg, rt)
 
 
+def test_the_bench_makes_a_table(corpus, config, tmp_path, monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT / "tools"))
+    import ttt_bench
+    assert ttt_bench.read_grid(["A=1,2", "TTT_LORA_TARGETS=q,v", "B=q,v/o"]) == [
+        {"A": a, "TTT_LORA_TARGETS": "q,v", "B": b} for a in "12" for b in ("q,v", "o")]
+    for name, value in environment(corpus, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    torch.save(tg.GPT(config()).state_dict(), tmp_path / "model.pt")
+    command = [str(tmp_path / "model.pt"), "--tokens", "600", "--out", str(tmp_path / "table.json")]
+    assert ttt_bench.main([*command, "TTT_MODE=sgd,lora", "TTT_CHUNK_TOKENS=128"]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["settings"]["TTT_MODE"] for row in rows] == ["sgd", "lora"]
+    assert all(row["tokens"] == 600 and row["gain"] == row["plain_bpb"] - row["bpb"] != 0 for row in rows)
+    assert ttt_bench.main([*command, "--speed", "TTT_DOC_CHUNK_TOKENS=16", "TTT_BATCH_DOCS=2"]) == 0
+    assert ttt_bench.main([*command, "TTT_MODE=lora", "TTT_LORA_LAYERS=7"]) == 2
+    out, err = capsys.readouterr()
+    assert "| TTT_MODE | TTT_CHUNK_TOKENS | bpb | gain | seconds |" in out and "outside 0..2" in err
+
+
 # ---- ranks
 
 def walks(cfg, rt):
@@ -323,7 +347,8 @@ def walks(cfg, rt):
         changed = dataclasses.replace(cfg, **{**changes, "ttt_batch_seqs": 3, "ttt_lora_targets": "q,head"})
         torch.manual_seed(0)
         model = scrambled(tg.GPT(cfg)).eval()
-        r = tg.evaluate("test", model.nll, val, changed, rt, 8, 16, tg.adapter_for(model, changed, rt), tg.EvalClock(changed, rt))
+        adapter, clock = tg.adapter_for(model, changed, rt), tg.EvalClock(changed, rt)
+        r = tg.evaluate("test", model.nll, val, changed, rt, 8, 16, adapter, clock)
         results.append([r.tokens, r.bytes, r.bpb])
     return results
 
@@ -345,7 +370,8 @@ rt.close()
 def test_world_size_does_not_change_what_is_learnt(corpus, config, rt, tmp_path):
     script = tmp_path / "walks.py"
     script.write_text(ON_TWO_RANKS.format(paths=[str(ROOT), str(ROOT / "tests")]))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, str(script)],
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, tmp_path)},
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

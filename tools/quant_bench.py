@@ -101,13 +101,12 @@ def show_fit(cfg, rt, model, data, ids: torch.Tensor, step: int, over: float) ->
         middle = (low + high) / 2
         low, high = (middle, high) if fit.bytes_at(dict.fromkeys(fit.groups, middle)) > wanted else (low, middle)
     alike = tg.coarser(fit.cfg, dict.fromkeys(fit.groups, high))
-    print(f"for comparison, every clip widened alike, {2 ** high:.3f} times: {loss(alike):.5f} at the same entropy")
+    print(f"for comparison, all steps widened alike, {2 ** high:.3f} times: {loss(alike):.5f} at the same entropy")
 
 
 def main() -> None:
     args = arguments()
-    extra = {"SIZE_FIT": "1"} if args.over else {}
-    environ = dict(os.environ) | extra | dict(pair.split("=", 1) for pair in args.settings)
+    environ = dict(os.environ) | ({"SIZE_FIT": "1"} if args.over else {"GPTQ_ENABLED": "1"}) | dict(pair.split("=", 1) for pair in args.settings)
     environ.setdefault("ARTIFACT_DIR", "/tmp")
     cfg = tg.Hyperparameters.from_env(environ | {"RUN_ID": "quant_bench"})
     rt = tg.Runtime.open(cfg)

@@ -7,7 +7,8 @@
 Every combination of the values is scored from the same weights; alternatives stand between commas, those of settings
 that are lists themselves between slashes (TTT_LORA_TARGETS=q,v/q,k,v,o). The gain is bits per byte against sliding
 evaluation without adaptation. All other settings - data, tokenizer, device, and for a float model (.pt) its shape -
-come from the environment. --speed: documents side by side against one at a time, in tokens a second.
+come from the environment. --speed: documents side by side against one at a time, in tokens a second of process time
+(this machine may be busy); --doc-tokens makes them alike.
 """
 from __future__ import annotations
 
@@ -57,8 +58,16 @@ def load(path: Path, rt: tg.Runtime, val: tg.ValData, cfg: tg.Hyperparameters) -
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (RuntimeError, ValueError, KeyError) as error:
-        raise tg.UserError(f"{path} does not fit the settings of the environment: {str(error).splitlines()[-1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise tg.UserError(f"{path} does not fit the settings of the environment: {reason}") from None
     return model.to(rt.device).eval()
+
+
+def cut_documents(val: tg.ValData, most: int) -> torch.Tensor:
+    """The text with all but the first `most` tokens of each document left out, and shorter documents altogether."""
+    starts = (val.tokens == val.bos_id).nonzero().flatten().tolist()
+    spans = [(first, stop) for first, stop in zip(starts, starts[1:]) if stop - first >= most]
+    return torch.cat([val.tokens[first:first + most] for first, _ in spans])
 
 
 class Bench:
@@ -68,7 +77,8 @@ class Bench:
         self.base = tg.Hyperparameters.from_env({**os.environ, "TTT_ENABLED": "0"})
         self.rt = dataclasses.replace(tg.Runtime.open(self.base), log=tg.RunLog(Path("."), "", active=False))
         val = tg.ValData.open(self.base, self.rt)
-        self.val = dataclasses.replace(val, tokens=val.tokens[:args.tokens + 1])
+        tokens = cut_documents(val, args.doc_tokens) if args.doc_tokens else val.tokens
+        self.val = dataclasses.replace(val, tokens=tokens[:args.tokens + 1])
         self.model = load(args.model, self.rt, val, self.base)
         self.weights = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
         self.plain = {}  # (window, stride) -> bpb without adaptation
@@ -76,7 +86,8 @@ class Bench:
     def settings(self, changes: dict[str, str]) -> tg.Hyperparameters:
         shape = {name.upper(): getattr(self.model.cfg, name) for name in MODEL_FIELDS}
         shape = {name: str(int(value) if isinstance(value, bool) else value) for name, value in shape.items()}
-        cfg = tg.Hyperparameters.from_env({**os.environ, **shape, "EVAL_MAX_SECONDS": "0", **changes, "TTT_ENABLED": "1"})
+        fixed = {"EVAL_MAX_SECONDS": "0", "TTT_ENABLED": "1"}
+        cfg = tg.Hyperparameters.from_env({**os.environ, **shape, **changes, **fixed})
         if len(self.val.tokens) <= cfg.window:
             raise tg.UserError(f"--tokens {len(self.val.tokens) - 1} is less than a window of {cfg.window}")
         return cfg
@@ -94,16 +105,19 @@ class Bench:
         if key not in self.plain:
             self.plain[key] = self.score(cfg, False)
         r = self.score(cfg, True)
-        return {"settings": changes, "bpb": r.bpb, "gain": self.plain[key].bpb - r.bpb, "loss": r.loss, "tokens": r.tokens,
-                "bytes": r.bytes, "seconds": r.seconds, "plain_bpb": self.plain[key].bpb, "plain_seconds": self.plain[key].seconds}
+        plain = self.plain[key]
+        return {"settings": changes, "bpb": r.bpb, "gain": plain.bpb - r.bpb, "loss": r.loss, "tokens": r.tokens,
+                "bytes": r.bytes, "seconds": r.seconds, "plain_bpb": plain.bpb, "plain_seconds": plain.seconds}
 
     def speed(self, changes: dict[str, str]) -> dict:
         """Tokens a second of documents side by side and one at a time, of the same code on the same text."""
         cfg = self.settings({"TTT_MODE": "lora", "TTT_RESET": "document", **changes})
         paces = []
         for rows in (cfg.ttt_batch_docs, 1):
+            begun = time.process_time() if self.rt.device.type == "cpu" else time.perf_counter()
             r = self.score(dataclasses.replace(cfg, ttt_batch_docs=rows), True)
-            paces.append(r.tokens / r.seconds)
+            spent = time.process_time() - begun if self.rt.device.type == "cpu" else time.perf_counter() - begun
+            paces.append(r.tokens / spent)
         return {"settings": changes, "side_by_side": cfg.ttt_batch_docs, "tokens_per_s": paces[0],
                 "tokens_per_s_alone": paces[1], "ratio": paces[0] / paces[1]}
 
@@ -111,7 +125,8 @@ class Bench:
 def line(row: dict, keys: list[str]) -> str:
     """A row of the Markdown table."""
     if "ratio" in row:
-        cells = [f"{row['side_by_side']}", f"{row['tokens_per_s']:,.0f}", f"{row['tokens_per_s_alone']:,.0f}", f"{row['ratio']:.2f}"]
+        cells = [f"{row['side_by_side']}", f"{row['tokens_per_s']:,.0f}", f"{row['tokens_per_s_alone']:,.0f}",
+                 f"{row['ratio']:.2f}"]
     else:
         cells = [f"{row['bpb']:.5f}", f"{row['gain']:+.5f}", f"{row['seconds']:.1f}"]
     return "| " + " | ".join([row["settings"].get(key, "") for key in keys] + cells) + " |"
@@ -120,8 +135,11 @@ def line(row: dict, keys: list[str]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL", help="final_model.ptz or final_model.pt")
-    parser.add_argument("--tokens", type=int, default=100_000, metavar="N", help="targets to score (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=100_000, metavar="N",
+                        help="targets to score (default: %(default)s)")
     parser.add_argument("--speed", action="store_true", help="documents side by side against one at a time")
+    parser.add_argument("--doc-tokens", type=int, default=0, metavar="N",
+                        help="cut documents to N tokens, drop shorter ones")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers there as JSON, after every row")
     parser.add_argument("settings", nargs="*", metavar="KEY=a,b,c", help="settings and their values")
     return parser
@@ -135,7 +153,8 @@ def main(argv: list[str]) -> int:
         for changes in grid:
             bench.settings(changes)  # a bad combination is refused before the first hour is spent
         keys = [key for key in (grid[0] if grid else {})]
-        heads = keys + (["side by side", "tokens/s", "tokens/s alone", "ratio"] if args.speed else ["bpb", "gain", "seconds"])
+        measured = ["side by side", "tokens/s", "tokens/s alone", "ratio"] if args.speed else ["bpb", "gain", "seconds"]
+        heads = keys + measured
         print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
         rows, begun = [], time.time()
         for changes in grid:
@@ -146,7 +165,8 @@ def main(argv: list[str]) -> int:
                     "model": args.model.name, "device": str(bench.rt.device), "threads": torch.get_num_threads(),
                     "torch": torch.__version__, "seconds": time.time() - begun, "rows": rows}, indent=1).encode())
         for (window, stride), r in bench.plain.items():
-            print(f"without adaptation, windows of {window} every {stride}: {r.bpb:.5f} bpb, {r.tokens:,} tokens, {r.seconds:.1f} s")
+            print(f"without adaptation, windows of {window} every {stride}: {r.bpb:.5f} bpb, {r.tokens:,} tokens, "
+                  f"{r.seconds:.1f} s")
     except tg.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,218 @@
+"""tools/record.py: the built train_gpt.py is the same program, and the folder says what was measured."""
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import traceback
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, environment
+
+pytest.importorskip("python_minifier")
+
+
+def load(path, name: str):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+record = load(ROOT / "tools" / "record.py", "tools_record")
+
+
+cached_build = functools.cache(record.build)
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """The readable script and the built one, each alone in a folder."""
+    folder = tmp_path_factory.mktemp("scripts")
+    paths = {name: folder / name / "train_gpt.py" for name in ("readable", "built")}
+    for path in paths.values():
+        path.parent.mkdir()
+    shutil.copy(ROOT / "train_gpt.py", paths["readable"])
+    assert record.main(["build", "--source", str(paths["readable"]), "--out", str(paths["built"])]) == 0
+    return SimpleNamespace(**paths)
+
+
+@pytest.fixture(scope="module")
+def modules(scripts):
+    return SimpleNamespace(readable=load(scripts.readable, "readable_train_gpt"),
+                           built=load(scripts.built, "built_train_gpt"))
+
+
+def start(script, cwd, **variables):
+    unwanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")
+    clean = {k: v for k, v in os.environ.items() if k not in unwanted}
+    return subprocess.Popen([sys.executable, script], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**clean, "OMP_NUM_THREADS": "1", **variables})
+
+
+@pytest.fixture(scope="module")
+def runs(scripts, corpus):
+    """The same tiny training by both scripts, side by side, each in its own folder."""
+    def finish(process):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        return json.loads(out.strip().splitlines()[-1].removeprefix("summary: ")), out
+    settings = environment(corpus, ".", SEED=7, VAL_LOSS_EVERY=3)
+    started = [start("train_gpt.py", s.parent, **settings) for s in (scripts.readable, scripts.built)]
+    return SimpleNamespace(**dict(zip(("readable", "built"), map(finish, started))))
+
+
+# ---- the built file ----------------------------------------------------------------------------------------
+
+def test_two_builds_are_equal_and_small(scripts):
+    source, built = scripts.readable.read_text(), scripts.built.read_text()
+    assert record.build(source) == built
+    assert built.isascii() and len(built) < 0.26 * len(source)
+    assert hashlib.sha256(source.encode()).hexdigest() in built.splitlines()[0]
+
+
+def test_newer_pythons_build_the_same(scripts, monkeypatch):
+    from python_minifier import expression_printer
+    newer = SimpleNamespace(**{**vars(sys), "version_info": (3, 13, 0)})
+    monkeypatch.setattr(expression_printer, "sys", newer)
+    assert record.build(scripts.readable.read_text()) == scripts.built.read_text()
+
+
+def test_the_payload_is_the_program_without_what_only_people_read(scripts):
+    """The source's tree, stripped here by other means, is the payload's."""
+    tree = ast.parse(scripts.readable.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    text = record.unpack(scripts.built.read_text())
+    assert ast.dump(ast.parse(text, feature_version=(3, 10))) == ast.dump(tree)
+    assert text.splitlines() == text.split("\n")  # no odd line ends: line numbers of tracebacks are right
+
+
+def test_it_imports_as_a_module_with_the_same_settings(scripts, modules):
+    describe = lambda module: [(f.name, f.type, f.default, dict(f.metadata))
+                               for f in dataclasses.fields(module.Hyperparameters)]
+    assert describe(modules.built) == describe(modules.readable)
+    assert modules.built.Hyperparameters.model_dim == modules.readable.Hyperparameters.model_dim
+    assert set(vars(modules.readable)) <= set(vars(modules.built))
+    assert modules.built.__file__ == str(scripts.built) and sys.excepthook is not traceback.print_exception
+
+
+def test_source_lines_can_be_seen(modules):
+    function = modules.built.env_names
+    assert inspect.getsource(function).startswith("def env_names(f):return")
+    with pytest.raises(AttributeError) as caught:
+        function(None)
+    text = "".join(traceback.format_exception(caught.value))
+    assert f'File "{record.PAYLOAD}", line ' in text and "    def env_names(f):return" in text
+
+
+def test_an_uncaught_error_shows_its_line(tmp_path):
+    source, out = tmp_path / "crash.py", tmp_path / "out.py"
+    source.write_text('"""Crashes."""\ndef crash(x: int) -> int:\n    return 1 // x\n\ncrash(0)\n')
+    assert record.main(["build", "--source", str(source), "--out", str(out)]) == 0
+    process = start("out.py", tmp_path)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "def crash(x):return 1//x" in error and "ZeroDivisionError" in error
+
+
+def test_help_and_refusals_are_those_of_the_source(modules, monkeypatch, capsys):
+    assert modules.built.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Parameter Golf") and modules.readable.config_table() in text
+    monkeypatch.setenv("WARMDRON_ITERS", "3")
+    said = [(module.main([]), capsys.readouterr()) for module in (modules.readable, modules.built)]
+    assert said[0] == said[1] and said[0][0] == 2 and "WARMDOWN_ITERS" in said[0][1].err
+
+
+def test_both_train_to_the_same_numbers_and_bytes(scripts, runs):
+    def numbers(text):
+        return re.findall(r"(?:train_loss|val_loss|val_bpb|grad_norm):\S+", text)
+    (readable, said), (built, says) = runs.readable, runs.built
+    assert len(numbers(said)) > 15 and numbers(said) == numbers(says)
+    assert built["code_bytes"] == os.path.getsize(scripts.built) < readable["code_bytes"]
+    same = [k for k in readable if k.startswith("val_bpb") or k in ("artifact_bytes", "steps", "tokens")]
+    assert [readable[k] for k in same] == [built[k] for k in same]
+    one, other = (s.parent / "final_model.ptz" for s in (scripts.readable, scripts.built))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, "cannot read"), (b"\xff\xfe", "not UTF-8"), (b"x = (", "line 1"),
+    (b"type X = int", "Python 3.10")])
+def test_bad_sources_get_one_line(tmp_path, capsys, text, message):
+    if text is not None:
+        (tmp_path / "in.py").write_bytes(text)
+    code = record.main(["build", "--source", str(tmp_path / "in.py"), "--out", str(tmp_path / "out.py")])
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "out.py").exists()
+
+
+def test_the_source_is_not_overwritten(scripts, capsys):
+    before = scripts.readable.read_bytes()
+    assert record.main(["build", "--source", str(scripts.readable), "--out", str(scripts.readable)]) == 2
+    assert "is the source itself" in capsys.readouterr().err and scripts.readable.read_bytes() == before
+
+
+# ---- the folder --------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def fold(scripts, runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record, "build", cached_build)
+
+    def call(script=scripts.built, **changes):
+        options = {"log": script.parent / "logs/tiny.txt", "artifact": script.parent / "final_model.ptz",
+                   "author": "A", "github-id": "a", "blurb": "Tiny.", "date": "2026-01-02",
+                   "records": tmp_path, "source": scripts.readable, **changes}
+        code = record.main(["folder", "Tiny", *(x for k, v in options.items() for x in (f"--{k}", str(v)))])
+        return code, capsys.readouterr().err
+    return call
+
+
+def test_the_folder_holds_what_the_rules_ask(fold, scripts, runs, tmp_path):
+    assert fold() == (0, "")
+    folder = tmp_path / "2026-01-02_Tiny"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "requirements.txt", "submission.json", "tiny.txt", "train_gpt.py",
+        "train_gpt_readable.py"]
+    entry, (summary, _) = json.loads((folder / "submission.json").read_text()), runs.built
+    assert {"author", "github_id", "name", "date", "blurb"} <= set(entry) and entry["seeds"] == [7]
+    assert entry["val_bpb"] == summary["val_bpb_ttt"] and entry["bytes_total"] == summary["total_bytes"]
+    assert (folder / "train_gpt.py").read_bytes() == scripts.built.read_bytes()
+    assert f"{entry['val_bpb']:.6f}" in (folder / "README.md").read_text()
+
+
+def test_a_run_of_the_readable_script_counts_the_built_one(fold, scripts, tmp_path):
+    assert fold(scripts.readable) == (0, "")
+    entry = json.loads((tmp_path / "2026-01-02_Tiny" / "submission.json").read_text())
+    assert entry["bytes_code"] == os.path.getsize(scripts.built)
+
+
+def test_foreign_runs_and_artifacts_are_refused(fold, scripts, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text(scripts.readable.read_text() + "\nx = 1\n")
+    for changes, message in (({"source": other}, "another train_gpt.py"),
+                             ({"artifact": other}, "not the artifact"),
+                             ({"log": tmp_path / "none.txt"}, "cannot read")):
+        code, error = fold(**changes)
+        assert code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["other.py"]
+    assert fold()[0] == 0
+    code, error = fold()
+    assert code == 2 and "exists already" in error

@@ -1,0 +1,190 @@
+"""An artifact in use: scored again, looked into, written with."""
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import sys
+
+import pytest
+
+import train_gpt as tg
+from conftest import ROOT
+from test_run_sh import house  # noqa: F401
+
+sys.path.append(str(ROOT / "tools"))
+import inspect_artifact  # noqa: E402
+import sample  # noqa: E402
+
+SCORES = ("val_bpb_roundtrip", "val_bpb_sliding", "val_bpb_ttt")
+
+
+@pytest.fixture
+def made(run):
+    """A tiny run that is done, and `again` to score its artifact where there are no training shards."""
+    done = run(ITERATIONS=2, MLP_QUANT_BITS=5)
+    assert done.code == 0, done.err
+    done.again = lambda **variables: run(**{"EVAL_ARTIFACT": done.summary["artifact_path"], **variables})
+    return done
+
+
+def without_training_shards(corpus, folder):
+    shutil.copytree(corpus.folder, folder, ignore=shutil.ignore_patterns("*_train_*"))
+    return folder
+
+
+# ---- eval
+
+def test_an_artifact_scores_as_in_its_run(made, corpus, tmp_path):
+    shards = without_training_shards(corpus, tmp_path / "shards")
+    weights = (made.folder / "final_model.ptz").read_bytes()
+    again = made.again(DATA_PATH=shards, NUM_LAYERS=9, MODEL_DIM=64, VE_LAYERS="8", MLP_QUANT_BITS=8, RUN_ID="again")
+    assert again.code == 0, again.err
+    assert [again.summary[key] for key in SCORES] == [made.summary[key] for key in SCORES]
+    assert set(again.summary) == set(made.summary)
+    assert again.summary["val_bpb_pre_quant"] is None and again.summary["steps"] == again.summary["tokens"] == 0
+    assert again.summary["artifact_bytes"] == len(weights) == os.path.getsize(again.summary["artifact_path"])
+    assert "final_int5mlp+int6attn_roundtrip" in again.out and "final_model.pt," not in again.out
+    assert json.loads((made.folder / "logs/again.summary.json").read_text()) == again.summary
+
+
+def test_lora_adapts_as_in_its_run(run):
+    settings = dict(ITERATIONS=2, TTT_MODE="lora", EVAL_STRIDE=0)
+    done = run(**settings)
+    again = run(**settings, EVAL_ARTIFACT=done.summary["artifact_path"])
+    assert again.summary["val_bpb_ttt"] == done.summary["val_bpb_ttt"] is not None
+
+
+def test_artifacts_that_cannot_be_scored(made, corpus, tmp_path):
+    import prepare
+    other, short, foreign = tmp_path / "other.model", tmp_path / "short.ptz", tmp_path / "foreign.ptz"
+    prepare.train_tokenizer([text[::-1] for text in ["some other text " * 40, "of other letters " * 40] * 20] +
+                            [corpus.tokenizer.decode(corpus.train[:9000].tolist())[::-1]], other, 384)
+    short.write_bytes((made.folder / "final_model.ptz").read_bytes()[:-1])
+    foreign.write_bytes(b"PK\3\4")
+    for variables, said in (({"EVAL_ARTIFACT": "missing.ptz"}, "cannot read artifact missing.ptz: No such file"),
+                            ({"EVAL_ARTIFACT": tmp_path}, "Is a directory"),
+                            ({"EVAL_ARTIFACT": short}, "short.ptz: artifact is cut short"),
+                            ({"EVAL_ARTIFACT": foreign}, "foreign.ptz: this is not an artifact of this program"),
+                            ({"VOCAB_SIZE": 512}, "VOCAB_SIZE=512, but the model in"),
+                            ({"TTT_LORA_LAYERS": "3", "TTT_MODE": "lora"}, "outside 0..2"),
+                            ({"TOKENIZER_PATH": other}, "another tokenizer")):
+        refused = made.again(**variables)
+        assert refused.code == 2 and refused.summary is None and said in refused.err, refused.err
+        assert refused.err.startswith("error: ") and refused.err.count("\n") == 1
+        for name in variables:
+            os.environ.pop(name, None)
+
+
+# ---- inspect
+
+def test_the_bytes_add_up(made, capsys):
+    path = made.summary["artifact_path"]
+    found = inspect_artifact.contents(tg.read_file(path))
+    assert sum(s.bytes for s in found.streams) + found.header_bytes == found.file_bytes == os.path.getsize(path)
+    assert sum(p.bytes for p in found.pieces) == pytest.approx(sum(s.bytes for s in found.streams))
+    cfg, _, weights = tg.unpack(tg.read_file(path))
+    assert {p.name: p.shape for p in found.pieces[:-1]} == {name: tuple(w.shape) for name, w in weights.items()}
+    assert {p.bits for p in found.pieces if p.stream == "mlp"} == {5}
+    assert inspect_artifact.main([path]) == 0
+    out = capsys.readouterr().out
+    total = os.path.getsize(path) + os.path.getsize(ROOT / "train_gpt.py")
+    assert re.search(rf"^total +{total:,}$", out, re.M) and f"{16_000_000 - total:,} bytes under the limit" in out
+    assert "NUM_LAYERS=3" in out and all(name in out for name in weights)
+
+
+def test_plot(made, capsys, tmp_path):
+    path, picture = made.summary["artifact_path"], tmp_path / "bytes.png"
+    code = inspect_artifact.main([path, "--plot", str(picture)])
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert code == 2 and capsys.readouterr().err == "error: --plot needs matplotlib: pip install matplotlib\n"
+    else:
+        assert code == 0 and picture.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- sample
+
+def test_text_is_the_same_for_a_seed(made, capsys):
+    def text(*arguments):
+        assert sample.main([made.summary["artifact_path"], *arguments]) == 0
+        return capsys.readouterr().out
+    first = text("The value of", "--seed", "3")
+    assert first == text("The value of", "--seed", "3") != text("The value of", "--seed", "4")
+    assert first.startswith("The value of") and first.endswith("\n") and len(first) > 100
+    assert text("The value of", "--length", "0") == "The value of\n"
+    greedy = text("--temperature", "0", "--length", "40")
+    assert greedy == text("--temperature", "0", "--length", "40", "--seed", "9") == \
+        text("--top-k", "1", "--length", "40")
+
+
+def test_length_and_window(made, corpus):
+    cfg, digest, _ = tg.unpack(tg.read_file(made.summary["artifact_path"]))
+    model = tg.load_model(tg.read_file(made.summary["artifact_path"]), sample.open_runtime(cfg), digest)
+    lengths, hidden = [], model.hidden
+    model.hidden = lambda ids, **how: lengths.append(ids.size(1)) or hidden(ids, **how)
+    tokens = sample.continuation(model, [1, 5, 6], sample.never(corpus.tokenizer), 8, 0.8, 50, 0)
+    assert len(list(itertools.islice(tokens, 20))) == 20
+    assert lengths == [3, 4, 5, 6, 7] + [8] * 15
+    assert list(sample.until_end(corpus.tokenizer, iter([9, 10, 11]), 2)) == [9, 10]
+    assert list(sample.until_end(corpus.tokenizer, iter([9, corpus.tokenizer.bos_id(), 11]), 5)) == [9]
+
+
+def test_streamed_text_is_the_text_decoded_at_once(corpus):
+    """Any ids, malformed runs of bytes among them; and never half a character."""
+    tokenizer, dice = corpus.tokenizer, random.Random(0)
+    words = [i for i in range(384) if not (tokenizer.is_byte(i) or tokenizer.is_control(i) or tokenizer.is_unknown(i))]
+    byte = {int(tokenizer.id_to_piece(i)[3:-1], 16): i for i in range(384) if tokenizer.is_byte(i)}
+    whole = [[byte[b] for b in character.encode()] for character in "é€😀\n" * 20]
+    parts = [[i] for i in words] + whole + [[i] for i in byte.values()]
+    for _ in range(300):
+        ids = sum(dice.choices(parts, k=dice.randint(1, 12)), [])
+        for prompt in ([tokenizer.bos_id()], [tokenizer.bos_id(), dice.choice(words)], [dice.choice(words)]):
+            streamed = list(sample.pieces_of_text(tokenizer, prompt[-1], ids))
+            assert "".join(streamed) == tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)):], ids
+    last = words[-1]
+    assert list(sample.pieces_of_text(tokenizer, last, [*whole[2], last])) == ["😀", tokenizer.decode([last])]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["missing.ptz"], "cannot read artifact missing.ptz"), (["x", "--temperature", "-1"], "--temperature -1.0"),
+    (["x", "--top-k", "-1"], "--top-k -1"), (["x", "--length", "-5"], "--length -5"),
+    (["x", "--seed", "-1"], "--seed -1"),
+    (["x", "--length", "many"], "argument --length: invalid int value"), ([], "the following arguments are required"),
+])
+def test_sample_refuses(arguments, said, capsys):
+    assert sample.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {said}") and err.count("\n") == 1
+
+
+def test_ctrl_c_ends_quietly(made, capsys, monkeypatch):
+    def interrupted(*_):
+        yield 300
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, "continuation", interrupted)
+    assert sample.main([made.summary["artifact_path"], "The"]) == 130
+    out, err = capsys.readouterr()
+    assert out.startswith("The") and out.endswith("\n") and not err
+
+
+# ---- run.sh
+
+def test_verbs(house):  # noqa: F811
+    scored = house("eval", "a b.ptz", "smoke", "EVAL_STRIDE=32")
+    assert scored.code == 0 and scored.calls[-1] == "train_gpt.py"
+    assert (scored.env["EVAL_ARTIFACT"], scored.env["EVAL_STRIDE"]) == ("a b.ptz", "32")
+    assert scored.env["EVAL_SEQ_LEN"] == house("smoke").env["EVAL_SEQ_LEN"]
+    assert house("inspect", "x.ptz", "--plot", "x.png").calls[-1] == "tools/inspect_artifact.py x.ptz --plot x.png"
+    assert house("sample", "x.ptz", "two words").calls[-1] == "tools/sample.py x.ptz two words"
+    assert house("record", "build").calls[-1] == "tools/record.py build"
+    assert all(f"bash run.sh {verb} " in house("help").out for verb in ("eval", "inspect", "sample", "record"))
+
+
+@pytest.mark.parametrize("arguments", [(), ("SEED=1",), ("",), ("--help",)])
+def test_eval_without_an_artifact(house, arguments):  # noqa: F811
+    refused = house("eval", *arguments)
+    assert refused.code == 2 and not refused.calls
+    assert refused.err.startswith("error: eval needs a file") and refused.err.count("\n") == 1

@@ -1,0 +1,278 @@
+"""Makes what is submitted: the small train_gpt.py, and the folder of a run.
+
+    python tools/record.py build                                  # train_gpt.py -> runs/train_gpt.py
+    python tools/record.py build --source FILE --out FILE
+    python tools/record.py folder NAME --log logs/RUN.txt --artifact final_model.ptz --author A --github-id G
+
+`build` takes comments, docstrings and the annotations of arguments and results off, prints the rest densely,
+packs it with LZMA2 and wraps it in base85. No name is changed, so that tracebacks stay legible, and the
+syntax tree of the result is compared with that of the source. The file runs, imports, and shows source lines
+in tracebacks and `inspect.getsource` of functions (not of classes); its size on disk is what counts as code.
+The same source gives the same bytes, with the pinned minifier and the same liblzma.
+
+`folder` writes records/DATE_NAME/ with README.md, submission.json, the built and the readable script and the
+logs. It takes a run only if its log names the sha256 of this train_gpt.py or of the file built from it.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import datetime
+import hashlib
+import json
+import lzma
+import re
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST_PYTHON = (3, 10)
+LIMIT_BYTES = 16_000_000
+PAYLOAD = "train_gpt.min.py"  # what the unpacked text is called in tracebacks; never a file
+LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 23, "pb": 0}
+WRAPPER = """\
+{doc!r}
+import base64,linecache,lzma,sys,traceback
+_=lzma.decompress(base64.b85decode('{code}'),3,None,[{{'id':33}}]).decode()
+linecache.cache['{name}']=len(_),None,_.splitlines(True),'{name}'
+if __name__=='__main__':sys.excepthook=traceback.print_exception
+exec(compile(_,'{name}','exec'))
+"""  # the hook: before Python 3.13 the interpreter's own printer looks for source on disk only
+
+
+class RecordError(Exception):
+    """Printed as one line; exit code 2."""
+
+
+# ---- build -------------------------------------------------------------------------------------------------
+
+class Bare(ast.NodeTransformer):
+    """Drops docstrings and the annotations of arguments and results; those of fields make dataclasses."""
+
+    def visit_arg(self, node):
+        node.annotation = None
+        return node
+
+    def generic_visit(self, node):
+        super().generic_visit(node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.body = [s for s in node.body if not is_text(s)] or [ast.Pass()]
+        return node
+
+
+def is_text(statement: ast.stmt) -> bool:
+    return (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+            and isinstance(statement.value.value, str))
+
+
+def print_densely(tree: ast.Module) -> str:
+    """The shortest text of a tree that the oldest Python reads."""
+    try:
+        import python_minifier
+        from python_minifier import f_string
+    except ImportError:
+        raise RecordError("python-minifier is missing: pip install -r requirements.txt") from None
+
+    made = f_string.OuterFString.__init__
+    # From Python 3.12 on it nests equal quotes in f-strings, which older Pythons cannot read.
+    old = lambda self, node, pep701=False: made(self, node, pep701=False)
+    with mock.patch.object(f_string.OuterFString, "__init__", old):
+        return python_minifier.unparse(tree)
+
+
+def minify(source: str) -> str:
+    """The program without what only people read. Raises RecordError unless it is the same syntax tree."""
+    try:
+        tree = Bare().visit(ast.parse(source, feature_version=OLDEST_PYTHON))
+    except SyntaxError as error:
+        raise RecordError(f"the source is not Python {'.'.join(map(str, OLDEST_PYTHON))}: "
+                          f"line {error.lineno}: {error.msg}") from None
+    text = print_densely(tree)
+    if ast.dump(ast.parse(text, feature_version=OLDEST_PYTHON)) != ast.dump(tree):
+        raise RecordError("the minified text is not the same program; is python-minifier the pinned version?")
+    return text
+
+
+def build(source: str) -> str:
+    """The self-extracting script of a source text."""
+    packed = lzma.compress(minify(source).encode(), lzma.FORMAT_RAW, filters=[LZMA2])
+    title = (ast.get_docstring(ast.parse(source)) or PAYLOAD).splitlines()[0]
+    doc = f"{title}\n\nBuilt by tools/record.py from the source with sha256 {sha256(source.encode())}."
+    return WRAPPER.format(doc=doc, code=base64.b85encode(packed).decode(), name=PAYLOAD)
+
+
+def unpack(built: str) -> str:
+    """The minified source inside a built script."""
+    code = re.search(r"b85decode\('([^']+)'\)", built)
+    if code is None:
+        raise RecordError("not a file made by `record.py build`")
+    packed = base64.b85decode(code[1])
+    return lzma.decompress(packed, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}]).decode()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_source(path: Path) -> str:
+    """Raises RecordError: no such file, or no text."""
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeError:
+        raise RecordError(f"{path} is not UTF-8 text") from None
+
+
+def build_file(source: Path, out: Path) -> None:
+    if out.exists() and source.exists() and out.samefile(source):
+        raise RecordError(f"--out {out} is the source itself")
+    text = build(read_source(source))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(text.encode())
+    size = len(text.encode())
+    print(f"{out}: {size:,} bytes, {size / LIMIT_BYTES:.3%} of {LIMIT_BYTES:,}; "
+          f"{source.name} has {source.stat().st_size:,}, {len(unpack(text).encode()):,} minified")
+
+
+# ---- folder ------------------------------------------------------------------------------------------------
+
+SCORES = {"val_bpb_ttt": "test-time training", "val_bpb_sliding": "sliding window",  # the best first
+          "val_bpb_roundtrip": "whole windows"}
+NEEDED = {*SCORES, "val_bpb_pre_quant", "artifact_bytes", "steps", "seconds"}
+
+
+def read_run(log: Path, sources: set[str]) -> dict:
+    """The summary of one run with its seed, device and settings. Raises RecordError: not a run of ours."""
+    text, beside = read_source(log), log.with_suffix(".summary.json")
+    try:
+        summary = json.loads(read_source(beside))
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict) or not NEEDED <= set(summary):
+        raise RecordError(f"{beside} is not the summary of a finished run")
+
+    def find(pattern: str) -> str:
+        found = re.search(pattern, text, re.MULTILINE)
+        if found is None:
+            raise RecordError(f"{log} has no line {pattern.partition('(')[0].lstrip('^')}...")
+        return found[1]
+
+    if find(r"^source:sha256:(\w+)") not in sources:
+        raise RecordError(f"{log} is a run of another train_gpt.py: its source:sha256 is neither "
+                          "the source's nor the built file's")
+    return {**summary, "log": log, "seed": int(find(r"^seed:(\d+)")), "device": find(r"^device:(\S+)"),
+            "world_size": int(find(r"^world_size:(\d+)")), "torch": find(r"^source:.* torch:(\S+)"),
+            "settings": find(r"^settings other than the defaults: (.*)")}
+
+
+def submission(runs: list[dict], args, code_bytes: int) -> dict:
+    """submission.json, with the mean of the best score all have. Raises RecordError: no score, too big."""
+    key = next((k for k in SCORES if all(r.get(k) is not None for r in runs)), None)
+    if key is None:
+        raise RecordError("the runs have no score in common")
+    scores = [r[key] for r in runs]
+    largest = max(r["artifact_bytes"] for r in runs)
+    if code_bytes + largest > LIMIT_BYTES:
+        raise RecordError(f"{code_bytes:,} bytes of code + {largest:,} of artifact are over {LIMIT_BYTES:,}")
+    results = {str(r["seed"]): {"val_bpb": r[key], "artifact_bytes": r["artifact_bytes"], "steps": r["steps"],
+                                "seconds": r["seconds"]} for r in runs}
+    if len(results) < len(runs):
+        raise RecordError("two logs have the same seed")
+    return {"author": args.author, "github_id": args.github_id, "name": args.name, "date": args.date,
+            "blurb": args.blurb, "val_bpb": statistics.fmean(scores), "score": SCORES[key],
+            "val_bpb_std": statistics.stdev(scores) if len(scores) > 1 else None,
+            "bytes_total": code_bytes + largest, "bytes_code": code_bytes, "seeds": [r["seed"] for r in runs],
+            "seed_results": results, "hardware": f"{runs[0]['world_size']} x {runs[0]['device']}",
+            "pytorch_version": runs[0]["torch"]}
+
+
+def readme(record: dict, runs: list[dict]) -> str:
+    bpb = lambda r: record["seed_results"][str(r["seed"])]["val_bpb"]
+    rows = [f"| {r['seed']} | {bpb(r):.6f} | {r['val_bpb_pre_quant']:.6f} | {r['artifact_bytes']:,} "
+            f"| {r['steps']:,} | {r['seconds']['train']:.1f} | `{r['log'].name}` |" for r in runs]
+    spread = f", standard deviation {record['val_bpb_std']:.6f}" if record["val_bpb_std"] is not None else ""
+    return "\n".join([
+        f"# {record['name']}", "", record["blurb"], "",
+        f"**{record['val_bpb']:.6f} bits per byte** ({record['score']}; seeds: {len(runs)}{spread}), "
+        f"{record['bytes_total']:,} of {LIMIT_BYTES:,} bytes with {record['bytes_code']:,} of code, "
+        f"on {record['hardware']}, torch {record['pytorch_version']}.", "",
+        "| seed | bpb | bpb before quantisation | artifact bytes | steps | training s | log |",
+        "|---|---|---|---|---|---|---|", *rows, "",
+        f"Settings other than the defaults: `{runs[0]['settings']}`", "",
+        "`train_gpt.py` is what counts as code; it was built from `train_gpt_readable.py`, the "
+        "same program.", ""])
+
+
+def make_folder(args) -> Path:
+    """The record's folder, whole or not at all."""
+    if not re.fullmatch(r"\w[\w.-]*", args.name):
+        raise RecordError(f"NAME is letters, digits, dots, dashes and underscores, not {args.name!r}")
+    folder = args.records / f"{args.date}_{args.name}"
+    if folder.exists():
+        raise RecordError(f"{folder} exists already")
+    source = read_source(args.source)
+    built = build(source).encode()
+    runs = [read_run(log, {sha256(source.encode()), sha256(built)}) for log in args.log]
+    record = submission(runs, args, len(built))
+    if not args.artifact.is_file() or args.artifact.stat().st_size not in {r["artifact_bytes"] for r in runs}:
+        raise RecordError(f"{args.artifact} is not the artifact of these runs: there is none of that size")
+    record["artifact_sha256"] = sha256(args.artifact.read_bytes())
+    half = folder.with_name(f".{folder.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    for name, data in {"README.md": readme(record, runs).encode(), "train_gpt.py": built,
+                       "train_gpt_readable.py": source.encode(),
+                       "submission.json": (json.dumps(record, indent=2) + "\n").encode()}.items():
+        (half / name).write_bytes(data)
+    for path in (ROOT / "requirements.txt", *args.log):
+        shutil.copy(path, half)
+    half.rename(folder)
+    return folder
+
+
+# ---- command line ------------------------------------------------------------------------------------------
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    verbatim = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=verbatim)
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("build", help="write the small, self-extracting train_gpt.py")
+    make.add_argument("--out", type=Path, default=ROOT / "runs" / "train_gpt.py")
+    folder = commands.add_parser("folder", help="write the folder of finished runs")
+    folder.add_argument("name")
+    folder.add_argument("--log", type=Path, nargs="+", required=True,
+                        help="logs/RUN.txt of each seed, RUN.summary.json beside it")
+    folder.add_argument("--artifact", type=Path, required=True,
+                        help="of one of the runs; its sha256 is recorded")
+    folder.add_argument("--author", required=True)
+    folder.add_argument("--github-id", required=True)
+    folder.add_argument("--blurb", default="")
+    folder.add_argument("--date", default=datetime.date.today().isoformat())
+    folder.add_argument("--records", type=Path, default=ROOT / "records")
+    for command in (make, folder):
+        command.add_argument("--source", type=Path, default=ROOT / "train_gpt.py")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        if args.command == "build":
+            build_file(args.source, args.out)
+        else:
+            print(make_folder(args))
+    except (RecordError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
