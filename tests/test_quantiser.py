@@ -183,7 +183,7 @@ NAMES = ["first", "second"]
 @pytest.mark.parametrize("block", [7, 128])
 def test_gptq_is_the_slow_and_obvious_one(monkeypatch, block):
     monkeypatch.setattr(tg, "GPTQ_BLOCK", block)
-    (weight, hessian), spec = problem(), tg.QuantSpec(4)
+    (weight, hessian), spec = problem(), tg.QuantSpec(4, "amax")
     codes, scales = tg.gptq(weight, hessian, spec, NAMES)
     assert codes.dtype == torch.int8 and torch.equal(scales.float(), tg.row_scales(weight, spec))
     for w, h, c, s in zip(weight, hessian, codes, scales.float()):
@@ -197,8 +197,22 @@ def test_gptq_changes_the_output_much_less_than_rounding_to_nearest(spec):
     assert change(weight, *ours, hessian) < 0.5 * change(weight, *nearest, hessian)
 
 
+def test_gptq_chooses_each_rows_clip_by_what_it_does_to_the_output(monkeypatch):
+    (weight, hessian), spec = problem(columns=90), tg.QuantSpec(4)
+    chosen = tg.gptq(weight, hessian, spec, NAMES)
+    def per_row(pair):
+        error = tg.dequantise(*pair) - weight
+        return ((error @ hessian) * error).sum(-1)
+    tried = []
+    for share in tg.GPTQ_CLIPS:
+        monkeypatch.setattr(tg, "GPTQ_CLIPS", (share,))
+        tried.append(per_row(tg.gptq(weight, hessian, spec, NAMES)))
+    torch.testing.assert_close(per_row(chosen), torch.stack(tried).amin(0), rtol=1e-3, atol=0)
+    assert len(set(torch.stack(tried).argmin(0).flatten().tolist())) > 1
+
+
 def test_gptq_without_correlation_is_rounding_to_nearest():
-    weight, spec = problem()[0], tg.QuantSpec(4)
+    weight, spec = problem()[0], tg.QuantSpec(4, "amax")
     diagonal = torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) + 0.1
     for hessian in (torch.eye(40).expand(2, 40, 40), torch.diag_embed(diagonal)):
         assert all(map(torch.equal, tg.gptq(weight, hessian, spec, NAMES), tg.quantise(weight, spec)))
@@ -304,7 +318,7 @@ def test_two_ranks_look_at_what_one_would(config, tmp_path):
 
 
 def test_gptq_rounds_the_banks_and_the_head_of_a_model(config, rt):
-    cfg = config(gptq_enabled=True, mlp_quant_bits=3, attn_qat_bits=3, gptq_calibration_batches=4)
+    cfg = config(gptq_enabled=True, mlp_quant_bits=3, attn_qat_bits=3, gptq_calibration_batches=4, clip_rule="amax")
     model, data = trained_like(cfg), tg.TrainData.open(cfg, rt)
     hessians = tg.calibrate(cfg, rt, model, data, 6, math.inf).hessians
     ours, nearest = (tg.round_model(cfg, model, h) for h in (hessians, {}))
