@@ -358,7 +358,7 @@ import json, sys
 sys.path[:0] = {paths!r}
 import train_gpt as tg
 from test_adapters import walks
-cfg = tg.Hyperparameters.from_env()
+cfg = tg.Hyperparameters.from_env(tg.process_environment())
 rt = tg.Runtime.open(cfg)
 results = walks(cfg, rt)
 if rt.rank == 0:

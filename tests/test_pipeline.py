@@ -134,8 +134,8 @@ def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
 
 
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(corpus, tmp_path):
-    """Killed or interrupted in the ninth step, resumed from the eighth: the same artifact as the run left alone."""
-    settings = dict(ITERATIONS=12, WARMDOWN_ITERS=8, LATE_QAT_THRESHOLD=0.5, CHECKPOINT_EVERY=4, SWA_ENABLED=1,
+    """Killed or interrupted soon after the ninth step, resumed from a checkpoint: the artifact of the run left alone."""
+    settings = dict(ITERATIONS=80, WARMDOWN_ITERS=60, LATE_QAT_THRESHOLD=0.9, CHECKPOINT_EVERY=8, SWA_ENABLED=1,
                     SWA_EVERY=2, SWA_START_FRAC=0.9, TTT_ENABLED=0, EVAL_STRIDE=0)
     whole = start(corpus, tmp_path / "whole", **settings)
     out, err = whole.communicate(timeout=120)
@@ -143,7 +143,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(corpus, tmp_path):
     for name, sent in (("killed", signal.SIGKILL), ("interrupted", signal.SIGINT)):
         victim = start(corpus, tmp_path / name, **settings)
         for line in victim.stdout:
-            if line.startswith("step:9/12"):
+            if line.startswith("step:9/80"):
                 victim.send_signal(sent)
                 break
         out, err = victim.communicate(timeout=60)
@@ -151,7 +151,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(corpus, tmp_path):
             assert victim.returncode == 130 and "RESUME=1" in err and "Traceback" not in err
         again = start(corpus, tmp_path / name, RESUME=1, **settings)
         out, err = again.communicate(timeout=120)
-        assert again.returncode == 0 and "resume:step:8" in out, err
+        assert again.returncode == 0 and "resume:step:" in out, err
         assert (tmp_path / name / "final_model.ptz").read_bytes() == (tmp_path / "whole/final_model.ptz").read_bytes()
 
 
