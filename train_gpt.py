@@ -1125,19 +1125,24 @@ def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> 
     hessian = (hessian + torch.diag_embed(dead.float())).gather(-1, columns.expand_as(hessian))
     hessian = hessian.gather(-2, columns.mT.expand_as(hessian))
     factor = inverse_factor(hessian.double(), names)
-    scales = [row_scales(weight, spec)]  # of the rows as they are: all columns of a row share one grid
+    scale = row_scales(weight, spec)  # of the rows as they are: all columns of a row share one grid
     if spec.clip == "percentile":
-        whole = row_scales(weight, dataclasses.replace(spec, clip="amax"))
-        scales = [storable(share * whole) for share in GPTQ_CLIPS]
-    best = None
-    for scale in scales:
-        codes = round_in_turn(wanted, scale, factor, spec)
-        error = codes * scale - wanted
-        change = ((error @ hessian) * error).sum(-1, keepdim=True)
-        better = change < best[2] if best else torch.ones_like(change, dtype=torch.bool)
-        best = [torch.where(better, new, old) for new, old in zip((codes, scale, change), best or (codes, scale, change))]
+        scale = storable(best_clips(wanted, row_scales(weight, QuantSpec(spec.bits, "amax")), hessian, factor, spec) * spec.widen)
+    codes = round_in_turn(wanted, scale, factor, spec)
     back = order.argsort(dim=-1)[:, None].expand_as(weight)
-    return best[0].gather(-1, back).to(torch.int8), best[1].half()
+    return codes.gather(-1, back).to(torch.int8), scale.half()
+
+
+def best_clips(weight: Tensor, whole: Tensor, hessian: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
+    """Of the shares GPTQ_CLIPS of each row's `whole` scale, the one whose codes change the output least."""
+    best = least = None
+    for share in GPTQ_CLIPS:
+        scale = storable(share * whole)
+        error = round_in_turn(weight, scale, factor, spec) * scale - weight
+        change = ((error @ hessian) * error).sum(-1, keepdim=True)
+        best = scale if best is None else torch.where(change < least, scale, best)
+        least = change if least is None else torch.minimum(change, least)
+    return best
 
 
 def round_in_turn(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
