@@ -15,6 +15,7 @@ usage() {
   cat <<'EOF'
 bash run.sh [PROFILE] [KEY=VALUE...]   set up and run train_gpt.py; without PROFILE: default with GPUs, smoke without
 bash run.sh eval ARTIFACT [PROFILE] [KEY=VALUE...]   score an artifact without training; model settings are its own
+bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text that its scores are legal
 bash run.sh inspect ARTIFACT [--plot FILE.png]       where its bytes are (tools/inspect_artifact.py)
 bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS]     text from it; --help lists the options (tools/sample.py)
 bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
@@ -145,9 +146,10 @@ case $command in
     exec "$python" -m pytest ${where:+tests} "$@" ;;
   data) shift; to_run; exec "$python" data/prepare.py "$@" ;;
   bench | parity | record) shift; to_run; exec "$python" "tools/$command.py" "$@" ;;
-  eval)
-    case ${2:-} in '' | -* | [A-Z]*=*) die "eval needs a file: bash run.sh eval ARTIFACT [KEY=VALUE...]" ;; esac
+  eval | audit)
+    case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     export EVAL_ARTIFACT=$2
+    [ "$command" = eval ] || export AUDIT=only
     run "${@:3}" ;;
   inspect) shift; to_run; exec "$python" tools/inspect_artifact.py "$@" ;;
   sample) shift; ready; exec "$python" tools/sample.py "$@" ;;
