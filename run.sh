@@ -18,6 +18,7 @@ bash run.sh eval ARTIFACT [PROFILE] [KEY=VALUE...]   score an artifact without t
 bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text that its scores are legal
 bash run.sh inspect ARTIFACT [--plot FILE.png]       where its bytes are (tools/inspect_artifact.py)
 bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS]     text from it; --help lists the options (tools/sample.py)
+bash run.sh report [LOG.eval.json]     pictures of an evaluation, beside its log (tools/report.py)
 bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
 bash run.sh data SUBCOMMAND...         make or fetch data: embedded, text, fineweb (data/prepare.py)
@@ -145,7 +146,7 @@ case $command in
     for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # somebody names the tests to run
     exec "$python" -m pytest ${where:+tests} "$@" ;;
   data) shift; to_run; exec "$python" data/prepare.py "$@" ;;
-  bench | parity | record) shift; to_run; exec "$python" "tools/$command.py" "$@" ;;
+  bench | parity | record | report) shift; to_run; exec "$python" "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     export EVAL_ARTIFACT=$2

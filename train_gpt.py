@@ -3729,7 +3729,7 @@ def report(rt: Runtime, summary: dict) -> None:
         f"size            {summary['total_bytes']:,} of {summary['artifact_limit_bytes']:,} bytes: "
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
         f"seconds         {spent}",
-        f"files           {files}, .jsonl, .summary.json",
+        f"files           {files}, .jsonl, .summary.json, .eval.json",
     ):
         rt.log(line)
     text = json.dumps(summary)

@@ -204,6 +204,23 @@ def test_a_run_of_the_readable_script_counts_the_built_one(fold, scripts, tmp_pa
     assert entry["bytes_code"] == os.path.getsize(scripts.built)
 
 
+def test_an_audit_comes_along_and_must_have_passed(fold, scripts, tmp_path):
+    table = scripts.built.parent / "logs/tiny.audit.json"
+    try:
+        table.with_suffix(".txt").write_text("audit:pass")
+        table.write_text('{"verdict": "FAIL"}')
+        code, error = fold()
+        assert code == 2 and "is not the audit of scores that count" in error and not list(tmp_path.iterdir())
+        table.write_text('{\n "verdict": "pass"}')
+        assert fold() == (0, "")
+    finally:
+        table.unlink()
+        table.with_suffix(".txt").unlink()
+    folder = tmp_path / "2026-01-02_Tiny"
+    assert (folder / "tiny.audit.txt").read_text() == "audit:pass"
+    assert "tiny.audit.json" in (folder / "README.md").read_text()
+
+
 def test_foreign_runs_and_artifacts_are_refused(fold, scripts, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(scripts.readable.read_text() + "\nx = 1\n")

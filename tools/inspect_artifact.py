@@ -1,7 +1,7 @@
 """Where the bytes of an artifact are.
 
     python tools/inspect_artifact.py final_model.ptz
-    python tools/inspect_artifact.py final_model.ptz --plot bytes.png    # the same as a bar chart (needs matplotlib)
+    python tools/inspect_artifact.py final_model.ptz --plot bytes.png    # the same as a bar chart
 
 A tensor's bytes are its part of its stream's, which is packed as one: in proportion to its entropy bound, the
 least a packer without any context needs for its codes. Scales of all tensors are one stream of their own.

@@ -11,7 +11,8 @@ in tracebacks and `inspect.getsource` of functions (not of classes); its size on
 The same source gives the same bytes, with the pinned minifier and the same liblzma.
 
 `folder` writes records/DATE_NAME/ with README.md, submission.json, the built and the readable script and the
-logs. It takes a run only if its log names the sha256 of this train_gpt.py or of the file built from it.
+logs. It takes a run only if its log names the sha256 of this train_gpt.py or of the file built from it. A run
+with AUDIT=1 brings its audit along; one that failed is refused.
 """
 from __future__ import annotations
 
@@ -193,7 +194,18 @@ def submission(runs: list[dict], args, code_bytes: int) -> dict:
             "pytorch_version": runs[0]["torch"]}
 
 
-def readme(record: dict, runs: list[dict]) -> str:
+def audits(runs: list[dict]) -> list[Path]:
+    """The signed tables beside the logs. Raises RecordError: an audit that was not passed."""
+    found = []
+    for table in (r["log"].with_suffix(".audit.json") for r in runs):
+        if table.is_file():
+            if '"verdict": "pass"' not in read_source(table):
+                raise RecordError(f"{table} is not the audit of scores that count")
+            found += [table, table.with_suffix(".txt")]
+    return found
+
+
+def readme(record: dict, runs: list[dict], audited: list[Path]) -> str:
     bpb = lambda r: record["seed_results"][str(r["seed"])]["val_bpb"]
     rows = [f"| {r['seed']} | {bpb(r):.6f} | {r['val_bpb_pre_quant']:.6f} | {r['artifact_bytes']:,} "
             f"| {r['steps']:,} | {r['seconds']['train']:.1f} | `{r['log'].name}` |" for r in runs]
@@ -206,6 +218,7 @@ def readme(record: dict, runs: list[dict]) -> str:
         "| seed | bpb | bpb before quantisation | artifact bytes | steps | training s | log |",
         "|---|---|---|---|---|---|---|", *rows, "",
         f"Settings other than the defaults: `{runs[0]['settings']}`", "",
+        *([f"Audits of the scores: {', '.join(f'`{path.name}`' for path in audited)}", ""] if audited else []),
         "`train_gpt.py` is what counts as code; it was built from `train_gpt_readable.py`, the "
         "same program.", ""])
 
@@ -223,15 +236,15 @@ def make_folder(args) -> Path:
     record = submission(runs, args, len(built))
     if not args.artifact.is_file() or args.artifact.stat().st_size not in {r["artifact_bytes"] for r in runs}:
         raise RecordError(f"{args.artifact} is not the artifact of these runs: there is none of that size")
-    record["artifact_sha256"] = sha256(args.artifact.read_bytes())
+    record["artifact_sha256"], audited = sha256(args.artifact.read_bytes()), audits(runs)
     half = folder.with_name(f".{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
-    for name, data in {"README.md": readme(record, runs).encode(), "train_gpt.py": built,
+    for name, data in {"README.md": readme(record, runs, audited).encode(), "train_gpt.py": built,
                        "train_gpt_readable.py": source.encode(),
                        "submission.json": (json.dumps(record, indent=2) + "\n").encode()}.items():
         (half / name).write_bytes(data)
-    for path in (ROOT / "requirements.txt", *args.log):
+    for path in (ROOT / "requirements.txt", *args.log, *audited):
         shutil.copy(path, half)
     half.rename(folder)
     return folder

@@ -7,8 +7,8 @@
 Every combination of the values is scored from the same weights; alternatives stand between commas, those of settings
 that are lists themselves between slashes (TTT_LORA_TARGETS=q,v/q,k,v,o). The gain is bits per byte against sliding
 evaluation without adaptation. All other settings - data, tokenizer, device, and for a float model (.pt) its shape -
-come from the environment. --speed: documents side by side against one at a time, in tokens a second of process time
-(this machine may be busy); --doc-tokens makes them alike.
+come from the environment. Seconds are those of the process on a CPU (which others may be using too). --speed: documents
+side by side against one at a time, in tokens a second; --doc-tokens makes them alike.
 """
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Bench:
         self.rt = dataclasses.replace(tg.Runtime.open(self.base), log=tg.RunLog(Path("."), "", active=False))
         val = tg.ValData.open(self.base, self.rt)
         tokens = cut_documents(val, args.doc_tokens) if args.doc_tokens else val.tokens
-        self.val = dataclasses.replace(val, tokens=tokens[:args.tokens + 1])
+        self.val = dataclasses.replace(val, tokens=tokens[args.start:args.start + args.tokens + 1])
         self.model = load(args.model, self.rt, val, self.base)
         self.weights = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
         self.plain = {}  # (window, stride) -> bpb without adaptation
@@ -95,9 +95,14 @@ class Bench:
     def score(self, cfg: tg.Hyperparameters, adapts: bool) -> tg.EvalResult:
         self.model.load_state_dict(self.weights)
         adapter = tg.adapter_for(self.model, cfg, self.rt) if adapts else None
-        score_fn = self.rt.compiled(self.model.nll, dynamic=bool(adapter and adapter.rows))
-        return tg.evaluate("bench", score_fn, self.val, cfg, self.rt, cfg.eval_stride or cfg.window,
-                           cfg.eval_batch_seqs, adapter)
+        begun, score_fn = self.now(), tg.scorer(self.model, self.rt, adapter)
+        r = tg.evaluate("bench", score_fn, self.val, cfg, self.rt, cfg.eval_stride or cfg.window, cfg.eval_batch_seqs,
+                        adapter)
+        return dataclasses.replace(r, seconds=self.now() - begun)
+
+    def now(self) -> float:
+        """Seconds of this process on a CPU, which others may be using too; else of the clock."""
+        return time.process_time() if self.rt.device.type == "cpu" else time.perf_counter()
 
     def row(self, changes: dict[str, str]) -> dict:
         cfg = self.settings(changes)
@@ -114,10 +119,8 @@ class Bench:
         cfg = self.settings({"TTT_MODE": "lora", "TTT_RESET": "document", **changes})
         paces = []
         for rows in (cfg.ttt_batch_docs, 1):
-            begun = time.process_time() if self.rt.device.type == "cpu" else time.perf_counter()
             r = self.score(dataclasses.replace(cfg, ttt_batch_docs=rows), True)
-            spent = time.process_time() - begun if self.rt.device.type == "cpu" else time.perf_counter() - begun
-            paces.append(r.tokens / spent)
+            paces.append(r.tokens / r.seconds)
         return {"settings": changes, "side_by_side": cfg.ttt_batch_docs, "tokens_per_s": paces[0],
                 "tokens_per_s_alone": paces[1], "ratio": paces[0] / paces[1]}
 
@@ -137,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help="final_model.ptz or final_model.pt")
     parser.add_argument("--tokens", type=int, default=100_000, metavar="N",
                         help="targets to score (default: %(default)s)")
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="first token of the text to use")
     parser.add_argument("--speed", action="store_true", help="documents side by side against one at a time")
     parser.add_argument("--doc-tokens", type=int, default=0, metavar="N",
                         help="cut documents to N tokens, drop shorter ones")
@@ -163,7 +167,7 @@ def main(argv: list[str]) -> int:
             if args.out:
                 tg.write_whole(args.out, json.dumps({
                     "model": args.model.name, "device": str(bench.rt.device), "threads": torch.get_num_threads(),
-                    "torch": torch.__version__, "seconds": time.time() - begun, "rows": rows}, indent=1).encode())
+                    "torch": torch.__version__, "first_token": args.start, "seconds": time.time() - begun, "rows": rows}, indent=1).encode())
         for (window, stride), r in bench.plain.items():
             print(f"without adaptation, windows of {window} every {stride}: {r.bpb:.5f} bpb, {r.tokens:,} tokens, "
                   f"{r.seconds:.1f} s")
