@@ -635,7 +635,7 @@ class Runtime:
     run_id: str
     folder: Path
     log: RunLog
-    cpu_group: object = None
+    groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
     in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # end-of-step events
 
     @classmethod
@@ -653,19 +653,22 @@ class Runtime:
         dtype = {"auto": torch.bfloat16 if on_cuda else torch.float32,
                  "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype]
         attention, attend = pick_attention(cfg.attention, device, dtype)
-        cpu_group = None
+        groups = {}
         if world_size > 1:
+            from torch import _dynamo  # noqa: F401  (imported later, its functions' defaults would keep the group: see `close`)
             dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
-            cpu_group = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
+            groups["cpu"] = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
         names = [cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"]
         if world_size > 1:
-            dist.broadcast_object_list(names, src=0, group=cpu_group)
+            dist.broadcast_object_list(names, src=0, group=groups["cpu"])
         folder = Path(cfg.artifact_dir)
         log = RunLog(folder, names[0], active=rank == 0, append=cfg.resume)
         return cls(rank, world_size, device, dtype, {"auto": on_cuda, "0": False, "1": True}[cfg.compile],
-                   attention, attend, names[0], folder, log, cpu_group)
+                   attention, attend, names[0], folder, log, groups)
 
     def close(self) -> None:
+        """Leave the process group and let go of it: threads of gloo that outlive Python may abort the process."""
+        self.groups.clear()
         if self.world_size > 1:
             dist.destroy_process_group()
 
@@ -729,14 +732,14 @@ class Runtime:
         if self.world_size == 1:
             return value
         box = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(box, src=0, group=self.cpu_group)
+        dist.broadcast(box, src=0, group=self.groups["cpu"])
         return box.item()
 
     def share_bytes(self, data: bytes | None) -> bytes:
         """Rank 0's bytes on every rank."""
         box = [data]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+            dist.broadcast_object_list(box, src=0, group=self.groups["cpu"])
         return box[0]
 
     def forward_tokens(self, cfg: Hyperparameters) -> int:

@@ -2,11 +2,14 @@
 import dataclasses
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import train_gpt as tg
-from conftest import scrambled
+from conftest import ROOT, environment, scrambled
 from test_evaluation import LORA, MODES, setting  # noqa: F401  (a fixture)
 from torch.nn import functional as F
 
@@ -215,6 +218,18 @@ def test_a_run_writes_the_signed_table(run):
     assert len(found["findings"]) == 23 and all(f["holds"] for f in found["findings"])
     alone = run(AUDIT="only", AUDIT_POSITIONS=2, EVAL_ARTIFACT=done.folder / "final_model.ptz", RUN_ID="alone")
     assert alone.code == 0 and "audit:pass checks:23" in alone.out and "val_bpb:" not in alone.out.replace("val_bpb:e", "")
+
+
+def test_ranks_audit_together(run, corpus, tmp_path):
+    """Two ranks see each other's scores and come to the findings of one."""
+    assert run(ITERATIONS=2, TTT_ENABLED=0).code == 0
+    settings = environment(corpus, tmp_path, AUDIT="only", EVAL_ARTIFACT=tmp_path / "final_model.ptz", RUN_ID="two",
+                           AUDIT_POSITIONS=2, TTT_CHUNK_TOKENS=128, TTT_ENABLED=1)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, str(ROOT / "train_gpt.py")], env={**os.environ, "OMP_NUM_THREADS": "1", **settings},
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "audit:pass checks:23" in done.stdout, done.stdout + done.stderr
+    assert json.loads((tmp_path / "logs" / "two.audit.json").read_text())["world_size"] == 2
 
 
 def test_a_failed_audit_ends_the_run(run, monkeypatch):
