@@ -581,7 +581,9 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     square = True if q.size(1) == k.size(1) else False  # a plain bool, for graphs of any length too
     mask = None if square else causal_mask(q.size(1), k.size(1), q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=True)
+    if q.is_cuda and not square:  # the flash kernel takes no mask, and the one that does takes no grouped heads
+        k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=k.size(1) < q.size(1))
     return y.transpose(1, 2)
 
 

@@ -22,6 +22,23 @@ TINY = {"vocab_size": VOCAB, "num_layers": 3, "model_dim": 32, "num_heads": 4, "
         "muon_momentum_warmup_steps": 2}
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Each test that takes it runs on the CPU always, so that its code is sound, and on a GPU where there is one."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Shards and a tokenizer made from Python's own documentation, as data/prepare.py writes them."""

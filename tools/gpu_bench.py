@@ -113,7 +113,7 @@ def read_log(text: str, batch_tokens: int) -> dict[str, float]:
         if match:
             found[key] = float(match[1])
     for key, label in SCORES.items():
-        line = re.search(rf"^({label}) val_loss:\S+ val_bpb:(\S+) (?:stride:\d+ )?eval_time:(\d+)ms", text, re.MULTILINE)
+        line = re.search(rf"^({label}) val_loss:\S+ val_bpb:(\S+) (?:stride:\d+ )?eval_time:(\d+)ms", text, re.M)
         if line:
             exact = re.search(rf"^{re.escape(line[1])}_exact val_loss:\S+ val_bpb:(\S+)", text, re.MULTILINE)
             found[f"{key}_bpb"], found[f"{key}_s"] = float(exact[1] if exact else line[2]), int(line[3]) / 1000
@@ -154,7 +154,8 @@ class Bench:
         vocab, self.paths = self.settings["VOCAB_SIZE"], {}
         for part, tokens in (("whole", self.args.val_tokens), ("quarter", self.args.val_tokens // 4)):
             home = self.scratch / part
-            folder, model = home / "datasets" / f"fineweb10B_sp{vocab}", home / "tokenizers" / f"fineweb_{vocab}_bpe.model"
+            folder = home / "datasets" / f"fineweb10B_sp{vocab}"
+            model = home / "tokenizers" / f"fineweb_{vocab}_bpe.model"
             for path in (folder, model):
                 path.parent.mkdir(parents=True, exist_ok=True)
             bench.cut_validation(data, folder, tokens, int(self.settings["EVAL_SEQ_LEN"]))
@@ -203,7 +204,7 @@ class Bench:
 
 
 def summarise(runs: list[dict], sides: list[str]) -> dict:
-    """Medians of each side and paired ratios in tokens/s; None where a number is missing. sides: the peer comes last."""
+    """Medians of each side, paired ratios in tokens/s; None where a number is missing. The last side is the peer."""
     numbers = {side: {key: middle([run[key] for run in runs if run["side"] == side and key in run]) for key in ROWS}
                for side in sides}
     *ours, peer = sides
@@ -290,7 +291,8 @@ def profile_step(script: str, environ: dict) -> dict:
     torch.manual_seed(cfg.seed)
     data = tg.TrainData.open(cfg, rt)
     model = tg.GPT(cfg, rt.attend, rt.dtype).to(rt.device)
-    state = tg.TrainState(model, tg.Optimisers(model, cfg, rt), tg.Averager(cfg, list(model.parameters())), tg.Stopwatch())
+    averager = tg.Averager(cfg, list(model.parameters()))
+    state = tg.TrainState(model, tg.Optimisers(model, cfg, rt), averager, tg.Stopwatch())
     step_fn = functools.partial(tg.train_step, state, data, tg.plan_step(cfg, 0, 0.0, 0.0), rt.compiled(model.loss))
     on_gpu = rt.device.type == "cuda"
     for _ in range(3):
