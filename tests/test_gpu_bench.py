@@ -105,7 +105,7 @@ def test_profile_of_a_step(corpus, config, tmp_path):
     found = gpu_bench.profile_step(str(ROOT / "train_gpt.py"), environ | {"DEVICE": "cpu"})
     assert sum(row["share"] for row in found["kernels"]) == pytest.approx(1)
     lines = gpu_bench.profile_table(found).splitlines()
-    assert len(lines) == 4 + gpu_bench.TOP_KERNELS and "aten::" in lines[4]
+    assert len(lines) == 4 + gpu_bench.TOP_KERNELS and any("aten::" in line for line in lines[4:])
 
 
 def test_it_says_what_it_cannot_do(tmp_path, capsys):
