@@ -1,5 +1,6 @@
 """Shared pieces: a tiny real-text data set with its own tokenizer, a tiny model, a one-rank CPU runtime."""
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 

@@ -290,7 +290,7 @@ def profile_step(script: str, environ: dict) -> dict:
     rt = tg.Runtime.open(cfg)
     torch.manual_seed(cfg.seed)
     data = tg.TrainData.open(cfg, rt)
-    model = tg.GPT(cfg, rt.attend, rt.dtype).to(rt.device)
+    model = tg.GPT(cfg, rt.attend, rt.dtype, kernels=rt.kernels).to(rt.device)
     averager = tg.Averager(cfg, list(model.parameters()))
     state = tg.TrainState(model, tg.Optimisers(model, cfg, rt), averager, tg.Stopwatch())
     step_fn = functools.partial(tg.train_step, state, data, tg.plan_step(cfg, 0, 0.0, 0.0), rt.compiled(model.loss))
