@@ -7,15 +7,14 @@
 Settings come from environment variables only. Importing the file defines things and does nothing else.
 The rooms, in reading order; a room uses only the rooms above it:
 
-    CONFIG      every setting, declared once           PARAMETERS  which parameter is treated how
-    RUNTIME     ranks, device, clocks, log, files      OPTIMISERS  Muon on banks, AdamW on the rest
-    DATA        shards, batches, validation text       SCHEDULES   pure functions of progress
-    METRIC      nats and bytes -> bits per byte        AVERAGING   EMA, SWA, LAWA
-    QUANTISER   weights <-> codes and scales           TRAINING    warm-up, step, loop, checkpoints
-    MODEL       the transformer on weight banks        ROUNDING    calibrate, round, fit the size
-                                                       ARTIFACT    the file that is submitted
-                                                       EVALUATION  score first, then (perhaps) learn
-                                                       AUDIT       shows that the scores are legal
+    CONFIG      every setting, declared once           OPTIMISERS  Muon on banks, AdamW on the rest
+    RUNTIME     ranks, device, clocks, log, files      SCHEDULES   pure functions of progress
+    DATA        shards, batches, validation text       AVERAGING   EMA, SWA, LAWA
+    METRIC      nats and bytes -> bits per byte        TRAINING    warm-up, step, loop, checkpoints
+    QUANTISER   weights <-> codes and scales           ROUNDING    calibrate, round, fit the size
+    KERNELS     fused operators in Triton              ARTIFACT    the file that is submitted
+    MODEL       the transformer on weight banks        EVALUATION  score first, then (perhaps) learn
+    PARAMETERS  which parameter is treated how         AUDIT       shows that the scores are legal
                                                        MAIN        the whole run on one screen
 
 The system is that of the competition's pull request 1092, with its slips mended (each is named where it stands).
@@ -81,6 +80,9 @@ class Hyperparameters:
     compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     attention: str = env_field("auto", "attention kernel; auto: the best one there is",
                                choices=("auto", "fa3", "cudnn", "flash", "math"))
+    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far held against references "
+                             "in Triton's interpreter only, never on a GPU; auto: torch for now",
+                             choices=("auto", "torch", "triton"))
     # Data
     data_path: str = env_field("./data/datasets/fineweb10B_sp1024", "folder with fineweb_{train,val}_*.bin")
     tokenizer_path: str = env_field("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of that data")
@@ -587,7 +589,9 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     square = True if q.size(1) == k.size(1) else False  # a plain bool, for graphs of any length too
     mask = None if square else causal_mask(q.size(1), k.size(1), q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=True)
+    if q.is_cuda and not square:  # the flash kernel takes no mask, and the one that does takes no grouped heads
+        k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=k.size(1) < q.size(1))
     return y.transpose(1, 2)
 
 
@@ -616,6 +620,19 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
     return name, attend_sdpa
 
 
+def pick_kernels(wanted: str, device: torch.device) -> str:
+    """"torch" or "triton". Raises UserError where Triton cannot run."""
+    if wanted != "triton":
+        return "torch"
+    try:
+        interprets = importlib.import_module("triton").knobs.runtime.interpret  # TRITON_INTERPRET, as Triton read it
+    except (ImportError, AttributeError):
+        raise UserError("KERNELS=triton needs Triton 3.5 or newer, which comes with PyTorch's CUDA build") from None
+    if device.type != "cuda" and not interprets:
+        raise UserError("KERNELS=triton needs a CUDA device (TRITON_INTERPRET=1 tries the kernels out in Python)")
+    return "triton"
+
+
 def peak_rss_bytes() -> int:
     """Most resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -636,6 +653,7 @@ class Runtime:
     folder: Path
     log: RunLog
     groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
+    kernels: str = "torch"
     in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # end-of-step events
 
     @classmethod
@@ -653,7 +671,7 @@ class Runtime:
         dtype = {"auto": torch.bfloat16 if on_cuda else torch.float32,
                  "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype]
         attention, attend = pick_attention(cfg.attention, device, dtype)
-        groups = {}
+        kernels, groups = pick_kernels(cfg.kernels, device), {}
         if world_size > 1:
             from torch import _dynamo  # noqa: F401  (imported later, its functions' defaults would keep the group: see `close`)
             dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
@@ -664,7 +682,7 @@ class Runtime:
         folder = Path(cfg.artifact_dir)
         log = RunLog(folder, names[0], active=rank == 0, append=cfg.resume)
         return cls(rank, world_size, device, dtype, {"auto": on_cuda, "0": False, "1": True}[cfg.compile],
-                   attention, attend, names[0], folder, log, groups)
+                   attention, attend, names[0], folder, log, groups, kernels)
 
     def close(self) -> None:
         """Leave the process group and let go of it: threads of gloo that outlive Python may abort the process."""
@@ -1187,11 +1205,130 @@ def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
                     "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
 
 
+# ------------------------------------------------------------------------------------------------ KERNELS
+@functools.cache
+def load_kernels() -> None:
+    """Define the Triton kernels and register them as torch.ops.golf.*, which torch.compile takes as they are.
+
+    Each has its reference, in plain operations, where it is used. All is in here because importing this file must not
+    need Triton. Tiles and warps are what usually does well for bf16 on Hopper; nobody has tuned or timed them.
+    """
+    global triton, tl, product_tile  # Triton looks for what a kernel calls among the module's names
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def capped_row(logits, targets, losses, vocab, cap, scale, BLOCK: tl.constexpr):
+        """A row of logits -> its loss, and in its place the gradient times `scale`."""
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, BLOCK)
+        inside = at < vocab
+        x = tl.load(logits + row * vocab + at, mask=inside, other=0.0).to(tl.float32)
+        curve = 1 - 2 / (tl.exp(2 * x / cap) + 1)  # tanh
+        capped = tl.where(inside, cap * curve, -float("inf"))
+        top = tl.max(capped, axis=0)
+        share = tl.exp(capped - top)
+        total = tl.sum(share, axis=0)
+        wanted = at == tl.load(targets + row)
+        tl.store(losses + row, top + tl.log(total) - tl.sum(tl.where(wanted, cap * curve, 0.0), axis=0))
+        grad = (share / total - wanted.to(tl.float32)) * (1 - curve * curve) * scale
+        tl.store(logits + row * vocab + at, grad.to(logits.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def product_tile(a, b, i, j, rows, columns, depth, b_row, b_depth, SIDE: tl.constexpr, DEPTH: tl.constexpr):
+        """fp32 tile (i, j) of a b^T; a lies row by row, b by its strides. Beyond the edges it holds zeros."""
+        r, c = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE)
+        tile = tl.zeros((SIDE, SIDE), dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            k = start + tl.arange(0, DEPTH)
+            left = tl.load(a + r.to(tl.int64)[:, None] * depth + k[None, :], other=0.0,
+                           mask=(r[:, None] < rows) & (k[None, :] < depth))
+            right = tl.load(b + c[None, :] * b_row + k[:, None] * b_depth, other=0.0,
+                            mask=(c[None, :] < columns) & (k[:, None] < depth))
+            tile = tl.dot(left, right, tile, input_precision="ieee")
+        return r, c, tile
+
+    @triton.jit
+    def mlp_tile(a, b, bent, out, rows, columns, depth, b_row, b_depth, slope, FORWARD: tl.constexpr,
+                 SIDE: tl.constexpr, DEPTH: tl.constexpr):
+        """Tile of a b^T, which on the way there is bent and squared, on the way back multiplied by the derivative."""
+        r, c, tile = product_tile(a, b, tl.program_id(1), tl.program_id(0), rows, columns, depth, b_row, b_depth,
+                                  SIDE, DEPTH)  # neighbours share the tall side's rows; the weight stays in the cache
+        at = r.to(tl.int64)[:, None] * columns + c[None, :]
+        inside = (r[:, None] < rows) & (c[None, :] < columns)
+        if FORWARD:
+            t = tl.where(tile > 0, tile, tile * slope * slope)
+            tl.store(bent + at, t.to(bent.dtype.element_ty), mask=inside)
+            tile = tile * t
+        else:
+            tile = 2 * tile * tl.load(bent + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, tile.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def symmetric_tile(x, add, out, rows, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
+                       DEPTH: tl.constexpr):
+        """Tile of alpha x x^T + beta add on or above the diagonal, and its mirror image below."""
+        i, j, n = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
+        if i <= j:
+            r, c, tile = product_tile(x + n * rows * depth, x + n * rows * depth, i, j, rows, rows, depth, depth, 1,
+                                      SIDE, DEPTH)
+            at = n * rows * rows + r[:, None] * rows + c[None, :]
+            mirrored = n * rows * rows + c[:, None] * rows + r[None, :]
+            inside = (r[:, None] <= c[None, :]) & (c[None, :] < rows)  # exactly symmetric on the diagonal's tiles too
+            tile = alpha * tile
+            if ADDS:
+                tile += beta * tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+            tile = tile.to(out.dtype.element_ty)
+            tl.store(out + at, tile, mask=inside)
+            tl.store(out + mirrored, tl.trans(tile), mask=(r[None, :] <= c[:, None]) & (c[:, None] < rows))
+
+    side, shape = 128, {"SIDE": 128, "DEPTH": 64, "num_warps": 8}
+    def mlp(a: Tensor, b: Tensor, bent: Tensor, slope: float, forward: bool) -> Tensor:
+        out, grid = torch.empty_like(bent), (triton.cdiv(bent.size(1), side), triton.cdiv(len(a), side))
+        mlp_tile[grid](a.contiguous(), b, bent, out, *bent.shape, a.size(1), *b.stride(), slope, FORWARD=forward, **shape)
+        return out
+
+    def register(schema: str, function, fake, mutates: tuple = ()) -> None:
+        name = schema.split("(")[0]
+        torch.library.custom_op(f"golf::{name}", function, mutates_args=mutates,
+                                schema=schema.removeprefix(name)).register_fake(fake)
+
+    def capped_rows(logits, targets, cap, scale):
+        losses, block = logits.new_empty(len(logits), dtype=torch.float32), triton.next_power_of_2(logits.size(1))
+        capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=block,
+                                 num_warps=min(16, max(4, block // 1024)))
+        return losses
+
+    def mlp_up(x, weight, slope):
+        bent = x.new_empty(len(x), len(weight))
+        return mlp(x, weight, bent, slope, True), bent
+
+    def mlp_back(upstream, weight, bent):
+        return mlp(upstream, weight.t(), bent, 0.0, False)
+
+    def symmetric(x, add, alpha, beta):
+        out, tiles = x.new_empty(len(x), x.size(1), x.size(1)), triton.cdiv(x.size(1), side)
+        x = x.contiguous()
+        symmetric_tile[tiles, tiles, len(x)](x, x if add is None else add.contiguous(), out, *x.shape[1:], alpha, beta,
+                                             ADDS=add is not None, **shape)
+        return out
+
+    register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor", capped_rows,
+             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), mutates=("logits",))
+    register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)", mlp_up,
+             lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))))
+    register("mlp_back(Tensor upstream, Tensor weight, Tensor bent) -> Tensor", mlp_back,
+             lambda upstream, weight, bent: torch.empty_like(bent))
+    register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor", symmetric,
+             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)))
+
+
 # ------------------------------------------------------------------------------------------------ MODEL
 BIGRAM_FACTORS, BIGRAM_SCALE = (36313, 27191), 0.05            # PR 1092: factors of the token and its predecessors,
 TRIGRAM_FACTORS, TRIGRAM_SCALE = (36313, 27191, 51497), 0.03   # and the initial scale of the table's output
 VALUE_SCALE = 0.1
 CE_CHUNK_ROWS = 1024  # rows of logits alive at a time: enough to feed a matrix unit, little enough to stay cached
+CE_CHUNK_LOGITS_CUDA = 2 ** 24  # a GPU has no such cache but needs large products, and a compiled graph few chunks
 
 
 class ScaledNorm(torch.autograd.Function):
@@ -1261,26 +1398,32 @@ class CappedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of soft-capped logits, in nats, that never holds the logits of the whole batch.
 
     The gradient is made chunk by chunk in the forward pass, while the chunk's logits are at hand; the backward pass
-    only scales it. hidden: [N, dim], weight: [vocab, dim], targets: int64 [N].
+    only scales it. hidden: [N, dim], weight: [vocab, dim], targets: int64 [N]. With `kernels` "triton" one kernel
+    reads a chunk's logits once and leaves the gradient in their place, so that they never stand in fp32.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, kernels: str) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_hidden = []
-        for rows, wanted in zip(hidden.split(CE_CHUNK_ROWS), targets.unsqueeze(1).split(CE_CHUNK_ROWS)):
-            curve = F.linear(rows, weight).float().div_(softcap).tanh_()
-            logits = curve * softcap
-            partition = logits.logsumexp(-1, keepdim=True)
-            total += (partition - logits.gather(1, wanted)).sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            grad = logits.sub_(partition).exp_()                              # softmax,
-            grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))   # less the one-hot target,
-            grad.mul_(curve.square_().neg_().add_(1)).div_(len(hidden))       # times d softcap / d logit
-            grad = grad.to(hidden.dtype)
+        size = max(CE_CHUNK_ROWS, CE_CHUNK_LOGITS_CUDA // len(weight)) if hidden.is_cuda else CE_CHUNK_ROWS
+        for rows, wanted in zip(hidden.split(size), targets.unsqueeze(1).split(size)):
+            if kernels == "triton":
+                grad = F.linear(rows, weight)
+                total += torch.ops.golf.capped_rows(grad, wanted, softcap, 1 / len(hidden)).sum()
+            else:
+                curve = F.linear(rows, weight).float().div_(softcap).tanh_()
+                logits = curve * softcap
+                partition = logits.logsumexp(-1, keepdim=True)
+                total += (partition - logits.gather(1, wanted)).sum()
+                if not (wants_hidden or wants_weight):
+                    continue
+                grad = logits.sub_(partition).exp_()                              # softmax,
+                grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))   # less the one-hot target,
+                grad.mul_(curve.square_().neg_().add_(1)).div_(len(hidden))       # times d softcap / d logit
+                grad = grad.to(hidden.dtype)
             if wants_hidden:
                 grad_hidden.append(grad @ weight)
             if wants_weight:
@@ -1291,7 +1434,7 @@ class CappedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None, None
+        return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None, None, None
 
 
 def project(x: Tensor, weight) -> Tensor:
@@ -1312,6 +1455,23 @@ class SquaredLeakyReLU(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         bent, = ctx.saved_tensors
         return (upstream * bent).mul_(2), None
+
+
+class FusedMlp(torch.autograd.Function):
+    """`SquaredLeakyReLU` between two projections, by Triton: up-projection and activation in one kernel, and on the way
+    back the gradient of the activation in the kernel that makes it.  # x [N, dim], up [mlp, dim], down [dim, mlp]"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        y, bent = torch.ops.golf.mlp_up(x, up, slope)
+        ctx.save_for_backward(x, up, down, y, bent)
+        return F.linear(y, down)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        x, up, down, y, bent = ctx.saved_tensors
+        grad = torch.ops.golf.mlp_back(upstream, down, bent)
+        return grad @ up, grad.t() @ x, upstream.t() @ y, None
 
 
 class SmearGate(nn.Module):
@@ -1397,7 +1557,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and a LeakyReLU² MLP around a residual stream that mixes in the embedding."""
 
-    def __init__(self, cfg: Hyperparameters, layer: int, attend):
+    def __init__(self, cfg: Hyperparameters, layer: int, attend, kernels: str):
         super().__init__()
         self.attn = Attention(cfg, layer, attend)
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
@@ -1405,7 +1565,7 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.dtg_gate = nn.Linear(cfg.model_dim, 1) if cfg.dtg_enabled else None
         self.norm_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
-        self.slope = cfg.leaky_slope
+        self.slope, self.kernels = cfg.leaky_slope, kernels
 
     def forward(self, x, x0, weights: LayerWeights, rope, value_embedding, first_value, keep: int):
         """Last `keep` positions of the stream after this block, and the attention's values."""
@@ -1414,12 +1574,16 @@ class Block(nn.Module):
         y, value = self.attn(norm(x, self.norm_scale), weights[:4], rope, value_embedding, first_value, keep)
         x = x[:, -keep:]
         out = torch.addcmul(x, self.attn_scale.to(x.dtype), y)
-        y = SquaredLeakyReLU.apply(project(norm(out, self.norm_scale), weights.up), self.slope)
-        out = torch.addcmul(out, self.mlp_scale.to(x.dtype), project(y, weights.down))
+        out = torch.addcmul(out, self.mlp_scale.to(x.dtype), self.mlp(norm(out, self.norm_scale), weights))
         if self.dtg_gate is not None:
             gate = F.linear(x.detach(), self.dtg_gate.weight.to(x.dtype), self.dtg_gate.bias.to(x.dtype))
             out = x + torch.sigmoid(gate) * (out - x)
         return out, value
+
+    def mlp(self, x: Tensor, weights: LayerWeights) -> Tensor:
+        if self.kernels == "triton" and all(isinstance(weight, Tensor) for weight in weights[4:]):
+            return FusedMlp.apply(x.flatten(0, 1), weights.up, weights.down, self.slope).view_as(x)
+        return project(SquaredLeakyReLU.apply(project(x, weights.up), self.slope), weights.down)
 
 
 class GPT(nn.Module):
@@ -1433,9 +1597,12 @@ class GPT(nn.Module):
     overlook it (PR 1092's flag was folded at the first trace, and its banks never looked at it).
     """
 
-    def __init__(self, cfg: Hyperparameters, attend=attend_sdpa, dtype: torch.dtype = torch.float32, qat_specs=None):
+    def __init__(self, cfg: Hyperparameters, attend=attend_sdpa, dtype: torch.dtype = torch.float32, qat_specs=None,
+                 kernels: str = "torch"):
         super().__init__()
-        self.cfg, self.dtype = cfg, dtype
+        if kernels == "triton":
+            load_kernels()
+        self.cfg, self.dtype, self.kernels = cfg, dtype, kernels
         self.qat_specs, self.qat_scales = dict(qat_specs or {}), {}
         self.register_buffer("hardness", torch.ones(()) if cfg.soft_round else None, persistent=False)
         layers, dim, kv_dim = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
@@ -1450,7 +1617,7 @@ class GPT(nn.Module):
         self.kv_bank = nn.Parameter(torch.empty(2 * layers, kv_dim, dim))
         self.mlp_up_bank = nn.Parameter(torch.empty(layers, cfg.mlp_dim, dim))
         self.mlp_down_bank = nn.Parameter(torch.empty(layers, dim, cfg.mlp_dim))
-        self.blocks = nn.ModuleList(Block(cfg, layer, attend) for layer in range(layers))
+        self.blocks = nn.ModuleList(Block(cfg, layer, attend, kernels) for layer in range(layers))
         self.ve_shared = Table(cfg.vocab_size, cfg.ve_dim, kv_dim, VALUE_SCALE) if cfg.ve_layer_ids else None
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in cfg.ve_layer_ids)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(dim, cfg.vocab_size, bias=False)
@@ -1580,9 +1747,9 @@ class GPT(nn.Module):
         weight = self.output_weight(qat, dress)
         if not isinstance(weight, Tensor):  # a dressed head: nobody has written its gradient out
             return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
-        loss = CappedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), cap)
+        loss = CappedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), cap, self.kernels)
         ahead = [CappedCrossEntropy.apply(hidden[:, :-k].flatten(0, 1), head.weight.to(self.dtype),
-                                          targets[:, k:].flatten(), cap)
+                                          targets[:, k:].flatten(), cap, self.kernels)
                  for k, head in enumerate(self.mtp_heads, 1)]
         return loss + self.cfg.mtp_loss_weight * torch.stack(ahead).mean() if ahead and self.training else loss
 
@@ -1649,15 +1816,24 @@ def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at 0, so five steps do; ends near 1, not at it
 
 
-def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def symmetric_product(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, kernels: str = "torch"):
+    """x x^T, or alpha x x^T + beta add for a symmetric `add`. Triton makes the tiles from the diagonal upwards and mirrors
+    them.  # [n, rows, columns] -> [n, rows, rows]"""
+    if kernels == "triton":
+        load_kernels()
+        return torch.ops.golf.symmetric(x, add, alpha, beta)
+    return x @ x.mT if add is None else torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kernels: str = "torch") -> Tensor:
     """Push the singular values of each matrix towards 1.  # [n, rows, columns], any dtype -> same shape in `dtype`"""
     a, b, c = NEWTON_SCHULZ
     tall = matrices.size(-2) > matrices.size(-1)
     x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = symmetric_product(x, kernels=kernels)
+        x = torch.baddbmm(x, symmetric_product(gram, gram, c, b, kernels), x, beta=a)
     return x.mT if tall else x
 
 
@@ -1691,7 +1867,8 @@ class Muon:
         started = []
         for i, (grad, buffer) in enumerate(zip(shards, self.momentum)):
             buffer.mul_(momentum).add_(grad)
-            update = newton_schulz(grad.add(buffer, alpha=momentum), self.cfg.muon_backend_steps, self.rt.dtype)  # Nesterov
+            nesterov = grad.add(buffer, alpha=momentum)
+            update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels)
             if self.row_memory:
                 update = even_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
             started.append(self.rt.launch_all_gather(update.contiguous()))
@@ -1924,8 +2101,9 @@ def checkpoint_path(rt: Runtime) -> Path:
 
 def resumable_settings(cfg: Hyperparameters) -> str:
     """The settings a checkpoint must share with the run that goes on from it."""
-    free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "checkpoint_every", "iterations",
-            "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens"}
+    free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
+            "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size",
+            "micro_batch_tokens"}
     late = ("eval_", "ttt_", "hash_embed_", "compress", "artifact_", "gptq_", "size_fit")
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
 
@@ -2834,7 +3012,7 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
     cfg, made_with, weights = unpack(blob)
     if made_with != tokenizer_sha256:
         raise UserError("artifact was made with another tokenizer; TOKENIZER_PATH names the one to use")
-    model = GPT(cfg, rt.attend, rt.dtype)
+    model = GPT(cfg, rt.attend, rt.dtype, kernels=rt.kernels)
     model.load_state_dict(weights)
     return model.to(rt.device).eval()
 
@@ -3510,7 +3688,8 @@ def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData,
         f"mtp_num_heads:{cfg.mtp_num_heads} mtp_loss_weight:{cfg.mtp_loss_weight} mtp_params:{count(model.mtp_heads)}",
         f"XSA:last_{cfg.xsa_last_n} active_layers:{[i for i, b in enumerate(model.blocks) if b.attn.exclusive]}",
         f"world_size:{rt.world_size} grad_accum_steps:{data.micro_steps}",
-        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention}",
+        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention} "
+        f"kernels:{rt.kernels}",
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}",
         f"tie_embeddings:{cfg.tie_embeddings} embed_lr:{cfg.table_lr} "
         f"head_lr:{0.0 if cfg.tie_embeddings else cfg.head_lr} matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}",
@@ -3658,7 +3837,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     seconds, watch = {}, Stopwatch()
     torch.manual_seed(cfg.seed)
     val, data = ValData.open(cfg, rt), TrainData.open(cfg, rt)
-    model = GPT(cfg, rt.attend, rt.dtype, quant_specs(cfg, blueprint(cfg))).to(rt.device)
+    model = GPT(cfg, rt.attend, rt.dtype, quant_specs(cfg, blueprint(cfg)), rt.kernels).to(rt.device)
     log_preamble(cfg, rt, model, data, val)
     tokens = min(cfg.val_batch_size // rt.world_size, rt.forward_tokens(cfg))
     plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, stride=cfg.window, batch_seqs=max(tokens // cfg.window, 1))
@@ -3695,7 +3874,8 @@ def score_artifact(cfg: Hyperparameters, rt: Runtime) -> dict | None:
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}",
         f"val_loader:shards pattern={cfg.val_files} tokens:{len(val.tokens) - 1}",
         f"model_params:{sum(p.numel() for p in model.parameters())}",
-        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention}",
+        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention} "
+        f"kernels:{rt.kernels}",
     ):
         rt.log(line)
     seconds = {"setup": watch.elapsed(), "train": 0.0, "calibrate": 0.0, "export": 0.0}

@@ -1,5 +1,6 @@
 """Shared pieces: a tiny real-text data set with its own tokenizer, a tiny model, a one-rank CPU runtime."""
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
@@ -20,6 +23,23 @@ TINY = {"vocab_size": VOCAB, "num_layers": 3, "model_dim": 32, "num_heads": 4, "
         "train_log_every": 1, "max_wallclock_seconds": 0.0, "warmdown_iters": 3, "eval_stride": 8,
         "eval_batch_seqs": 16, "ttt_chunk_tokens": 512, "ttt_batch_seqs": 4, "ttt_epochs": 1, "checkpoint_every": 0,
         "muon_momentum_warmup_steps": 2}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Each test that takes it runs on the CPU always, so that its code is sound, and on a GPU where there is one."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
     python tools/bench.py --peer PR_1092.py                          # embedded text, 3 pairs of runs
     python tools/bench.py --peer PR_1092.py --steps 100 --data FOLDER --tokenizer MODEL --out bench.json
     python tools/bench.py --peer PR_1092.py NUM_LAYERS=6 EVAL_STRIDE=32   # settings for both sides
+    python tools/bench.py --gpu --peer PR_1092.py --profile          # the real model on a GPU: see gpu_bench.py
 
 Both programs run as they are, eager, in fp32, with the same settings, data and seeds, in alternating order,
 each run a process of its own. All numbers come from their own log lines and from the system's account of the
@@ -79,10 +80,8 @@ def read_log(text: str, batch_tokens: int) -> dict[str, float]:
     return found
 
 
-def run_once(name: str, command: list[str], settings: dict[str, str], threads: int) -> dict[str, float]:
-    """Run a program in an empty folder: its log's numbers, processor time, peak memory. Raises BenchError."""
-    env = {"OMP_WAIT_POLICY": "passive",  # threads that spin while they wait measure the machine's other work
-           **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **settings}
+def run_program(command: list[str], env: dict[str, str]):
+    """Run a program in an empty folder: (exit code, what it printed, the system's account of it)."""
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "out"), "w+", encoding="utf-8") as out:
         child = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out,
                                  stderr=subprocess.STDOUT)
@@ -93,10 +92,17 @@ def run_once(name: str, command: list[str], settings: dict[str, str], threads: i
             raise
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
-        text = out.read()
-    if child.returncode:
+        return child.returncode, out.read(), usage
+
+
+def run_once(name: str, command: list[str], settings: dict[str, str], threads: int) -> dict[str, float]:
+    """One run of a program: its log's numbers, processor time, peak memory. Raises BenchError."""
+    env = {"OMP_WAIT_POLICY": "passive",  # threads that spin while they wait measure the machine's other work
+           **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **settings}
+    code, text, usage = run_program(command, env)
+    if code:
         last = (text.strip().splitlines() or ["no output"])[-1]
-        raise BenchError(f"{name} ended with code {child.returncode}: {last}")
+        raise BenchError(f"{name} ended with code {code}: {last}")
     try:
         found = read_log(text, int(settings["TRAIN_BATCH_TOKENS"]))
     except BenchError as error:
@@ -204,7 +210,8 @@ def on_cpu(path: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--peer", type=Path, required=True, metavar="FILE", help="the published train_gpt.py")
+    add("--gpu", action="store_true", help="measure on a GPU; `--gpu --help` tells of its options")
+    add("--peer", type=Path, metavar="FILE", help="the published train_gpt.py")
     add("--ours", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="another version of ours")
     add("--steps", type=int, default=60, metavar="N", help="optimiser steps (default: %(default)s)")
     add("--repeat", type=int, default=3, metavar="N", help="pairs of runs (default: %(default)s)")
@@ -218,18 +225,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Prepare the data, run the pairs; everything that is worth keeping. Raises BenchError."""
+def given_settings(args: argparse.Namespace) -> dict[str, str]:
+    """KEY=VALUE arguments as a dictionary, after a look at the files that were named. Raises BenchError."""
     odd = [text for text in args.settings if not re.fullmatch(r"[A-Z]\w*=.*", text)]
     if odd:
         raise BenchError(f"{odd[0]} is not KEY=VALUE")
     for path in (args.peer, args.ours):
-        if not path.is_file():
-            raise BenchError(f"there is no file {path}")
+        if not path or not path.is_file():
+            raise BenchError(f"there is no file {path}" if path else "--peer FILE is missing: the script to compare with")
+    return dict(text.split("=", 1) for text in args.settings)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Prepare the data, run the pairs; everything that is worth keeping. Raises BenchError."""
+    given = given_settings(args)
     if args.repeat < 1:
         raise BenchError("--repeat must be 1 or more")
     settings = {**SETTINGS, "ITERATIONS": args.steps, "WARMDOWN_ITERS": max(args.steps // 3, 1),
-                **dict(text.split("=", 1) for text in args.settings)}
+                **given}
     commands = {"ours": [sys.executable, str(args.ours.resolve())],
                 "peer": [sys.executable, str(Path(__file__).resolve()), "--on-cpu", str(args.peer.resolve())]}
     with tempfile.TemporaryDirectory() as scratch:
@@ -249,6 +262,9 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--on-cpu"]:
         on_cpu(argv[1])
         return 0
+    if "--gpu" in argv:
+        import gpu_bench
+        return gpu_bench.main(argv)
     args = build_parser().parse_intermixed_args(argv)
     try:
         result = measure(args)

@@ -52,10 +52,12 @@ class RecordError(Exception):
 # ---- build -------------------------------------------------------------------------------------------------
 
 class Bare(ast.NodeTransformer):
-    """Drops docstrings and the annotations of arguments and results; those of fields make dataclasses."""
+    """Drops docstrings and the annotations of arguments and results; those of fields make dataclasses, and
+    tl.constexpr tells Triton what is fixed when a kernel is compiled."""
 
     def visit_arg(self, node):
-        node.annotation = None
+        if node.annotation and not ast.unparse(node.annotation).endswith(".constexpr"):
+            node.annotation = None
         return node
 
     def generic_visit(self, node):
