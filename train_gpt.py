@@ -690,8 +690,20 @@ class Runtime:
         if self.world_size > 1:
             dist.destroy_process_group()
 
-    def compiled(self, function, dynamic: bool = False):
-        return torch.compile(function, dynamic=dynamic, fullgraph=True) if self.compiles else function
+    def compiled(self, function, grows: bool = False):
+        """The function, compiled where that is on: a graph for each shape, or, if dimension 1 of its first argument
+        `grows`, one for all lengths of that. (dynamic=True would take all sizes for variable, and then torch 2.13 cannot
+        trace ScaledNorm.)"""
+        if not self.compiles:
+            return function
+        if not grows:
+            return torch.compile(function, dynamic=False, fullgraph=True)
+        graphs = torch.compile(function, fullgraph=True)
+
+        def call(ids: Tensor, *rest):
+            torch._dynamo.maybe_mark_dynamic(ids, 1)
+            return graphs(ids, *rest)
+        return call
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -1361,9 +1373,8 @@ def rope_table(length: int, dims: int, cfg: Hyperparameters, device) -> tuple[Te
     Past the trained length the base grows (NTK). PR 1092 fixes that length at 1024 while it trains on 2048,
     so its base is always stretched to 22,082; ROPE_TRAIN_SEQ_LEN=1024 keeps that.
     """
-    base = cfg.rope_base
-    if length > cfg.rope_train_seq_len and dims > 2:
-        base *= (length / cfg.rope_train_seq_len) ** (dims / (dims - 2))
+    stretch = torch.sym_max(length / cfg.rope_train_seq_len, 1.0)  # no branch: graphs for any length pass here
+    base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
@@ -1415,15 +1426,15 @@ class CappedCrossEntropy(torch.autograd.Function):
                 total += torch.ops.golf.capped_rows(grad, wanted, softcap, 1 / len(hidden)).sum()
             else:
                 curve = F.linear(rows, weight).float().div_(softcap).tanh_()
-                logits = curve * softcap
-                partition = logits.logsumexp(-1, keepdim=True)
-                total += (partition - logits.gather(1, wanted)).sum()
+                top = curve.amax(-1, keepdim=True)
+                grad = (curve - top).mul_(softcap).exp_()
+                partition = grad.sum(-1, keepdim=True)
+                total += (partition.log() + softcap * (top - curve.gather(1, wanted))).sum()
                 if not (wants_hidden or wants_weight):
                     continue
-                grad = logits.sub_(partition).exp_()                              # softmax,
-                grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))   # less the one-hot target,
-                grad.mul_(curve.square_().neg_().add_(1)).div_(len(hidden))       # times d softcap / d logit
-                grad = grad.to(hidden.dtype)
+                grad.div_(partition * len(hidden))                                             # softmax,
+                grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1 / len(hidden)))    # less the one-hot target,
+                grad = grad.addcmul_(grad, curve.square_(), value=-1).to(hidden.dtype)         # times d softcap / d logit
             if wants_hidden:
                 grad_hidden.append(grad @ weight)
             if wants_weight:
@@ -3392,8 +3403,8 @@ def final_walks(cfg: Hyperparameters) -> dict[str, int]:
 
 
 def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
-    """What scores a walk's windows: one graph for all of them. With documents they grow, and it is one for all lengths."""
-    return rt.compiled(model.nll, dynamic=bool(adapter and adapter.rows))
+    """What scores a walk's windows; with documents these grow."""
+    return rt.compiled(model.nll, grows=bool(adapter and adapter.rows))
 
 
 class Trace:

@@ -6,6 +6,7 @@ import torch
 import train_gpt as tg
 from conftest import make_runtime, scrambled
 from hypothesis import given, settings, strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 
@@ -204,6 +205,26 @@ def test_padding_for_compiled_graphs_counts_nothing(setting, rt, tmp_path):
     eager, _ = score(cfg, val, model(), 8, None, rt)
     padded = dataclasses.replace(rt, compiles=True)  # score_fn stays eager: only the padding differs
     assert score(cfg, val, model(), 8, None, padded)[0].bpb == pytest.approx(eager.bpb, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode, graphs", [("sliding", 2), ("sgd, frozen", 4), ("lora, hash", 4), ("document", 2)])
+def test_every_way_to_adapt_compiles(setting, tmp_path, monkeypatch, mode, graphs):
+    """As on a GPU: whole graphs, few of them - windows that grow with their documents share one - and the same scores.
+    The back end runs them eagerly, for want of time; what cannot be traced fails all the same."""
+    cfg, val, model = setting
+    val = dataclasses.replace(val, tokens=val.tokens[:1100])
+    stride, changes = MODES[mode]
+    cfg = dataclasses.replace(cfg, rope_train_seq_len=20, **changes or {})  # the base stretches within the windows
+    counted, made = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: made(function, backend=counted, **options))
+    torch._dynamo.reset()
+    results = []
+    for compiles in (False, True):
+        rt, trained = make_runtime(tmp_path, compiles=compiles), model()
+        trained.cfg = cfg
+        adapter = None if changes is None else tg.adapter_for(trained, cfg, rt)
+        results.append(tg.evaluate("test", tg.scorer(trained, rt, adapter), val, cfg, rt, stride, 16, adapter).bpb)
+    assert results[1] == pytest.approx(results[0], rel=1e-5) and counted.frame_count <= graphs
 
 
 @pytest.mark.parametrize("mode", ["sliding", "sgd", "document"])
