@@ -76,12 +76,13 @@ class Hyperparameters:
     seed: int = env_field(1337, "seed of the initial weights", lo=0)
     artifact_dir: str = env_field(".", "folder for logs/, checkpoints/ and the model files", aliases=("OUT_DIR",))
     device: str = env_field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
+    dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on a CPU",
+                           choices=("auto", "bf16", "fp32"))
     compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     attention: str = env_field("auto", "attention kernel; auto: the best one there is",
                                choices=("auto", "fa3", "cudnn", "flash", "math"))
-    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far held against references "
-                             "in Triton's interpreter only, never on a GPU; auto: torch for now",
+    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far held against "
+                             "references in Triton's interpreter only, never on a GPU; auto: torch for now",
                              choices=("auto", "torch", "triton"))
     # Data
     data_path: str = env_field("./data/datasets/fineweb10B_sp1024", "folder with fineweb_{train,val}_*.bin")
@@ -175,13 +176,15 @@ class Hyperparameters:
     bigram_bits: int = env_field(8, "bits of the hashed tables", lo=2, hi=8)
     ve_bits: int = env_field(8, "bits of the value-embedding table", lo=2, hi=8)
     clip_rule: str = env_field("percentile", "where a row's largest code lies: at the best of five percentiles, at the "
-                               "largest weight, or at so many standard deviations", choices=("percentile", "amax", "sdclip"))
+                               "largest weight, or at so many standard deviations",
+                              choices=("percentile", "amax", "sdclip"))
     mlp_clip_sigmas: float = env_field(12.85, "with sdclip: standard deviations, MLP banks", lo=0.1, hi=1000,
                                        group="MATRIX_CLIP_SIGMAS")
     attn_clip_sigmas: float = env_field(12.85, "with sdclip: the same, attention banks", lo=0.1, hi=1000,
                                         group="MATRIX_CLIP_SIGMAS")
     embed_clip_sigmas: float = env_field(20.0, "with sdclip: the same, all tables", lo=0.1, hi=1000)
-    mlp_clip_widen: float = env_field(1.0, "MLP banks: steps this much wider than the rule's, for a smaller file", lo=1, hi=100)
+    mlp_clip_widen: float = env_field(1.0, "MLP banks: steps this much wider than the rule's, for a smaller file",
+                                      lo=1, hi=100)
     attn_clip_widen: float = env_field(1.0, "the same, attention banks", lo=1, hi=100)
     embed_clip_widen: float = env_field(1.0, "the same, all tables", lo=1, hi=100)
     fp16_keep_name_patterns: str = env_field("", "name parts, with commas: parameters stored as fp16, not rounded")
@@ -201,7 +204,8 @@ class Hyperparameters:
     eval_seq_len: int = env_field(2048, "tokens of an evaluation window; 0: TRAIN_SEQ_LEN", lo=0)
     eval_stride: int = env_field(64, "tokens newly scored by each sliding window; 0: no sliding evaluation", lo=0)
     eval_batch_seqs: int = env_field(32, "windows of one forward pass", lo=1)
-    eval_artifact: str = env_field("", "no training: score this artifact, whose model settings replace those given here")
+    eval_artifact: str = env_field("", "no training: score this artifact, whose model settings replace those given "
+                                   "here")
     eval_max_seconds: float = env_field(600.0, "for all final scores together: adaptation gives way, scoring never; "
                                         "0: no limit", lo=0)
     ttt_enabled: bool = env_field(True, "score once more with test-time training on what was scored before")
@@ -231,15 +235,16 @@ class Hyperparameters:
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
     ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0)
-    ttt_batch_docs: int = env_field(64, "documents adapted side by side on a rank; fewer cost as much", lo=1, aliases=("TTT_BATCH_SIZE",))
+    ttt_batch_docs: int = env_field(64, "documents adapted side by side on a rank; fewer cost as much", lo=1,
+                                    aliases=("TTT_BATCH_SIZE",))
     ttt_doc_chunk_tokens: int = env_field(256, "tokens of a document scored before each of its adaptations", lo=1,
                                           aliases=("TTT_CHUNK_SIZE",))
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
     hash_embed_buckets: int = env_field(0, "rows of a hashed-pair embedding that starts at zero and learns in the "
                                         "stream alone, 4,096 or 16,384 as published (PR 1460); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0)
-    audit: str = env_field("0", "1: show before the final scores that they are legal; only: that alone, of EVAL_ARTIFACT",
-                           choices=("0", "1", "only"))
+    audit: str = env_field("0", "1: show before the final scores that they are legal; only: that alone, of "
+                           "EVAL_ARTIFACT", choices=("0", "1", "only"))
     audit_tokens: int = env_field(0, "length of the text the audit walks over; 0: two and a half chunks", lo=0)
     audit_positions: int = env_field(6, "positions after which the audit changes that text", lo=1)
 
@@ -673,7 +678,8 @@ class Runtime:
         attention, attend = pick_attention(cfg.attention, device, dtype)
         kernels, groups = pick_kernels(cfg.kernels, device), {}
         if world_size > 1:
-            from torch import _dynamo  # noqa: F401  (imported later, its functions' defaults would keep the group: see `close`)
+            # imported later, its functions' defaults would keep the group: see `close`
+            from torch import _dynamo  # noqa: F401
             dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
             groups["cpu"] = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
         names = [cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"]
@@ -692,8 +698,8 @@ class Runtime:
 
     def compiled(self, function, grows: bool = False):
         """The function, compiled where that is on: a graph for each shape, or, if dimension 1 of its first argument
-        `grows`, one for all lengths of that. (dynamic=True would take all sizes for variable, and then torch 2.13 cannot
-        trace ScaledNorm.)"""
+        `grows`, one for all lengths of that. (dynamic=True would take all sizes for variable, and then torch 2.13
+        cannot trace ScaledNorm.)"""
         if not self.compiles:
             return function
         if not grows:
@@ -840,8 +846,9 @@ class EvalClock:
         epochs = int(self.rt.agree(epochs)) if self.together else epochs
         if epochs < self.wanted:
             what = f"epochs {self.wanted} -> {epochs}" if epochs else "adaptation ends"
-            self.rt.log(f"ttt_clock: {what} at chunk {chunk + 1}/{chunks}, {spent:.1f} of {self.limit:g} s spent; the "
-                        f"rest takes {scoring:.1f} s to score, {each * self.to_do['learn']:.1f} s an epoch to learn from",
+            self.rt.log(f"ttt_clock: {what} at chunk {chunk + 1}/{chunks}, {spent:.1f} of {self.limit:g} s spent; "
+                        f"the rest takes {scoring:.1f} s to score, {each * self.to_do['learn']:.1f} s an epoch to "
+                        "learn from",
                         "ttt_clock", chunk=chunk + 1, chunks=chunks, epochs=epochs, spent_s=spent, scoring_s=scoring)
         self.wanted, self.left_out = epochs, self.left_out + self.full - epochs
         return epochs
@@ -999,7 +1006,8 @@ def open_tokenizer(cfg: Hyperparameters):
     try:
         blob = Path(cfg.tokenizer_path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror}; TOKENIZER_PATH names it") from None
+        raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror}; TOKENIZER_PATH names it"
+                        ) from None
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(blob)
@@ -1166,7 +1174,8 @@ def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> 
     factor = inverse_factor(hessian.double(), names)
     scale = row_scales(weight, spec)  # of the rows as they are: all columns of a row share one grid
     if spec.clip == "percentile":
-        scale = storable(best_clips(wanted, row_scales(weight, QuantSpec(spec.bits, "amax")), hessian, factor, spec) * spec.widen)
+        largest = row_scales(weight, QuantSpec(spec.bits, "amax"))
+        scale = storable(best_clips(wanted, largest, hessian, factor, spec) * spec.widen)
     codes = round_in_turn(wanted, scale, factor, spec)
     back = order.argsort(dim=-1)[:, None].expand_as(weight)
     return codes.gather(-1, back).to(torch.int8), scale.half()
@@ -1297,7 +1306,8 @@ def load_kernels() -> None:
     side, shape = 128, {"SIDE": 128, "DEPTH": 64, "num_warps": 8}
     def mlp(a: Tensor, b: Tensor, bent: Tensor, slope: float, forward: bool) -> Tensor:
         out, grid = torch.empty_like(bent), (triton.cdiv(bent.size(1), side), triton.cdiv(len(a), side))
-        mlp_tile[grid](a.contiguous(), b, bent, out, *bent.shape, a.size(1), *b.stride(), slope, FORWARD=forward, **shape)
+        mlp_tile[grid](a.contiguous(), b, bent, out, *bent.shape, a.size(1), *b.stride(), slope, FORWARD=forward,
+                       **shape)
         return out
 
     def register(schema: str, function, fake, mutates: tuple = ()) -> None:
@@ -1432,9 +1442,9 @@ class CappedCrossEntropy(torch.autograd.Function):
                 total += (partition.log() + softcap * (top - curve.gather(1, wanted))).sum()
                 if not (wants_hidden or wants_weight):
                     continue
-                grad.div_(partition * len(hidden))                                             # softmax,
-                grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1 / len(hidden)))    # less the one-hot target,
-                grad = grad.addcmul_(grad, curve.square_(), value=-1).to(hidden.dtype)         # times d softcap / d logit
+                grad.div_(partition * len(hidden))                                           # softmax,
+                grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1 / len(hidden)))  # less the one-hot target,
+                grad = grad.addcmul_(grad, curve.square_(), value=-1).to(hidden.dtype)       # times d softcap / d logit
             if wants_hidden:
                 grad_hidden.append(grad @ weight)
             if wants_weight:
@@ -1454,7 +1464,7 @@ def project(x: Tensor, weight) -> Tensor:
 
 
 class SquaredLeakyReLU(torch.autograd.Function):
-    """LeakyReLU(x)² as x * t with t = LeakyReLU of the squared slope: its derivative is 2t, so t is all that is kept."""
+    """LeakyReLU(x)² as x * t with t = LeakyReLU of the squared slope: its derivative is 2t, so only t is kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, slope: float) -> Tensor:
@@ -1696,7 +1706,8 @@ class GPT(nn.Module):
         table = self.seen("tok_emb.weight", self.tok_emb.weight, qat)
         table = table if dress is None else dress("embed", -1, table)
         x = (F.embedding(ids, table) if isinstance(table, Tensor) else table(ids)).to(self.dtype)
-        for name, table, factors in (("bigram", self.bigram, BIGRAM_FACTORS), ("trigram", self.trigram, TRIGRAM_FACTORS)):
+        for name, table, factors in (("bigram", self.bigram, BIGRAM_FACTORS),
+                                     ("trigram", self.trigram, TRIGRAM_FACTORS)):
             if table is not None:
                 buckets = hash_ngrams(ids, factors, table.embed.num_embeddings)
                 x = x + table(buckets, self.seen(f"{name}.embed.weight", table.embed.weight, qat), self.dtype)
@@ -1708,7 +1719,8 @@ class GPT(nn.Module):
             return {}
         table = self.seen("ve_shared.embed.weight", self.ve_shared.embed.weight, qat)
         shared = self.ve_shared(ids, table, self.dtype)
-        return {layer: shared * scale.to(self.dtype) for layer, scale in zip(self.cfg.ve_layer_ids, self.ve_layer_scales)}
+        return {layer: shared * scale.to(self.dtype)
+                for layer, scale in zip(self.cfg.ve_layer_ids, self.ve_layer_scales)}
 
     def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, dress=None) -> Tensor:
         """The trunk: normalised final states of the last `keep` positions (all, if None).
@@ -1788,16 +1800,16 @@ FAMILIES = (
            "mlp_clip_widen"),
     Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "adam_wd", "embed_bits", "embed_clip_sigmas",
            "embed_clip_widen"),
-    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "adam_wd", "bigram_bits", "embed_clip_sigmas",
-           "embed_clip_widen"),
+    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "adam_wd", "bigram_bits",
+           "embed_clip_sigmas", "embed_clip_widen"),
     Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "adam_wd", "ve_bits", "embed_clip_sigmas",
            "embed_clip_widen"),
     Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas",
            "embed_clip_widen"),
     Family("mtp", r"mtp_heads\.\d+\.weight", "adamw", "head_lr", exported=False),
     Family("proj", r"(bigram|trigram|ve_shared)\.proj\.weight", "adamw", "scalar_lr", "adam_wd"),
-    Family("control", r"skip_weights|smear\.gate|(bigram|trigram|ve_shared)\.scale|ve_layer_scales\.\d+|blocks\.\d+\..+",
-           "adamw", "scalar_lr", "adam_wd"),
+    Family("control", r"skip_weights|smear\.gate|(bigram|trigram|ve_shared)\.scale|ve_layer_scales\.\d+|"
+           r"blocks\.\d+\..+", "adamw", "scalar_lr", "adam_wd"),
 )
 
 
@@ -1819,17 +1831,19 @@ def route(cfg: Hyperparameters, names) -> dict[str, Family]:
 def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
     """How each parameter that is exported rounded is rounded - by QAT and by the export alike."""
     kept = f"{cfg.fp16_keep_name_patterns},{cfg.int8_keep_float_fp32_name_patterns}"
-    return {name: QuantSpec(getattr(cfg, family.bits), cfg.clip_rule, getattr(cfg, family.sigmas), getattr(cfg, family.widen))
+    return {name: QuantSpec(getattr(cfg, family.bits), cfg.clip_rule, getattr(cfg, family.sigmas),
+                            getattr(cfg, family.widen))
             for name, family in route(cfg, names).items() if family.bits and not named_in(kept, name)}
 
 
 # ------------------------------------------------------------------------------------------------ OPTIMISERS
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at 0, so five steps do; ends near 1, not at it
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at 0, so five steps do; ends only near 1
 
 
-def symmetric_product(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, kernels: str = "torch"):
-    """x x^T, or alpha x x^T + beta add for a symmetric `add`. Triton makes the tiles from the diagonal upwards and mirrors
-    them.  # [n, rows, columns] -> [n, rows, rows]"""
+def symmetric_product(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0,
+                      kernels: str = "torch") -> Tensor:
+    """x x^T, or alpha x x^T + beta add for a symmetric `add`. Triton makes the tiles from the diagonal upwards and
+    mirrors them.  # [n, rows, columns] -> [n, rows, rows]"""
     if kernels == "triton":
         load_kernels()
         return torch.ops.golf.symmetric(x, add, alpha, beta)
@@ -2323,14 +2337,14 @@ def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, st
            f"({cfg.gptq_calibration})", "calibration", tokens=tokens, seconds=watch.elapsed())
     prices = step_prices(cfg, model, hessians, kept) if cfg.size_fit and rt.rank == 0 else {}
     if watch.elapsed() > left_s:
-        rt.log(f"warning: calibration took {watch.elapsed():.1f}s, {watch.elapsed() - left_s:.1f}s more than was left of "
-               "MAX_WALLCLOCK_SECONDS; raise GPTQ_RESERVE_SECONDS or lower GPTQ_CALIBRATION_BATCHES")
+        rt.log(f"warning: calibration took {watch.elapsed():.1f}s, {watch.elapsed() - left_s:.1f}s more than was left "
+               "of MAX_WALLCLOCK_SECONDS; raise GPTQ_RESERVE_SECONDS or lower GPTQ_CALIBRATION_BATCHES")
     return Calibration(hessians, prices)
 
 
 @torch.no_grad()
 def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(codes, scales) of every parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest."""
+    """(codes, scales) of each parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest."""
     params, rounded = dict(model.named_parameters()), {}
     for name, spec in quant_specs(cfg, params).items():
         weight = params[name].detach().float()
@@ -2440,7 +2454,8 @@ class SizeFit:
         return sum(self.prices[s] * (4 ** x - 1) / 3 for s, x in octaves.items())
 
 
-def fit_size(cfg: Hyperparameters, rt: Runtime, model: GPT, prices: dict[str, float], make, total: int, code_bytes: int):
+def fit_size(cfg: Hyperparameters, rt: Runtime, model: GPT, prices: dict[str, float], make, total: int,
+             code_bytes: int):
     """(settings, artifact) that fit: at most 0.5 % under ARTIFACT_LIMIT_BYTES. `make(settings)` rounds and packs.
 
     Raises UserError where the widest steps do not suffice. Packs FIT_ROUNDS times at most, and no more once
@@ -2782,8 +2797,8 @@ class Artifact:
     ledger: tuple[LedgerRow, ...]
 
     def table(self, code_bytes: int) -> list[str]:
-        rows = [f"  {r.stream:<10} {r.codec:<6} {r.values:>12,} values {8 * r.packed_bytes / r.values:>7.3f} bits each, "
-                f"order-0 entropy {r.entropy_bytes:>12,} B -> {r.packed_bytes:>12,} B" for r in self.ledger]
+        rows = [f"  {r.stream:<10} {r.codec:<6} {r.values:>12,} values {8 * r.packed_bytes / r.values:>7.3f} bits "
+                f"each, order-0 entropy {r.entropy_bytes:>12,} B -> {r.packed_bytes:>12,} B" for r in self.ledger]
         width = len(rows[0]) - 15
         rest = len(self.blob) - sum(row.packed_bytes for row in self.ledger)
         return rows + [f"  {name:<10} {size:>{width},} B" for name, size in
@@ -2944,7 +2959,8 @@ def read_artifact(blob: bytes) -> tuple[Hyperparameters, str, list[Stored]]:
         if not re.fullmatch(r"\w{,64}", header["tokenizer"]):
             raise ValueError("its tokenizer is no SHA-256")
         return cfg, header["tokenizer"], read_streams(table, header["streams"], payload)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+            ValueError) as error:
         raise UserError(f"artifact is malformed: {str(error).partition(chr(10))[0][:200] or type(error).__name__}"
                         ) from None
 
@@ -3164,8 +3180,8 @@ class Scored:
     def demand(self, times: Tensor) -> None:
         """Raise IllegalScore unless all of these targets were scored once."""
         if not (times == 1).all():
-            raise IllegalScore(f"{int((times != 1).sum())} of {len(times)} tokens to learn from or to end with were not "
-                               "scored once")
+            raise IllegalScore(f"{int((times != 1).sum())} of {len(times)} tokens to learn from or to end with were "
+                               "not scored once")
 
     def lesson(self, first: int, count: int) -> Tensor:
         """The token before target `first` and `count` targets. Raises IllegalScore if a rank has yet to score one."""
@@ -3416,7 +3432,7 @@ class Trace:
         self.val, device = val, val.tokens.device
         self.starts = F.pad((val.tokens[1:-1] == val.bos_id).nonzero().flatten() + 1, (1, 0))
         self.stream = torch.zeros(self.PIECES, 2, dtype=torch.float64, device=device)  # nats, bytes
-        self.position = torch.zeros(32, 2, dtype=torch.float64, device=device)         # row i: 2^i - 1 tokens in, and on
+        self.position = torch.zeros(32, 2, dtype=torch.float64, device=device)  # row i: 2^i - 1 tokens in, and on
 
     def __call__(self, numbers: Tensor, nll: Tensor) -> None:
         tokens = self.val.tokens
@@ -3524,7 +3540,8 @@ class Audit:
             tokens[len(tokens) * 2 // 5] = val.bos_id  # a border between documents, where there is none
         self.val, self.text = dataclasses.replace(val, tokens=tokens), tokenizer.decode
         if cfg.ttt_reset == "document":
-            self.cfg = dataclasses.replace(self.cfg, ttt_doc_chunk_tokens=min(cfg.ttt_doc_chunk_tokens, len(tokens) // 8))
+            doc_chunk = min(cfg.ttt_doc_chunk_tokens, len(tokens) // 8)
+            self.cfg = dataclasses.replace(self.cfg, ttt_doc_chunk_tokens=doc_chunk)
 
     def find(self, walk: str, check: str, holds: bool, evidence: str) -> None:
         self.findings.append(Finding(walk, check, bool(holds), evidence))
@@ -3537,7 +3554,8 @@ class Audit:
         recorder = Recorder(len(tokens) - 1, tokens.device)
         probe = Probe(scorer(self.model, rt, adapter), cfg.vocab_size, when)
         quiet = dataclasses.replace(rt, log=RunLog(Path(), "", active=False))
-        result = evaluate(key, probe, val, cfg, quiet, final_walks(cfg)[key], cfg.eval_batch_seqs, adapter, None, recorder)
+        result = evaluate(key, probe, val, cfg, quiet, final_walks(cfg)[key], cfg.eval_batch_seqs, adapter, None,
+                          recorder)
         rt.sum_many_([recorder.nll, recorder.times])
         return result, recorder, probe
 
@@ -3653,7 +3671,7 @@ def settings_from(environ) -> Hyperparameters:
 
 
 def model_variables(path: str) -> dict[str, str]:
-    """The model's settings in an artifact, as variables, with the bits its log lines are named after. Raises UserError."""
+    """An artifact's model settings as variables, with the bits its log lines are named after. Raises UserError."""
     blob = read_file(path)
     try:
         header = json.loads(open_frame(blob)[0])
@@ -3679,7 +3697,8 @@ def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
     """All settings to the log file, those that differ from the defaults to the console as well."""
     rt.log(str(rt.log.path(".txt")))
     source = Path(__file__).read_bytes()
-    rt.log(f"source:sha256:{hashlib.sha256(source).hexdigest()} python:{sys.version.split()[0]} torch:{torch.__version__}")
+    rt.log(f"source:sha256:{hashlib.sha256(source).hexdigest()} python:{sys.version.split()[0]} "
+           f"torch:{torch.__version__}")
     rt.log("Hyperparameters:", console=False)
     for name, value in sorted(dataclasses.asdict(cfg).items()):
         rt.log(f"  {name}: {value}", console=False)
@@ -3714,8 +3733,8 @@ def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData,
 def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibration: Calibration):
     """Write the float model and the artifact, hold the artifact against its limit, read it back from disk.
 
-    Returns (path, code bytes, the bytes read). Raises UserError above the limit, after the table of what took the bytes;
-    with SIZE_FIT=1 it rounds more coarsely instead.
+    Returns (path, code bytes, the bytes read). Raises UserError above the limit, after the table of what took the
+    bytes; with SIZE_FIT=1 it rounds more coarsely instead.
     """
     def make(settings: Hyperparameters) -> Artifact:
         return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, calibration.hessians))
@@ -3730,7 +3749,8 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibrat
         write_whole(rt.folder / "final_model.pt", whole)
         artifact = make(cfg)
         if cfg.size_fit and len(artifact.blob) + code_bytes > cfg.artifact_limit_bytes:
-            cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, len(artifact.blob) + code_bytes, code_bytes)
+            cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, len(artifact.blob) + code_bytes,
+                                     code_bytes)
         write_whole(path, artifact.blob)
         blob = path.read_bytes()
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
@@ -3798,8 +3818,10 @@ def audit(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, path) -> 
         "world_size": rt.world_size, "device": str(rt.device), "dtype": str(rt.dtype), "torch": torch.__version__,
         "seconds": round(watch.elapsed(), 1)}, indent=1, default=str)
     wide = [max(len(getattr(f, name)) for f in findings) for name in ("walk", "check")]
-    table = [f"audit of {path}: the first {len(auditor.val.tokens):,} tokens, chunks of {auditor.cfg.ttt_chunk_tokens:,}"]
-    table += [f"  {'pass' if f.holds else 'FAIL'}  {f.walk:<{wide[0]}}  {f.check:<{wide[1]}}  {f.evidence}" for f in findings]
+    table = [f"audit of {path}: the first {len(auditor.val.tokens):,} tokens, "
+             f"chunks of {auditor.cfg.ttt_chunk_tokens:,}"]
+    table += [f"  {'pass' if f.holds else 'FAIL'}  {f.walk:<{wide[0]}}  {f.check:<{wide[1]}}  {f.evidence}"
+              for f in findings]
     table += [f"audit:{'FAIL' if failed else 'pass'} checks:{len(findings)} failed:{len(failed)} "
               f"signed:sha256:{digest(body.encode())} of {rt.log.path('.audit.json')}"]
     if rt.rank == 0:
@@ -3851,7 +3873,8 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     model = GPT(cfg, rt.attend, rt.dtype, quant_specs(cfg, blueprint(cfg)), rt.kernels).to(rt.device)
     log_preamble(cfg, rt, model, data, val)
     tokens = min(cfg.val_batch_size // rt.world_size, rt.forward_tokens(cfg))
-    plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, stride=cfg.window, batch_seqs=max(tokens // cfg.window, 1))
+    plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, stride=cfg.window,
+                              batch_seqs=max(tokens // cfg.window, 1))
     seconds["setup"] = watch.elapsed()
     state = train(cfg, rt, model, data, plain)
     seconds["train"] = state.watch.elapsed()
@@ -3900,7 +3923,8 @@ def score_artifact(cfg: Hyperparameters, rt: Runtime) -> dict | None:
 
 
 def summarise(cfg: Hyperparameters, rt: Runtime, path, artifact_bytes: int, code_bytes: int,
-              results: dict[str, EvalResult], seconds: dict, pre_quant_bpb: float | None = None, steps: int = 0) -> dict:
+              results: dict[str, EvalResult], seconds: dict, pre_quant_bpb: float | None = None,
+              steps: int = 0) -> dict:
     """What a run comes to. A score that was not asked for is None."""
     bpb = {key: results[key].bpb if key in results else None for key in ("roundtrip", "sliding", "ttt")}
     return {"run_id": rt.run_id, "val_bpb_pre_quant": pre_quant_bpb, "val_bpb_roundtrip": bpb["roundtrip"],
@@ -3918,7 +3942,8 @@ def report(rt: Runtime, summary: dict) -> None:
     files = ", ".join([summary["artifact_path"], *trained, str(rt.log.path(".txt"))])
     for line in (
         "-" * 72,
-        f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, from the artifact {bpb('val_bpb_roundtrip')}, "
+        f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, "
+        f"from the artifact {bpb('val_bpb_roundtrip')}, "
         f"sliding {bpb('val_bpb_sliding')}, test-time training {bpb('val_bpb_ttt')}",
         f"size            {summary['total_bytes']:,} of {summary['artifact_limit_bytes']:,} bytes: "
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
@@ -3936,8 +3961,8 @@ def main(arguments: list[str]) -> int:
     """Run with the settings of the environment. 0: done, 2: the user can mend it, 130: interrupted."""
     if arguments:
         asked = arguments[0] in ("-h", "--help")
-        print(f"{__doc__}\n{config_table()}" if asked else f"error: no argument {arguments[0]} (settings are environment "
-              "variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
+        print(f"{__doc__}\n{config_table()}" if asked else f"error: no argument {arguments[0]} (settings are "
+              "environment variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     try:
         cfg = settings_from(process_environment())
@@ -3953,7 +3978,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; RESUME=1 with the RUN_ID of a training run goes on from its last checkpoint", file=sys.stderr)
+        print("interrupted; RESUME=1 with the RUN_ID of a training run goes on from its last checkpoint",
+              file=sys.stderr)
         return 130
     return 0
 

@@ -108,7 +108,8 @@ def test_meter_is_nats_over_bytes(corpus, config, rt):
         meter.add(nll[part], previous[part], target[part], counted[part])
     loss, bpb, tokens, size = meter.reduce(rt)
     nats = sum(n for n, c in zip(nll.flatten().tolist(), counted.flatten()) if c)
-    weights = [int(val.byte_table.count(p, t)) for p, t, c in zip(previous.flatten(), target.flatten(), counted.flatten()) if c]
+    weights = [int(val.byte_table.count(p, t))
+               for p, t, c in zip(previous.flatten(), target.flatten(), counted.flatten()) if c]
     assert tokens == int(counted.sum()) and size == sum(weights)
     assert loss == pytest.approx(nats / tokens) and bpb == pytest.approx(nats / np.log(2) / size)
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 OPTIONS = [{}, {"trigram_vocab_size": 32, "trigram_dim": 8}, {"gated_attention": True, "value_residual": True},
-           {"dtg_enabled": True, "xsa_last_n": 1}, {"tie_embeddings": False, "ve_enabled": False}, {"num_layers": 1, "ve_layers": "0"},
-           {"rope_dims": 0, "ln_scale": False, "num_kv_heads": 4}, {"bigram_vocab_size": 0, "num_layers": 4}]
+           {"dtg_enabled": True, "xsa_last_n": 1}, {"tie_embeddings": False, "ve_enabled": False},
+           {"num_layers": 1, "ve_layers": "0"}, {"rope_dims": 0, "ln_scale": False, "num_kv_heads": 4},
+           {"bigram_vocab_size": 0, "num_layers": 4}]
 
 
 @pytest.fixture(params=OPTIONS, ids=lambda o: ",".join(o) or "default")
@@ -88,12 +89,14 @@ def test_chunked_cross_entropy_equals_autograd(rows, chunk, cap):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@given(batch=st.integers(1, 3), keys=st.integers(1, 20), share=st.floats(0, 1), group=st.integers(1, 3), kv=st.integers(1, 3))
+@given(batch=st.integers(1, 3), keys=st.integers(1, 20), share=st.floats(0, 1), group=st.integers(1, 3),
+       kv=st.integers(1, 3))
 @settings(max_examples=40, deadline=None)
 def test_attention_back_ends_agree(batch, keys, share, group, kv):
     queries = max(1, round(share * keys))
     torch.manual_seed(keys)
-    tensors = [torch.randn(batch, t, h, 8, requires_grad=True) for t, h in ((queries, kv * group), (keys, kv), (keys, kv))]
+    tensors = [torch.randn(batch, t, h, 8, requires_grad=True)
+               for t, h in ((queries, kv * group), (keys, kv), (keys, kv))]
     outs, grads = [], []
     for attend in (tg.attend_math, tg.attend_sdpa):
         out = attend(*tensors)
@@ -120,7 +123,8 @@ def test_hash_buckets_are_the_published_ones():
     for previous, current, wanted in ((1, 2, (435, 2446, 2467)), (5, 7, (1082, 5128, 2085)), (7, 5, (704, 8892, 2750)),
                                       (1023, 1023, (977, 1817, 301))):
         for buckets, bucket in zip((2048, 10240, 3072), wanted):
-            assert tg.hash_ngrams(torch.tensor([[previous, current]]), tg.BIGRAM_FACTORS, buckets).tolist() == [[buckets - 1, bucket]]
+            hashed = tg.hash_ngrams(torch.tensor([[previous, current]]), tg.BIGRAM_FACTORS, buckets)
+            assert hashed.tolist() == [[buckets - 1, bucket]]
     assert tg.hash_ngrams(torch.tensor([[3, 5, 7]]), tg.TRIGRAM_FACTORS, 2048).tolist() == [[2047, 2047, 252]]
     assert tg.hash_ngrams(torch.tensor([[3]]), tg.TRIGRAM_FACTORS, 2048).tolist() == [[2047]]
 
@@ -162,7 +166,8 @@ def test_heads_that_look_further_ahead_are_trained_and_left_out_of_the_score(con
     assert all(head.weight.grad.abs().sum() > 0 for head in model.mtp_heads)
     hidden = model.hidden(ids[:, :-1])
     main = F.cross_entropy(model.logits(hidden).flatten(0, 1), ids[:, 1:].flatten())
-    ahead = [F.cross_entropy(tg.capped_logits(hidden[:, :-k], head.weight, 30.0).flatten(0, 1), ids[:, 1 + k:].flatten())
+    ahead = [F.cross_entropy(tg.capped_logits(hidden[:, :-k], head.weight, 30.0).flatten(0, 1),
+                             ids[:, 1 + k:].flatten())
              for k, head in enumerate(model.mtp_heads, 1)]
     torch.testing.assert_close(loss, main + 0.2 * (ahead[0] + ahead[1]) / 2)
     torch.testing.assert_close(model.eval().loss(ids[:, :-1], ids[:, 1:]), main)

@@ -39,7 +39,8 @@ def test_log_lines_are_the_published_ones(run):
         r"mtp_num_heads:0 mtp_loss_weight:0\.2 mtp_params:0", r"XSA:last_11 active_layers:\[0, 1, 2\]",
         r"world_size:1 grad_accum_steps:1", r"attention_mode:gqa num_heads:4 num_kv_heads:2",
         r"tie_embeddings:True embed_lr:0\.035 head_lr:0\.0 matrix_lr:0\.025 scalar_lr:0\.025",
-        r"train_batch_tokens:256 train_seq_len:32 iterations:6 warmup_steps:0 max_wallclock_seconds:0\.000", r"seed:1337",
+        r"train_batch_tokens:256 train_seq_len:32 iterations:6 warmup_steps:0 max_wallclock_seconds:0\.000",
+        r"seed:1337",
         r"step:6/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
         r"step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
         r"peak memory \S+: \d+ MiB.*",
@@ -48,7 +49,8 @@ def test_log_lines_are_the_published_ones(run):
         r"final_int6_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
         r"final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
         r"final_int6_sliding_window val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} stride:8 eval_time:\d+ms",
-        r"ttt_sliding:start chunks=4 chunk_tokens=512 total_windows=210 stride=8 ttt_lr=0\.03 ttt_epochs=1 freeze_blocks=0",
+        r"ttt_sliding:start chunks=4 chunk_tokens=512 total_windows=210 stride=8 ttt_lr=0\.03 ttt_epochs=1 "
+        r"freeze_blocks=0",
         r"ttt_sliding:params unfrozen=\d+ frozen=0", r"  ttt_chunk \[1/4\] bpb=\d+\.\d{6} time=\d+\.\ds",
         r"ttt_sliding:done val_loss=\d+\.\d{6} val_bpb=\d+\.\d{6} elapsed=\d+\.\ds",
         r"legal_ttt_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
@@ -118,8 +120,9 @@ def start(corpus, folder, ranks=1, limit_bytes=None, **variables):
     if ranks > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))) if limit_bytes else None
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, folder, **variables)},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, folder, **variables)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=limit)
 
 
 def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
@@ -134,7 +137,7 @@ def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
 
 
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(corpus, tmp_path):
-    """Killed or interrupted soon after the ninth step, resumed from a checkpoint: the artifact of the run left alone."""
+    """Killed or interrupted soon after the ninth step, resumed from a checkpoint: the artifact of a run left alone."""
     settings = dict(ITERATIONS=80, WARMDOWN_ITERS=60, LATE_QAT_THRESHOLD=0.9, CHECKPOINT_EVERY=8, SWA_ENABLED=1,
                     SWA_EVERY=2, SWA_START_FRAC=0.9, TTT_ENABLED=0, EVAL_STRIDE=0)
     whole = start(corpus, tmp_path / "whole", **settings)
@@ -172,7 +175,8 @@ def test_world_size_does_not_change_the_mathematics(corpus, tmp_path):
         process = start(corpus, tmp_path / str(ranks), ranks=ranks, **settings)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        runs[ranks] = [json.loads(line) for line in (tmp_path / str(ranks) / "logs/tiny.jsonl").read_text().splitlines()]
+        log = tmp_path / str(ranks) / "logs/tiny.jsonl"
+        runs[ranks] = [json.loads(line) for line in log.read_text().splitlines()]
     losses = {ranks: [e.get("train_loss", e.get("loss")) for e in events if e["event"] in ("train", "evaluation")]
               for ranks, events in runs.items()}
     assert len(losses[1]) == 4 + 4

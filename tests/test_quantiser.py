@@ -17,7 +17,8 @@ specs = st.builds(tg.QuantSpec, st.integers(2, 8), st.sampled_from(["percentile"
 
 def weight_of(shape, seed, spread=0.05):
     generator = torch.Generator().manual_seed(seed)
-    return spread * torch.randn(shape, generator=generator) * torch.rand(shape[:-1], generator=generator).unsqueeze(-1).exp()
+    weight = spread * torch.randn(shape, generator=generator)
+    return weight * torch.rand(shape[:-1], generator=generator).unsqueeze(-1).exp()
 
 
 @given(shapes, specs, st.integers(0, 10))
@@ -57,7 +58,8 @@ def test_each_row_gets_the_candidate_of_least_error(bits):
             scale = (torch.quantile(row.abs(), share) / spec.top).half().float()
             errors.append(((row / scale).round().clamp(-spec.top, spec.top) * scale - row).square().sum())
         assert (got - row).square().sum() <= min(errors) * 1.0001
-    assert (chosen - weight).square().mean() <= (tg.dequantise(*tg.quantise(weight, tg.QuantSpec(bits, "amax"))) - weight).square().mean()
+    widest = tg.dequantise(*tg.quantise(weight, tg.QuantSpec(bits, "amax")))
+    assert (chosen - weight).square().mean() <= (widest - weight).square().mean()
 
 
 def test_the_scale_fits_the_row_without_a_coarse_floor():
@@ -80,7 +82,8 @@ def test_sdclip_places_the_largest_code_at_so_many_deviations():
 def test_a_doubled_sdclip_is_one_bit_less_to_the_entropy_coder():
     """And one bit less at the same clip is the same codes: SIZE_FIT needs no knob for bits."""
     weight = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
-    sizes = [tg.entropy_bytes(tg.quantise(weight, tg.QuantSpec(6, "sdclip", k))[0]) * 8 / weight.numel() for k in (4, 8)]
+    sizes = [tg.entropy_bytes(tg.quantise(weight, tg.QuantSpec(6, "sdclip", k))[0]) * 8 / weight.numel()
+             for k in (4, 8)]
     assert sizes[0] - sizes[1] == pytest.approx(1, abs=0.02)
     assert sizes[0] == pytest.approx(math.log2(31 / 4) + 0.5 * math.log2(2 * math.pi * math.e), abs=0.02)
     fewer, wider = (tg.quantise(weight, tg.QuantSpec(b, "amax", widen=w))[0] for b, w in ((5, 1.0), (6, 31 / 15)))
@@ -153,7 +156,8 @@ def test_the_average_starts_afresh_with_qat(config, rt):
 def problem(matrices=2, rows=6, columns=40, seed=0):
     """Weights, and the sums x x^T of strongly correlated inputs of unequal size."""
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(matrices, columns, columns, generator=generator) * torch.rand(matrices, 1, columns, generator=generator)
+    mix = torch.randn(matrices, columns, columns, generator=generator)
+    mix = mix * torch.rand(matrices, 1, columns, generator=generator)
     inputs = torch.randn(matrices, 300, columns // 4, generator=generator) @ mix[:, :columns // 4]
     inputs += 0.1 * torch.randn(matrices, 300, columns, generator=generator)
     return torch.randn(matrices, rows, columns, generator=generator), inputs.mT @ inputs
@@ -293,7 +297,8 @@ def test_hessians_are_the_sums_of_outer_products_of_inputs(config, rt, tied):
             looked = model.logits(model.hidden(rows[None], dress=look), dress=look)
     torch.testing.assert_close(looked[0], plain[1])
     sums = look.by_parameter(rt)
-    assert set(sums) == {"qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "tok_emb.weight" if tied else "lm_head.weight"}
+    assert set(sums) == {"qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank",
+                         "tok_emb.weight" if tied else "lm_head.weight"}
     for name, kinds in (("qo_bank", ["query", "out"]), ("kv_bank", ["key", "value"]), ("mlp_up_bank", ["up"]),
                         ("mlp_down_bank", ["down"])):
         wanted = [seen[kind, i].T @ seen[kind, i] for kind in kinds for i in range(cfg.num_layers)]
@@ -310,7 +315,8 @@ def test_two_ranks_look_at_what_one_would(config, tmp_path):
         parts = []
         for rank in range(world):
             rt = make_runtime(tmp_path)
-            alone = dataclasses.replace(tg.TrainData.open(cfg, rt), rt=make_runtime(tmp_path, rank=rank, world_size=world))
+            alone = dataclasses.replace(tg.TrainData.open(cfg, rt),
+                                        rt=make_runtime(tmp_path, rank=rank, world_size=world))
             parts.append(tg.calibrate(cfg, rt, model, alone, 6, math.inf).hessians)
         sums.append({name: sum(part[name] for part in parts) for name in parts[0]})
     for name in sums[0]:
@@ -326,7 +332,8 @@ def test_gptq_rounds_the_banks_and_the_head_of_a_model(config, rt):
     params = dict(model.named_parameters())
     for name in ours:
         assert ours[name][0].shape == params[name].shape and ours[name][1].shape == (*params[name].shape[:-1], 1)
-        assert torch.equal(ours[name][1], nearest[name][1]) and torch.equal(ours[name][0], nearest[name][0]) == (name not in hessians)
+        assert torch.equal(ours[name][1], nearest[name][1])
+        assert torch.equal(ours[name][0], nearest[name][0]) == (name not in hessians)
     inputs, targets = next(data.batch(7))
     with torch.no_grad():
         exact = model.logits(model.hidden(inputs))
@@ -373,7 +380,8 @@ def test_calibration_takes_its_time_from_training():
     ({"CLIP_RULE": "median"}, "not one of percentile, amax, sdclip"),
     ({"MATRIX_CLIP_SIGMAS": "0"}, "MATRIX_CLIP_SIGMAS=0 is out of range"),
     ({"GPTQ_CALIBRATION": "val"}, "not one of train, self"),
-    ({"GPTQ_ENABLED": "1", "GPTQ_RESERVE_SECONDS": "600"}, "GPTQ_RESERVE_SECONDS=600 leaves nothing of MAX_WALLCLOCK_SECONDS"),
+    ({"GPTQ_ENABLED": "1", "GPTQ_RESERVE_SECONDS": "600"},
+     "GPTQ_RESERVE_SECONDS=600 leaves nothing of MAX_WALLCLOCK_SECONDS"),
     ({"SIZE_FIT": "1", "GPTQ_RESERVE_SECONDS": "700"}, "GPTQ_RESERVE_SECONDS=700 leaves nothing"),
 ])
 def test_bad_settings(variables, said):
@@ -402,7 +410,8 @@ def fitting(config, tmp_path):
         rt = make_runtime(tmp_path, log=tg.RunLog(tmp_path, "test"))
         model = trained_like(cfg)
         calibration = tg.calibrate(cfg, rt, model, tg.TrainData.open(cfg, rt), 6, math.inf)
-        assert bool(calibration.hessians) == cfg.gptq_enabled and set(calibration.prices) == {"mlp_clip_widen", "attn_clip_widen", "embed_clip_widen"}
+        assert bool(calibration.hessians) == cfg.gptq_enabled
+        assert set(calibration.prices) == {"mlp_clip_widen", "attn_clip_widen", "embed_clip_widen"}
         make = lambda c: tg.pack(c, model, "0" * 64, tg.round_model(c, model, calibration.hessians))
         total = len(make(cfg).blob)
         cfg = dataclasses.replace(cfg, artifact_limit_bytes=int(share * total))
@@ -427,7 +436,8 @@ def test_size_fit_says_so_when_it_cannot(fitting):
 
 def test_size_fit_takes_first_what_costs_least(config):
     cfg = config()
-    fit = tg.SizeFit(cfg, trained_like(cfg), {"mlp_clip_widen": 0.01, "attn_clip_widen": 0.03, "embed_clip_widen": 0.02})
+    fit = tg.SizeFit(cfg, trained_like(cfg),
+                     {"mlp_clip_widen": 0.01, "attn_clip_widen": 0.03, "embed_clip_widen": 0.02})
     start = fit.bytes_at(dict.fromkeys(fit.groups, 0.0))
     for share in (0.95, 0.8, 0.6):
         octaves = fit.reach(share * start)
@@ -439,10 +449,11 @@ def test_size_fit_takes_first_what_costs_least(config):
 
 def test_a_whole_run_calibrates_rounds_and_fits(run):
     free = run(GPTQ_ENABLED=1, GPTQ_CALIBRATION_BATCHES=2, TTT_ENABLED=0, EVAL_STRIDE=0, ITERATIONS=3, COMPRESS="lzma")
-    assert free.code == 0 and re.search(r"GPTQ:collected 13 Hessians in [\d.]+s from 512 tokens a rank \(train\)", free.out)
+    assert free.code == 0
+    assert re.search(r"GPTQ:collected 13 Hessians in [\d.]+s from 512 tokens a rank \(train\)", free.out)
     limit = free.summary["total_bytes"] - 8000
-    tight = dict(GPTQ_ENABLED=1, GPTQ_CALIBRATION_BATCHES=2, TTT_ENABLED=0, EVAL_STRIDE=0, ITERATIONS=3, COMPRESS="lzma",
-                 ARTIFACT_LIMIT_BYTES=limit)
+    tight = dict(GPTQ_ENABLED=1, GPTQ_CALIBRATION_BATCHES=2, TTT_ENABLED=0, EVAL_STRIDE=0, ITERATIONS=3,
+                 COMPRESS="lzma", ARTIFACT_LIMIT_BYTES=limit)
     assert run(**tight).code == 2
     done = run(**tight, SIZE_FIT=1)
     assert done.code == 0 and 0.995 * limit <= done.summary["total_bytes"] <= limit

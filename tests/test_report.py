@@ -61,7 +61,8 @@ def test_a_run_leaves_what_the_pictures_need(run, capsys, settings):
 def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.json").write_text('{"tokens": 3}')
-    for argv, message in (([], "no *.eval.json"), (["missing.eval.json"], "cannot read"), (["other.json"], "is not the")):
+    for argv, message in (([], "no *.eval.json"), (["missing.eval.json"], "cannot read"),
+                          (["other.json"], "is not the")):
         assert report.main(argv) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1

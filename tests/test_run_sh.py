@@ -192,7 +192,8 @@ def test_default_without_fineweb_says_so_and_runs(house):
     result = house(GPUS="1")
     assert result.env["DATA_PATH"] == EMBEDDED and "embedded" in result.env["TOKENIZER_PATH"]
     assert "bash run.sh data fineweb --variant sp1024 --train-shards 80" in result.err
-    assert house(GPUS="1", DATA_PATH="./mine").env["DATA_PATH"] == "./mine"  # asked for: train_gpt.py says what is wrong
+    # asked for: train_gpt.py says what is wrong
+    assert house(GPUS="1", DATA_PATH="./mine").env["DATA_PATH"] == "./mine"
     fineweb = house.repo / "data/datasets/fineweb10B_sp1024"
     fineweb.mkdir(parents=True)
     (fineweb / "fineweb_val_000000.bin").touch()

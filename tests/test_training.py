@@ -100,7 +100,8 @@ def test_every_parameter_moves_at_its_own_rate(config, rt):
     for name, p in model.named_parameters():
         step = (p.detach() - before[name]).abs()
         if families[name].optimiser == "adamw":  # AdamW's first step is the learning rate, whatever the gradient
-            torch.testing.assert_close(step, torch.full_like(step, 0.5 * getattr(cfg, families[name].lr)), rtol=2e-3, atol=1e-6)
+            torch.testing.assert_close(step, torch.full_like(step, 0.5 * getattr(cfg, families[name].lr)),
+                                       rtol=2e-3, atol=1e-6)
         assert p.grad is None and step.max() > 0
 
 

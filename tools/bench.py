@@ -232,7 +232,8 @@ def given_settings(args: argparse.Namespace) -> dict[str, str]:
         raise BenchError(f"{odd[0]} is not KEY=VALUE")
     for path in (args.peer, args.ours):
         if not path or not path.is_file():
-            raise BenchError(f"there is no file {path}" if path else "--peer FILE is missing: the script to compare with")
+            raise BenchError(f"there is no file {path}" if path else
+                             "--peer FILE is missing: the script to compare with")
     return dict(text.split("=", 1) for text in args.settings)
 
 

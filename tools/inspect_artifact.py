@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+from shell import one_line_errors  # noqa: E402
 
 LIMIT = 16_000_000  # of the competition, code included
 
@@ -120,20 +121,17 @@ def refuse(message: str):
     raise tg.UserError(f"{message} (--help says more)")
 
 
+@one_line_errors
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = refuse
     parser.add_argument("artifact")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart as well")
-    try:
-        args = parser.parse_args(argv)
-        found = contents(tg.read_file(args.artifact))
-        print("\n".join(tables(found, os.path.getsize(tg.__file__))))
-        if args.plot:
-            plot(found, args.plot)
-    except tg.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    found = contents(tg.read_file(args.artifact))
+    print("\n".join(tables(found, os.path.getsize(tg.__file__))))
+    if args.plot:
+        plot(found, args.plot)
     return 0
 
 

@@ -5,8 +5,9 @@
 
 FLOAT_MODEL is a final_model.pt or a checkpoint (its EMA is taken); KEY=VALUE are the settings it was trained with.
 Each row rounds the weights by one rule and leaves the rest as floats. Columns: nats a token added to the loss on the
-first N validation tokens, the same in percent (of nats, so of bits per byte), bytes of order-0 entropy of the codes, and
-the sum over matrices of trace(error hessian error^T), which GPTQ lowers, relative to what rounding to nearest leaves.
+first N validation tokens, the same in percent (of nats, so of bits per byte), bytes of order-0 entropy of the codes,
+and the sum over matrices of trace(error hessian error^T), which GPTQ lowers, relative to what rounding to nearest
+leaves.
 """
 import argparse
 import dataclasses
@@ -32,8 +33,8 @@ def arguments():
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--tokens", type=int, default=65_536, help="validation tokens")
     parser.add_argument("--bits", default="4,6", help="with commas")
-    parser.add_argument("--over", type=float, help="instead: let SIZE_FIT bring the artifact under a limit it exceeds by "
-                        "this share")
+    parser.add_argument("--over", type=float, help="instead: let SIZE_FIT bring the artifact under a limit it exceeds "
+                        "by this share")
     parser.add_argument("--what", choices=("banks", "tables", "all"), default="banks", help="which weights to round")
     return parser.parse_intermixed_args()
 
@@ -67,7 +68,8 @@ def output_change(model: tg.GPT, rounded: dict, hessians: dict) -> float:
     return total
 
 
-def measured(cfg, model, names: set, hessians: dict, used: dict, ids: torch.Tensor) -> tuple[float, float, float, float]:
+def measured(cfg, model, names: set, hessians: dict, used: dict,
+             ids: torch.Tensor) -> tuple[float, float, float, float]:
     """(loss, order-0 bytes, output change, seconds) with `names` rounded by the settings."""
     start = time.perf_counter()
     rounded = {n: pair for n, pair in tg.round_model(cfg, model, used).items() if n in names}
@@ -93,7 +95,8 @@ def show_fit(cfg, rt, model, data, ids: torch.Tensor, step: int, over: float) ->
     total = len(make(cfg).blob) + code_bytes
     cfg = dataclasses.replace(cfg, artifact_limit_bytes=int(total / (1 + over)))
     fitted, artifact = tg.fit_size(cfg, rt, model, calibration.prices, make, total, code_bytes)
-    print(f"loss: float {loss_on(model, ids, cfg.train_seq_len):.5f}, before the fit {loss(cfg):.5f} in {total:,} bytes, "
+    print(f"loss: float {loss_on(model, ids, cfg.train_seq_len):.5f}, "
+          f"before the fit {loss(cfg):.5f} in {total:,} bytes, "
           f"after it {loss(fitted):.5f} in {len(artifact.blob) + code_bytes:,} bytes")
     fit, low, high = tg.SizeFit(cfg, model, calibration.prices), 0.0, tg.FIT_OCTAVES
     wanted = fit.bytes_at({s: math.log2(getattr(fitted, s) / getattr(fit.cfg, s)) for s in fit.groups})
@@ -106,7 +109,8 @@ def show_fit(cfg, rt, model, data, ids: torch.Tensor, step: int, over: float) ->
 
 def main() -> None:
     args = arguments()
-    environ = dict(os.environ) | ({"SIZE_FIT": "1"} if args.over else {"GPTQ_ENABLED": "1"}) | dict(pair.split("=", 1) for pair in args.settings)
+    environ = dict(os.environ) | {"SIZE_FIT" if args.over else "GPTQ_ENABLED": "1"}
+    environ |= dict(pair.split("=", 1) for pair in args.settings)
     environ.setdefault("ARTIFACT_DIR", "/tmp")
     cfg = tg.Hyperparameters.from_env(environ | {"RUN_ID": "quant_bench"})
     rt = tg.Runtime.open(cfg)
@@ -120,8 +124,8 @@ def main() -> None:
     everything = set(tg.quant_specs(cfg, dict(model.named_parameters())))
     names = {n for n in everything if args.what == "all" or (n in TABLES) == (args.what == "tables")}
     float_loss = loss_on(model, ids, cfg.train_seq_len)
-    print(f"{args.what} of {args.model}: {sum(p.numel() for n, p in model.named_parameters() if n in names):,} weights, "
-          f"float loss {float_loss:.5f} nats on {count:,} tokens\n"
+    weights = sum(p.numel() for n, p in model.named_parameters() if n in names)
+    print(f"{args.what} of {args.model}: {weights:,} weights, float loss {float_loss:.5f} nats on {count:,} tokens\n"
           f"bits  rule             rounding  added nats  added %   order-0 bytes  output change  seconds")
     for bits in map(int, args.bits.split(",")):
         for clip, sigmas in [*RULES, *(("sdclip", k) for k in SIGMAS.get(bits, (6.0, 12.0)))]:
@@ -133,9 +137,9 @@ def main() -> None:
             for rounding, used in (("nearest", {}), ("gptq", hessians)):
                 loss, size, change, seconds = measured(changed, model, names, hessians, used, ids)
                 base = base or change
-                print(f"{bits:4}  {clip + (f' {sigmas:g}' if sigmas else ''):<15}  {rounding:<8}  {loss - float_loss:10.5f}  "
-                      f"{100 * (loss / float_loss - 1):7.3f}  {size:14,.0f}  {change / base:13.3f}  {seconds:7.1f}",
-                      flush=True)
+                print(f"{bits:4}  {clip + (f' {sigmas:g}' if sigmas else ''):<15}  {rounding:<8}  "
+                      f"{loss - float_loss:10.5f}  {100 * (loss / float_loss - 1):7.3f}  {size:14,.0f}  "
+                      f"{change / base:13.3f}  {seconds:7.1f}", flush=True)
 
 
 if __name__ == "__main__":

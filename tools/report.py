@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+from shell import one_line_errors  # noqa: E402
 
 NAMES = {"roundtrip": "windows side by side", "sliding": "sliding windows", "ttt": "with adaptation"}
 
@@ -104,20 +105,17 @@ def draw(traces: dict, path: Path) -> None:
         raise tg.UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+@one_line_errors
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", nargs="?", type=Path, metavar="RUN_ID.eval.json")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: RUN_ID.eval.png)")
     args = parser.parse_args(argv)
-    try:
-        path = args.traces or newest(Path("logs"))
-        traces, out = read(path), args.out or path.with_suffix(".png")
-        print("\n".join(tables(traces)))
-        draw(traces, out)
-        print(f"picture: {out}")
-    except tg.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = args.traces or newest(Path("logs"))
+    traces, out = read(path), args.out or path.with_suffix(".png")
+    print("\n".join(tables(traces)))
+    draw(traces, out)
+    print(f"picture: {out}")
     return 0
 
 

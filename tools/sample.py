@@ -22,6 +22,7 @@ import torch  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
 from inspect_artifact import refuse  # noqa: E402
+from shell import one_line_errors  # noqa: E402
 
 
 def open_runtime(cfg: tg.Hyperparameters) -> tg.Runtime:
@@ -114,6 +115,7 @@ def write(args: argparse.Namespace) -> None:
         print(text, end="", flush=True)
 
 
+@one_line_errors
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = refuse
@@ -130,9 +132,6 @@ def main(argv: list[str]) -> int:
     try:
         write(parser.parse_args(argv))
         print()
-    except tg.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print()
         return 130

@@ -26,6 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+from shell import one_line_errors  # noqa: E402
 
 LISTS = ("TTT_LORA_TARGETS", "TTT_LORA_LAYERS", "TTT_LORA_LAYER_RATES", "VE_LAYERS")
 MODEL_FIELDS = [f.name for f in tg.settings_by_section()["Model"]]
@@ -149,31 +150,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: list[str]) -> int:
     args = build_parser().parse_intermixed_args(argv)
-    try:
-        grid = read_grid(args.settings)
-        bench = Bench(args)
-        for changes in grid:
-            bench.settings(changes)  # a bad combination is refused before the first hour is spent
-        keys = [key for key in (grid[0] if grid else {})]
-        measured = ["side by side", "tokens/s", "tokens/s alone", "ratio"] if args.speed else ["bpb", "gain", "seconds"]
-        heads = keys + measured
-        print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
-        rows, begun = [], time.time()
-        for changes in grid:
-            rows.append(bench.speed(changes) if args.speed else bench.row(changes))
-            print(line(rows[-1], keys), flush=True)
-            if args.out:
-                tg.write_whole(args.out, json.dumps({
-                    "model": args.model.name, "device": str(bench.rt.device), "threads": torch.get_num_threads(),
-                    "torch": torch.__version__, "first_token": args.start, "seconds": time.time() - begun, "rows": rows}, indent=1).encode())
-        for (window, stride), r in bench.plain.items():
-            print(f"without adaptation, windows of {window} every {stride}: {r.bpb:.5f} bpb, {r.tokens:,} tokens, "
-                  f"{r.seconds:.1f} s")
-    except tg.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    grid = read_grid(args.settings)
+    bench = Bench(args)
+    for changes in grid:
+        bench.settings(changes)  # a bad combination is refused before the first hour is spent
+    keys = [key for key in (grid[0] if grid else {})]
+    measured = ["side by side", "tokens/s", "tokens/s alone", "ratio"] if args.speed else ["bpb", "gain", "seconds"]
+    heads = keys + measured
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
+    rows, begun = [], time.time()
+    for changes in grid:
+        rows.append(bench.speed(changes) if args.speed else bench.row(changes))
+        print(line(rows[-1], keys), flush=True)
+        if args.out:
+            tg.write_whole(args.out, json.dumps({
+                "model": args.model.name, "device": str(bench.rt.device), "threads": torch.get_num_threads(),
+                "torch": torch.__version__, "first_token": args.start, "seconds": time.time() - begun,
+                "rows": rows}, indent=1).encode())
+    for (window, stride), r in bench.plain.items():
+        print(f"without adaptation, windows of {window} every {stride}: {r.bpb:.5f} bpb, {r.tokens:,} tokens, "
+              f"{r.seconds:.1f} s")
     return 0
 
 
