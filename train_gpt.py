@@ -1702,7 +1702,6 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor, qat: bool, dress=None) -> Tensor:
         """Token, bigram and trigram embeddings, normalised and smeared.  # [batch, T, dim]"""
-        cfg = self.cfg
         table = self.seen("tok_emb.weight", self.tok_emb.weight, qat)
         table = table if dress is None else dress("embed", -1, table)
         x = (F.embedding(ids, table) if isinstance(table, Tensor) else table(ids)).to(self.dtype)

@@ -90,7 +90,7 @@ def draw(traces: dict, path: Path) -> None:
     panels[0].set(xlabel="targets scored", ylabel="bits per byte so far", title="along the text")
     panels[0].legend()
     if adapted:
-        rows = gains(traces)
+        rows = [row for row in gains(traces) if row[1] > 0.001]  # the first tokens' few bytes would dwarf all others
         panels[1].bar(range(len(rows)), [gain for *_, gain in rows], tick_label=[f"{first:,}" for first, *_ in rows])
         panels[1].tick_params(axis="x", rotation=60)
         panels[1].axhline(0, color="black", linewidth=0.8)
