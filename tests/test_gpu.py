@@ -98,7 +98,7 @@ def test_compiled_is_eager_and_late_qat_acts_in_it(config, device, tmp_path, mon
         whole = [torch.cat([found[name].flatten() for name in grads]) for found in (compiled_grads, grads)]
         assert distance(*whole) < near  # single gains are small sums of large terms: in bf16 they may be off by more
         losses.append(compiled_loss)
-    assert abs(losses[0] - losses[1]) > 1e-3
+    assert abs(losses[0] - losses[1]) > 1e-4  # a hundred times what equal computations differ by in fp32
     assert all(compiled_grads[name].abs().sum() > 0 for name in specs)
 
     assert counters["stats"]["unique_graphs"] == 2

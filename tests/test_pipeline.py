@@ -1,4 +1,5 @@
 """The whole run as a user meets it: results, files, log lines, refusals, interruption, ranks."""
+import fcntl
 import json
 import os
 import re
@@ -119,10 +120,14 @@ def start(corpus, folder, ranks=1, limit_bytes=None, **variables):
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     if ranks > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))) if limit_bytes else None
+
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background inherit a deaf ear
+        if limit_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, folder, **variables)}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=limit)
+                            preexec_fn=prepare)
 
 
 def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
@@ -138,15 +143,17 @@ def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
 
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(corpus, tmp_path):
     """Killed or interrupted soon after the ninth step, resumed from a checkpoint: the artifact of a run left alone."""
-    settings = dict(ITERATIONS=80, WARMDOWN_ITERS=60, LATE_QAT_THRESHOLD=0.9, CHECKPOINT_EVERY=8, SWA_ENABLED=1,
+    settings = dict(ITERATIONS=200, WARMDOWN_ITERS=180, LATE_QAT_THRESHOLD=0.9, CHECKPOINT_EVERY=8, SWA_ENABLED=1,
                     SWA_EVERY=2, SWA_START_FRAC=0.9, TTT_ENABLED=0, EVAL_STRIDE=0)
     whole = start(corpus, tmp_path / "whole", **settings)
     out, err = whole.communicate(timeout=120)
     assert whole.returncode == 0, err
     for name, sent in (("killed", signal.SIGKILL), ("interrupted", signal.SIGINT)):
         victim = start(corpus, tmp_path / name, **settings)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # it waits for its reader, and cannot be done before the signal comes
+            fcntl.fcntl(victim.stdout.fileno(), fcntl.F_SETPIPE_SZ, 4096)
         for line in victim.stdout:
-            if line.startswith("step:9/80"):
+            if line.startswith("step:9/200"):
                 victim.send_signal(sent)
                 break
         out, err = victim.communicate(timeout=60)
