@@ -3470,7 +3470,7 @@ class Recorder:
     """Observes a walk: every target's score, and how often it was given."""
 
     def __init__(self, targets: int, device):
-        self.nll, self.times = torch.zeros(targets, device=device), torch.zeros(targets, device=device)
+        self.nll, self.times, self.changed = *torch.zeros(2, targets, device=device), torch.zeros((), device=device)
 
     def __call__(self, numbers: Tensor, nll: Tensor) -> None:
         self.nll.index_add_(0, numbers, nll.float())
@@ -3484,10 +3484,11 @@ class Probe:
 
     def __init__(self, score_fn, vocab_size: int, when: int = -1):
         self.score_fn, self.vocab_size, self.when = score_fn, vocab_size, when
-        self.calls, self.first, self.total = 0, None, math.nan
+        self.calls, self.first, self.total, self.made = 0, None, math.nan, []
 
     def __call__(self, ids: Tensor, wanted: Tensor, temperature: float, dress):
         nll = self.score_fn(ids, wanted, temperature, dress)
+        self.made.append(nll.detach().float().flatten())
         if not self.calls:
             self.first = ids, wanted, temperature, nll.detach()
         if self.calls == self.when:
@@ -3525,8 +3526,9 @@ class Audit:
     def __init__(self, cfg: Hyperparameters, rt: Runtime, val: ValData, model: GPT, path):
         chunk = min(cfg.ttt_chunk_tokens, max(4 * cfg.train_seq_len, cfg.eval_stride or cfg.window))
         self.cfg = dataclasses.replace(cfg, ttt_chunk_tokens=chunk)  # small, so that many borders cost little
-        self.rt, self.model, self.path, self.findings = rt, model, path, []
-        self.disk = load_model(read_file(path), rt, val.tokenizer_sha256)
+        self.rt, self.model, self.findings = rt, model, []
+        self.blob = rt.share_bytes(read_file(path) if rt.rank == 0 else None)
+        self.disk = load_model(self.blob, rt, val.tokenizer_sha256)
         self.random = torch.Generator().manual_seed(cfg.seed)
         size = cfg.audit_tokens or max(chunk * 5 // 2, cfg.window + 2 * (cfg.eval_stride or cfg.window))
         tokenizer, _ = open_tokenizer(cfg)
@@ -3546,7 +3548,8 @@ class Audit:
         self.findings.append(Finding(walk, check, bool(holds), evidence))
 
     def score(self, key: str, tokens: Tensor, when: int = -1):
-        """(result, recorder, probe) of one walk over `tokens`, with the weights of the artifact."""
+        """(result, recorder, probe) of one walk over `tokens`, with the weights of the artifact. The recorder also gets
+        `changed`: how many scores are not what the scoring function made."""
         self.model.load_state_dict(self.weights)
         val, cfg, rt = dataclasses.replace(self.val, tokens=tokens), self.cfg, self.rt
         adapter = adapter_for(self.model, cfg, rt) if key == "ttt" else None
@@ -3555,7 +3558,9 @@ class Audit:
         quiet = dataclasses.replace(rt, log=RunLog(Path(), "", active=False))
         result = evaluate(key, probe, val, cfg, quiet, final_walks(cfg)[key], cfg.eval_batch_seqs, adapter, None,
                           recorder)
-        rt.sum_many_([recorder.nll, recorder.times])
+        mine = recorder.nll[recorder.times > 0]
+        recorder.changed += (~torch.isin(mine, torch.cat([*probe.made, mine[:0]]))).sum()
+        rt.sum_many_([recorder.nll, recorder.times, recorder.changed])
         return result, recorder, probe
 
     def positions(self, key: str) -> list[int]:
@@ -3581,7 +3586,7 @@ class Audit:
         kept, read = self.model.state_dict(), self.disk.state_dict()
         other = [name for name in {**kept, **read} if name not in kept or name not in read
                  or not torch.equal(kept[name], read[name])]
-        digest = hashlib.sha256(read_file(self.path)).hexdigest()
+        digest = hashlib.sha256(self.blob).hexdigest()
         self.find("all", "artifact is the only source of weights", not other,
                   f"{len(read)} tensors bit for bit those of the file with sha256 {digest}" if not other else
                   f"not the file's: {', '.join(other[:5])}")
@@ -3595,8 +3600,9 @@ class Audit:
                   f"{int(scores.times.sum())} scores of {len(tokens) - 1} targets, "
                   f"{int((scores.times != 1).sum())} of them not once")
         total = scores.nll.double().sum().item()
-        self.find(key, "the sum is that of the scores", math.isclose(result.loss * result.tokens, total, rel_tol=1e-5),
-                  f"{result.loss * result.tokens:.6f} nats, single scores {total:.6f}")
+        whole = math.isclose(result.loss * result.tokens, total, rel_tol=1e-5) and not scores.changed
+        self.find(key, "the sum is that of the scores", whole, f"{result.loss * result.tokens:.6f} nats, single scores "
+                  f"{total:.6f}, {int(scores.changed)} of them not as the model made them")
         size = self.decoded_bytes()
         self.find(key, "bytes are the decoded text's", result.bytes == size, f"{result.bytes} counted, {size} decoded")
         ids, wanted, temperature, nll = probe.first
@@ -3811,7 +3817,7 @@ def audit(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, path) -> 
     digest = lambda data: hashlib.sha256(data).hexdigest()
     body = json.dumps({
         "verdict": "FAIL" if failed else "pass", "findings": [dataclasses.asdict(f) for f in findings],
-        "artifact_sha256": digest(read_file(path)), "code_sha256": digest(Path(__file__).read_bytes()),
+        "artifact_sha256": digest(auditor.blob), "code_sha256": digest(Path(__file__).read_bytes()),
         "tokenizer_sha256": val.tokenizer_sha256, "text_tokens": len(auditor.val.tokens),
         "text_sha256": digest(auditor.val.tokens.cpu().numpy().tobytes()), "settings": auditor.cfg.non_defaults(),
         "world_size": rt.world_size, "device": str(rt.device), "dtype": str(rt.dtype), "torch": torch.__version__,

@@ -131,6 +131,13 @@ def best_of_two(monkeypatch):
     monkeypatch.setattr(tg.BpbMeter, "add", lambda self, nll, *rest: honest(self, nll * 0.97, *rest))
 
 
+def scores_touched_up(monkeypatch):
+    """The walk takes 3 % off what the model says, before anyone sees it."""
+    honest = tg.evaluate
+    monkeypatch.setattr(tg, "evaluate", lambda name, score_fn, *rest: honest(
+        name, lambda *batch: 0.97 * score_fn(*batch), *rest))
+
+
 def bytes_counted_twice(monkeypatch):
     honest = tg.ByteTable.count
     monkeypatch.setattr(tg.ByteTable, "count", lambda self, previous, target: honest(self, previous, target) + 1)
@@ -179,6 +186,7 @@ CHEATS = [
     (cache_of_seen_pairs, {}, "full-vocabulary normalisation"),
     (tail_scored_again, {}, "score before update"),
     (best_of_two, {}, "the sum is that of the scores"),
+    (scores_touched_up, {}, "the sum is that of the scores"),
     (bytes_counted_twice, {}, "bytes are the decoded text's"),
     (adapter_knows_something, LORA, "first batch is the artifact's own"),
     (whole_document_at_once, DOCUMENT, "causality"),
