@@ -18,6 +18,7 @@ bash run.sh eval ARTIFACT [PROFILE] [KEY=VALUE...]   score an artifact without t
 bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text that its scores are legal
 bash run.sh inspect ARTIFACT [--plot FILE.png]       where its bytes are (tools/inspect_artifact.py)
 bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS]     text from it; --help lists the options (tools/sample.py)
+bash run.sh sweep ARTIFACT KEY=a,b,c...  settings of test-time training as a table (tools/ttt_bench.py)
 bash run.sh report [LOG.eval.json]     pictures of an evaluation, beside its log (tools/report.py)
 bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
@@ -154,6 +155,7 @@ case $command in
     run "${@:3}" ;;
   inspect) shift; to_run; exec "$python" tools/inspect_artifact.py "$@" ;;
   sample) shift; ready; exec "$python" tools/sample.py "$@" ;;
+  sweep) shift; ready; exec "$python" tools/ttt_bench.py "$@" ;;
   settings) to_run; exec "$python" train_gpt.py --help ;;
   *) run "$@" ;;
 esac

@@ -180,7 +180,13 @@ def test_verbs(house):  # noqa: F811
     assert house("inspect", "x.ptz", "--plot", "x.png").calls[-1] == "tools/inspect_artifact.py x.ptz --plot x.png"
     assert house("sample", "x.ptz", "two words").calls[-1] == "tools/sample.py x.ptz two words"
     assert house("record", "build").calls[-1] == "tools/record.py build"
-    assert all(f"bash run.sh {verb} " in house("help").out for verb in ("eval", "inspect", "sample", "record"))
+    audited = house("audit", "a.ptz", "SEED=2")
+    assert audited.calls[-1] == "train_gpt.py" and audited.env["EVAL_ARTIFACT"] == "a.ptz"
+    assert (audited.env["AUDIT"], audited.env["SEED"]) == ("only", "2")
+    assert house("report", "x.eval.json").calls[-1] == "tools/report.py x.eval.json"
+    assert house("sweep", "x.ptz", "TTT_LR=0.1,0.2").calls[-1] == "tools/ttt_bench.py x.ptz TTT_LR=0.1,0.2"
+    assert all(f"bash run.sh {verb} " in house("help").out
+               for verb in ("eval", "audit", "inspect", "sample", "sweep", "report", "record"))
 
 
 @pytest.mark.parametrize("arguments", [(), ("SEED=1",), ("",), ("--help",)])
