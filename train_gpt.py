@@ -3639,7 +3639,7 @@ class Audit:
         except IllegalScore:
             refused = True
         self.find("all", "score before update", refused,
-                  "every lesson of the walks below passed the guard, which refuses a lesson with one unscored token")
+                  "the guard that a walk takes its lessons from refuses one with a single unscored token")
 
     def decoded_bytes(self) -> int:
         """Bytes of the text after its first token, by the tokenizer's own decoding of each document."""

@@ -221,6 +221,9 @@ def test_a_run_writes_the_signed_table(run):
     table = (done.folder / "logs" / "tiny.audit.txt").read_text()
     found = json.loads(body)
     assert f"signed:sha256:{hashlib.sha256(body).hexdigest()}" in table and found["verdict"] == "pass"
+    without = run(EVAL_ARTIFACT=done.folder / "final_model.ptz", RUN_ID="without", AUDIT=0)
+    assert all(without.summary[key] == done.summary[key]  # looking changes nothing
+               for key in ("val_bpb_roundtrip", "val_bpb_sliding", "val_bpb_ttt"))
     artifact = (done.folder / "final_model.ptz").read_bytes()
     assert found["artifact_sha256"] == hashlib.sha256(artifact).hexdigest()
     assert len(found["findings"]) == 23 and all(f["holds"] for f in found["findings"])
