@@ -379,7 +379,7 @@ def build_dataset(folder: Path, model: Path, documents: Callable[[str], Iterable
         kept = model if train_new else place_beside(folder, model)
         info = {**facts, "vocab_size": vocab_size, "tokenizer": tokenizer_note(folder, kept, source),
                 **write_dataset(stage, load_tokenizer(source), documents("encode"), shard_tokens)}
-        if kept != source:
+        if train_new or not kept.exists():
             install(source, kept)
         if train_new:
             source.unlink()
@@ -412,7 +412,7 @@ def report(folder: Path, tokenizer: Path, info: dict) -> None:
     if info.get("document_cut"):
         print("note: a document was cut in two and its end held out, since no choice of whole ones comes near "
               f"--val-fraction {info['val_fraction']} (a .txt file is one document, and so is a line of a .jsonl file)")
-    if info["val"]["text_bytes"] < ROUGH_VAL_BYTES:
+    if info["kind"] == "text" and info["val"]["text_bytes"] < ROUGH_VAL_BYTES:
         print(f"note: scores on {info['val']['text_bytes']:,} bytes of validation text are rough; a larger "
               "--val-fraction or --val-file makes them surer")
     print_settings(folder, tokenizer, info["vocab_size"])
