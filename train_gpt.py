@@ -2036,14 +2036,15 @@ class Averager:
     """Averages of the weights, in fp32 on the device. At the end LAWA is used if on, else SWA, else EMA."""
 
     def __init__(self, cfg: Hyperparameters, params: list[Tensor]):
-        self.cfg, self.params = cfg, params
-        self.restart_ema()
+        self.cfg, self.params, self.updates = cfg, params, 0
+        self.ema = self._copy() if cfg.ema_enabled else []
         self.swa, self.swa_count = [], 0
         self.lawa = collections.deque(maxlen=cfg.lawa_k)
 
     def restart_ema(self) -> None:
-        """Begin the exponential average at the present weights."""
-        self.updates, self.ema = 0, self._copy() if self.cfg.ema_enabled else []
+        """Put the present weights in place of the exponential average. Its decay ramp belongs to the start of training
+        and does not begin again: the average would end with a memory of a few dozen steps."""
+        self.ema = self._copy()
 
     def _copy(self) -> list[Tensor]:
         return [p.detach().float().clone() for p in self.params]
