@@ -79,7 +79,7 @@ take_arguments() {  # KEY=VALUE...: sets $python; exports them if each KEY is a 
   [ $# = 0 ] || "$python" train_gpt.py --names | "$python" tools/shell.py "$@" || exit 2
   for pair; do export "$pair"; done
 }
-left_out=''  # keys that no profile sets
+artifact='' left_out=''  # set if the command is about an artifact; keys that the profile does not set
 load_profile() {  # NAME: lines of KEY=VALUE, # begins a comment; a variable that is set keeps its value
   local file=profiles/$1.env line key
   while IFS= read -r line || [ "$line" ]; do
@@ -99,18 +99,19 @@ has_shards() {
   return 1
 }
 choose_data() {  # PROFILE: DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE belong together and come from one place
-  local fineweb
-  fineweb=$(sed -n 's/^DATA_PATH=//p' profiles/default.env)
-  if [ "$1" = default ] && [ -z "${DATA_PATH:-}" ] && ! has_shards "$fineweb"; then
-    note "no FineWeb in $fineweb, so this run uses the small embedded text;" \
+  local data
+  data=$(sed -n 's/^DATA_PATH=//p' "profiles/$1.env")
+  if [ "$1" = default ] && [ -z "${DATA_PATH:-}$artifact" ] && ! has_shards "$data"; then
+    note "no FineWeb in $data, so this run uses the small embedded text;" \
       "to fetch it: bash run.sh data fineweb --variant sp1024 --train-shards 80"
     export DATA_PATH=$embedded
   fi
-  [ -z "${DATA_PATH:-}" ] || left_out+=' TOKENIZER_PATH VOCAB_SIZE'  # train_gpt.py finds those of a data folder
-}
-build_data() {
-  [ "${DATA_PATH:-}" != $embedded ] ||
-    { has_shards $embedded && [ -f ./data/tokenizers/embedded_1024_bpe.model ]; } || "$python" data/prepare.py embedded
+  # train_gpt.py finds the tokenizer of a data folder, and both for an artifact
+  [ -z "${DATA_PATH:-}" ] || left_out='TOKENIZER_PATH VOCAB_SIZE'
+  [ -z "$artifact" ] || left_out='DATA_PATH TOKENIZER_PATH VOCAB_SIZE'
+  [ "${DATA_PATH:-$data}" != $embedded ] ||
+    { has_shards $embedded && [ -f ./data/tokenizers/embedded_1024_bpe.model ]; } ||
+    "$python" data/prepare.py embedded >&2
 }
 
 # ---- 5 run
@@ -132,17 +133,16 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
     gpus=$(count_gpus)
     [ "$gpus" = 0 ] && profile=smoke || profile=default
   fi
-  [[ " $left_out " == *' DATA_PATH '* ]] || choose_data "$profile"
+  choose_data "$profile"
   load_profile "$profile"
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
-  build_data
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
 run() {  # [PROFILE] KEY=VALUE...
   ready "$@"
   [ "$gpus" -gt 1 ] || exec "$python" train_gpt.py
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
-  exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt.py
+  exec "$python" tools/launch.py --standalone --nproc_per_node="$gpus" train_gpt.py
 }
 
 # ---- 6 commands
@@ -169,13 +169,13 @@ case $command in
   bench | parity | record | report) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
+    artifact=1
     export EVAL_ARTIFACT=$2
     [ "$command" = eval ] || export AUDIT=only
-    left_out='TOKENIZER_PATH VOCAB_SIZE'  # the artifact knows its own
     run "${@:3}" ;;
   inspect) shift; to_run; tool tools/inspect_artifact.py "$@" ;;
-  sample) shift; left_out='DATA_PATH TOKENIZER_PATH VOCAB_SIZE'; look_ahead "$@"; ready; tool tools/sample.py "$@" ;;
-  sweep) shift; left_out='TOKENIZER_PATH VOCAB_SIZE'; look_ahead "$@"; ready; tool tools/ttt_bench.py "$@" ;;
+  sample) shift; artifact=1; look_ahead "$@"; ready; tool tools/sample.py "$@" ;;
+  sweep) shift; artifact=1; look_ahead "$@"; ready; tool tools/ttt_bench.py "$@" ;;
   settings) to_run; exec "$python" train_gpt.py --help ;;
   *) run "$@" ;;
 esac

@@ -33,7 +33,7 @@ case $line in
   --version) echo "Python ${STUB_VERSION:-3.11.7}" ;;
   *prepare.py*embedded) mkdir -p data/datasets/embedded_sp1024 data/tokenizers
     touch data/datasets/embedded_sp1024/fineweb_val_000000.bin data/tokenizers/embedded_1024_bpe.model ;;
-  *train_gpt.py) env; exit "${TRAIN_STATUS:-0}" ;;
+  *train_gpt.py) [[ $line == tools/* ]] || env; exit "${TRAIN_STATUS:-0}" ;;
 esac
 """
 
@@ -258,7 +258,7 @@ def test_the_machine_chooses_profile_and_processes(house):
     one, eight = house(GPUS="1"), house(GPUS="8")
     assert "profile default, 1 GPU" in one.err and one.calls[-1] == "train_gpt.py"
     assert "profile default, 8 GPU" in eight.err
-    assert eight.calls[-1] == "-m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py"
+    assert eight.calls[-1] == "tools/launch.py --standalone --nproc_per_node=8 train_gpt.py"
     assert int(eight.env["OMP_NUM_THREADS"]) > 1
     assert "profile smoke, CPU" in house("smoke", GPUS="8").err
     assert "profile smoke, CPU" in house("DEVICE=cpu", GPUS="8").err

@@ -275,19 +275,24 @@ def test_verbs(house):  # noqa: F811
 
 
 def test_an_artifact_brings_its_tokenizer(house):  # noqa: F811
-    """No profile's is forced on it; text is the profile's where text is scored; what the user says is passed on."""
+    """No profile's is forced on it, nor text that goes with another; what the user says is passed on."""
     three = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
     found = lambda result: [result.env.get(key) for key in three]
-    embedded = "./data/datasets/embedded_sp1024"
-    for command, text in (("eval", embedded), ("sweep", embedded), ("sample", None), ("inspect", None)):
+    for command in ("eval", "audit", "sweep", "sample", "inspect"):
         for gpus in "01":
-            assert found(house(command, "a.ptz", GPUS=gpus)) == [text, None, None]
+            assert found(house(command, "a.ptz", GPUS=gpus)) == [None, None, None]
         assert found(house(command, "a.ptz", DATA_PATH="d", TOKENIZER_PATH="t")) == ["d", "t", None]
     assert "profile smoke, CPU" in house("sweep", "a.ptz", "DEVICE=cpu", GPUS="1").err
     assert found(house("sweep", "a.ptz", "DATA_PATH=own"))[0] == "own"
     own = house("eval", "a.ptz", "pr1092", "DATA_PATH=d", "TOKENIZER_PATH=t")
     assert found(own) == ["d", "t", None] and own.env["EVAL_ARTIFACT"] == "a.ptz"
-    assert not any("prepare.py" in call for call in house("sample", "a.ptz").calls)
+
+
+def test_an_artifact_of_the_embedded_text_finds_it(house):  # noqa: F811
+    """As one does that a smoke run on another machine made; what builds it does not mix with the text."""
+    built = house("sample", "a.ptz")
+    assert "data/prepare.py embedded" in built.calls
+    assert "data/prepare.py embedded" not in house("eval", "a.ptz").calls
 
 
 @pytest.mark.parametrize("arguments", [(), ("SEED=1",), ("",), ("--help",)])

@@ -68,6 +68,8 @@ def cut_documents(val: tg.ValData, most: int) -> tg.ValData:
     """The text with all but the first `most` tokens of each document left out, and shorter documents altogether."""
     starts = (val.tokens == val.bos_id).nonzero().flatten().tolist()
     spans = [(first, stop) for first, stop in zip(starts, starts[1:]) if stop - first >= most]
+    if not spans:
+        raise tg.UserError(f"--doc-tokens {most}: no document is that long")
     return val.take(torch.cat([torch.arange(first, first + most) for first, _ in spans]))
 
 
@@ -151,6 +153,9 @@ def build_parser() -> shell.Parser:
 @shell.one_line_errors
 def main(argv: list[str]) -> int:
     args, settings = build_parser().split(argv)
+    for name, least in (("tokens", 1), ("start", 0), ("doc_tokens", 0)):
+        if getattr(args, name) < least:
+            raise tg.UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: {least} or more")
     os.environ.update({key: value for key, value in settings.items() if key not in VARIES})
     grid = read_grid([f"{key}={values}" for key, values in settings.items() if key in VARIES])
     bench = Bench(args)
