@@ -497,8 +497,9 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: on any failure the old file survives. Raises UserError."""
+def write_whole(path: Path, data: bytes, older: Path | None = None) -> None:
+    """Write a file whole or not at all: on any failure the old file survives, which else moves to `older`. Raises
+    UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -506,6 +507,8 @@ def write_whole(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        if older is not None:
+            os.replace(path, older)
         os.replace(spare, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -3861,7 +3864,6 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibrat
         skipped = sum(p.numel() for p in model.mtp_heads.parameters())
         if skipped:
             rt.log(f"export_excluding_mtp_params:{skipped}")
-        keep_older(rt, path)
         whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
         write_whole(rt.folder / "final_model.pt", whole)
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
@@ -3869,7 +3871,10 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibrat
         if cfg.size_fit and len(artifact.blob) + code_bytes > cfg.artifact_limit_bytes:
             cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, len(artifact.blob) + code_bytes,
                                      code_bytes)
-        write_whole(path, artifact.blob)
+        older = place_of_older(rt, path)
+        write_whole(path, artifact.blob, older)
+        if older is not None:
+            rt.log(f"the artifact of an older run is kept as {older}")
         blob = path.read_bytes()
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
@@ -3886,20 +3891,17 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibrat
     return path, code_bytes, blob
 
 
-def keep_older(rt: Runtime, path: Path) -> None:
-    """An artifact that another run left at `path` moves to final_model.RUN_ID.ptz."""
+def place_of_older(rt: Runtime, path: Path) -> Path | None:
+    """Where an artifact that another run left at `path` moves: final_model.RUN_ID.ptz. None if there is none."""
     if not path.is_file():
-        return
+        return None
     digest, run_id = hashlib.sha256(path.read_bytes()).hexdigest(), ""
     for log in (rt.folder / "logs").glob("*.jsonl"):
         with contextlib.suppress(OSError):
             if f'"sha256": "{digest}"' in log.read_text():
                 run_id = log.stem
     run_id = run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-    older = path.with_name(f"{path.stem}.{run_id}{path.suffix}")
-    if run_id != rt.run_id:
-        os.replace(path, older)
-        rt.log(f"the artifact of an older run is kept as {older}")
+    return None if run_id == rt.run_id else path.with_name(f"{path.stem}.{run_id}{path.suffix}")
 
 
 def precision_tag(cfg: Hyperparameters) -> str:
