@@ -73,7 +73,7 @@ def test_own_text_is_drawn_at_temperature_0_8(config, rt):
         spread = ((log_p.exp() * log_p.square()).sum(-1) - expected.square()).sum().sqrt()
         return ((log_p.gather(-1, drawn)[..., 0] - expected).sum() / spread).item()
     assert abs(surprise(0.8)) < 4 and abs(surprise(0.7)) > 6 and abs(surprise(0.9)) > 6
-    assert len({tuple(row) for row in text.tolist()}) > 300, "rows and batches are drawn by themselves"
+    assert len({tuple(row) for row in text.tolist()}) > 200, "rows and batches are drawn by themselves"
 
 
 def test_own_text_is_that_of_its_seed_and_is_shared_among_ranks(config, tmp_path):
