@@ -283,7 +283,7 @@ def range_coded(arrays, bits):
 
 @pytest.mark.parametrize("value, fits", [(7, True), (-7, True), (8, False), (-8, False), (14, False), (-14, False)])
 def test_a_code_outside_its_alphabet_is_refused(value, fits):
-    """A table's symbols are differences and reach twice as far as its codes may; another packer's bytes reach anywhere."""
+    """A table's symbols are differences and reach twice as far as its codes may; in another packer, anywhere."""
     codes = codes_of((6, 9), 4, 0, 0.3)
     codes[2, 3] = value
     for codec, packed in (("range", range_coded([codes], [4])), ("lzma", tg.pack_stream("lzma", [(codes, 4)])),
