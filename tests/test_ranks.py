@@ -149,7 +149,7 @@ def ranks(corpus, tmp_path_factory):
                                   text=True, env={**settings, "RANK": str(rank), "LOCAL_RANK": str(rank)})
                  for rank in range(2)]
     try:
-        errors = [process.communicate(timeout=100)[1] for process in processes]
+        errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
