@@ -21,7 +21,7 @@ sys.path.append(str(ROOT / "tools"))
 import pack_bench  # noqa: E402
 
 SHA = "ab" * 32
-CODECS = tuple(tg.PACKERS)  # range first
+CODECS = tuple(tg.CODECS)  # range first
 shapes = st.lists(st.integers(1, 40), min_size=2, max_size=3)
 
 
@@ -119,14 +119,12 @@ def test_the_same_weights_give_the_same_bytes_and_another_weight_gives_others(co
     assert tg.pack(cfg, model_of(cfg, seed=1), SHA).blob != blobs[0]
 
 
-def test_auto_is_the_smallest_and_the_ledger_is_the_file(config):
+def test_auto_codes_by_range_and_the_ledger_is_the_file(config):
     cfg, model = config(), model_of(config())
-    sizes = {codec: {row.stream: row.packed_bytes for row in
-                     tg.pack(dataclasses.replace(cfg, compress=codec), model, SHA).ledger} for codec in CODECS}
     artifact = tg.pack(cfg, model, SHA)
-    for row in artifact.ledger:
-        assert row.packed_bytes == min(of[row.stream] for of in sizes.values())
-        assert 0 < row.entropy_bytes <= row.raw_bytes
+    assert {row.codec for row in artifact.ledger if row.stream in ("attn", "mlp", "embed")} == {"range"}
+    assert {row.codec for row in artifact.ledger if row.stream in ("half", "scales")} == {"lzma"}
+    assert all(0 < row.entropy_bytes <= row.raw_bytes for row in artifact.ledger)
     text, payload = tg.open_frame(artifact.blob)
     assert sum(row.packed_bytes for row in artifact.ledger) == len(payload)
     assert sum(row.values for row in artifact.ledger if row.stream != "scales") == \
@@ -188,7 +186,7 @@ class Bomb:
     (lambda blob: zipped(), "a zip file"),
     (lambda blob: pickle.dumps(Bomb()), "a pickle"),
     (lambda blob: b"just some text, long enough to be one", "not an artifact of this program; nothing"),
-    (lambda blob: blob[:5] + b"\1" + blob[6:], "version 1; this program reads version 2"),
+    (lambda blob: blob[:5] + b"\1" + blob[6:], "version 1; this program reads version 3"),
     (lambda blob: blob.replace(b"\r\n", b"\n", 1), "damaged in its first bytes"),
     (lambda blob: blob[:-40] + bytes([blob[-40] ^ 1]) + blob[-39:], "checksum does not match"),
     (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), "checksum does not match"),
@@ -225,7 +223,7 @@ def set_at(*path, value):
     (set_at("streams", 0, 1, value="rar"), "is packed with 'rar'"),
     (set_at("streams", 0, 1, value=["range"]), "malformed"),
     (lambda h: next(s for s in h["streams"] if s[0] == "half").__setitem__(1, "range"), "is packed with 'range'"),
-    (lambda h: h["streams"].append(["half", "lzma", 0]), "streams are not those"),
+    (lambda h: h["streams"].append(["half", "lzma", 0, 0]), "streams are not those"),
     (set_at("streams", 0, 2, value=-5), "do not fill the file"),
     (set_at("streams", 0, 2, value=2 ** 62), "do not fill the file"),
     (lambda h: h["config"].pop("model_dim") and None, "settings are not those of a model"),
@@ -244,13 +242,45 @@ def test_a_malformed_header_is_refused_although_its_checksum_is_right(tiny, chan
 
 
 def test_a_model_too_large_for_its_file_is_refused_before_it_is_made(tiny):
+    """At most 16 weights a byte: a zero bank packs into nothing, but a file must not ask for more than a model takes."""
     def grow(header):
-        header["config"]["bigram_vocab_size"] = 2 ** 22
+        header["config"]["bigram_vocab_size"] = (16 * len(tiny) + 2 ** 16) // 8
         cfg = tg.stored_settings(header["config"])
         kept = {name: rest for name, _, *rest in header["tensors"]}
         header["tensors"] = [[name, list(shape), *kept[name]] for name, shape in tg.blueprint(cfg).items()]
     with pytest.raises(tg.UserError, match="parameters in so small a file"):
         tg.unpack(resealed(tiny, grow))
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data + bytes(4), lambda data: data + data[:4],
+                                    lambda data: data[:-4]])
+def test_a_range_stream_is_exactly_the_code_of_its_values(damage):
+    array = codes_of((3, 20, 9), 6, 0, 0.3)
+    packed = tg.range_encode([array], [6])
+    assert np.array_equal(tg.range_decode(packed, [array.shape], [6])[0], array)
+    with pytest.raises(ValueError):
+        tg.range_decode(damage(packed), [array.shape], [6])
+
+
+def test_every_stream_has_a_checksum_of_its_values(tiny):
+    def other(header):
+        header["streams"][1][3] ^= 1
+    with pytest.raises(tg.UserError, match="stream .* has another checksum"):
+        tg.unpack(resealed(tiny, other))
+
+
+@pytest.mark.parametrize("name, value", [("num_layers", "3"), ("num_layers", "1_6"), ("ve_dim", " 16 "),
+                                         ("tie_embeddings", 1), ("num_layers", 3.0), ("mlp_mult", 3)])
+def test_one_spelling_of_the_settings_only(tiny, name, value):
+    with pytest.raises(tg.UserError, match="malformed"):
+        tg.unpack(resealed(tiny, set_at("config", name, value=value)))
+
+
+def test_a_model_that_is_read_is_not_initialised_first(tiny, rt, monkeypatch):
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda *_: pytest.fail("initial values nobody sees"))
+    model = tg.load_model(tiny, rt, "0" * 64)
+    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+    model.loss(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()
 
 
 def test_one_spelling_of_the_header_only(tiny):
@@ -393,9 +423,9 @@ def test_another_tokenizer_is_refused(tiny, rt):
         tg.load_model(tiny, rt, "cd" * 32)
 
 
-@pytest.mark.parametrize("codec", ["range", "brotli", "zstd"])
+@pytest.mark.parametrize("codec", ["range", "zstd"])
 def test_a_missing_package_is_named_with_its_pip_line(config, monkeypatch, codec):
-    cfg, model, package = config(compress=codec), model_of(config()), tg.PACKERS[codec]
+    cfg, model, package = config(compress=codec), model_of(config()), tg.CODECS[codec]
     blob = tg.pack(cfg, model, SHA).blob
     monkeypatch.setitem(sys.modules, package, None)  # what an absent package looks like to import
     for act in (lambda: tg.pack(cfg, model, SHA), lambda: tg.unpack(blob)):

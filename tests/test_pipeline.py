@@ -250,6 +250,78 @@ def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
     assert all((tmp_path / name).read_bytes() == old for name in ("final_model.pt", "final_model.ptz"))
 
 
+def test_the_artifact_of_another_run_is_kept(run):
+    first = run(RUN_ID="first", ITERATIONS=1, TTT_ENABLED=0)
+    kept = (first.folder / "final_model.ptz").read_bytes()
+    second = run(RUN_ID="second", ITERATIONS=2, TTT_ENABLED=0)
+    assert (first.folder / "final_model.first.ptz").read_bytes() == kept and "kept as" in second.out
+    assert (first.folder / "final_model.ptz").read_bytes() != kept
+    again = run(RUN_ID="second", ITERATIONS=2, TTT_ENABLED=0, CHECKPOINT_EVERY=1)  # its log is new: nobody's file
+    assert re.search(r"kept as \S+final_model\.\d{8}-\d{6}\.ptz", again.out)
+    resumed = run(RUN_ID="second", ITERATIONS=3, TTT_ENABLED=0, RESUME=1)
+    assert resumed.code == 0 and "kept as" not in resumed.out
+
+
+def test_a_run_that_cannot_begin_leaves_no_log(run):
+    done = run(DATA_PATH="nowhere")
+    assert done.code == 2 and "bash run.sh" in done.err and not (done.folder / "logs").exists()
+
+
+@pytest.mark.parametrize("ranks, said", [
+    ({"RANK": ""}, "RANK='' is not a whole number"), ({"RANK": "3"}, "RANK=3 does not exist in WORLD_SIZE=1"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 needs MASTER_ADDR and MASTER_PORT"), ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x'")])
+def test_ranks_that_cannot_be(ranks, said):
+    with pytest.raises(tg.UserError, match=said):
+        tg.read_ranks(ranks)
+
+
+def test_a_missing_compiler_is_noticed_before_the_work(corpus, tmp_path):
+    """In a process of its own: torch remembers the compiler it found."""
+    process = start(corpus, tmp_path, COMPILE=1, CXX="/nonexistent/g++", PATH="/nonexistent",
+                    TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.startswith("error: torch.compile does not work here") and not out, err
+
+
+def test_a_warmdown_longer_than_the_run_is_warned_of(run):
+    assert "shorter than WARMDOWN_ITERS=60" in run(WARMDOWN_ITERS=60, TTT_ENABLED=0).out
+    assert "shorter than WARMDOWN_ITERS" not in run(WARMDOWN_ITERS=6, TTT_ENABLED=0).out
+
+
+def test_size_fit_with_nothing_to_round_is_refused_before_training(run):
+    done = run(SIZE_FIT=1, FP16_KEEP_NAME_PATTERNS="bank,emb,bigram,ve_shared")
+    assert done.code == 2 and "SIZE_FIT=1 has nothing to round" in done.err and "step:1" not in done.out
+
+
+def test_without_the_range_coder_auto_says_what_it_takes(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    assert "packed by lzma" in run(TTT_ENABLED=0).out
+
+
+def test_the_code_that_counts_may_be_the_built_one(run):
+    done = run(CODE_BYTES=1234, TTT_ENABLED=0)
+    assert done.summary["code_bytes"] == 1234 and "Code size: 1234 bytes" in done.out
+
+
+def test_an_evaluation_over_its_time_does_not_count(run, monkeypatch):
+    """Reading the artifact is part of it."""
+    slow = tg.load_model
+    now = [0.0]
+    monkeypatch.setattr(tg, "load_model", lambda *rest: (now.__setitem__(0, 700.0), slow(*rest))[1])
+    begin = tg.EvalClock.__init__
+    monkeypatch.setattr(tg.EvalClock, "__init__", lambda self, cfg, rt: begin(self, cfg, rt, now=lambda: now[0]))
+    done = run(EVAL_MAX_SECONDS=600)
+    assert done.code == 2 and "evaluation took 700.0 s, over EVAL_MAX_SECONDS=600: these scores do not count" in done.err
+    assert done.summary["val_bpb_sliding"] > 0
+
+
+def test_long_phases_say_how_far_they_are(run, monkeypatch):
+    monkeypatch.setattr(tg.Progress, "QUIET_SECONDS", 0.0)
+    out = run(WARMUP_STEPS=2).out
+    assert re.search(r"^final_int6_sliding_window: 1 of \d+ after \d+ s, about \d+ s to go$", out, re.M)
+    assert "warm-up: 2 steps, before the clock starts" in out and re.search(r"^packing [\d,]+ weights", out, re.M)
+
+
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(corpus, tmp_path):
     """Killed or interrupted soon after the ninth step, resumed from a checkpoint: the artifact of a run left alone."""
     settings = dict(ITERATIONS=200, WARMDOWN_ITERS=180, LATE_QAT_THRESHOLD=0.9, CHECKPOINT_EVERY=8, SWA_ENABLED=1,

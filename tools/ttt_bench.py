@@ -64,11 +64,11 @@ def load(path: Path, rt: tg.Runtime, val: tg.ValData, cfg: tg.Hyperparameters) -
     return model.to(rt.device).eval()
 
 
-def cut_documents(val: tg.ValData, most: int) -> torch.Tensor:
+def cut_documents(val: tg.ValData, most: int) -> tg.ValData:
     """The text with all but the first `most` tokens of each document left out, and shorter documents altogether."""
     starts = (val.tokens == val.bos_id).nonzero().flatten().tolist()
     spans = [(first, stop) for first, stop in zip(starts, starts[1:]) if stop - first >= most]
-    return torch.cat([val.tokens[first:first + most] for first, _ in spans])
+    return val.take(torch.cat([torch.arange(first, first + most) for first, _ in spans]))
 
 
 class Bench:
@@ -78,8 +78,8 @@ class Bench:
         self.base = tg.Hyperparameters.from_env({**os.environ, "TTT_ENABLED": "0"})
         self.rt = dataclasses.replace(tg.Runtime.open(self.base), log=tg.RunLog(Path("."), "", active=False))
         val = tg.ValData.open(self.base, self.rt)
-        tokens = cut_documents(val, args.doc_tokens) if args.doc_tokens else val.tokens
-        self.val = dataclasses.replace(val, tokens=tokens[args.start:args.start + args.tokens + 1])
+        text = cut_documents(val, args.doc_tokens) if args.doc_tokens else val
+        self.val = text.take(slice(args.start, args.start + args.tokens + 1))
         self.model = load(args.model, self.rt, val, self.base)
         self.weights = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
         self.plain = {}  # (window, stride) -> bpb without adaptation
