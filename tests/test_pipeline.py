@@ -396,3 +396,23 @@ def test_stopwatch_leaves_out_pauses():
     with watch.paused():
         pass
     assert watch.elapsed() == 20  # started at 0, paused from 10 to 20, read at 30
+
+
+@pytest.mark.parametrize("settings, most", [
+    ({"TTT_ENABLED": 0}, 5), ({"TTT_MODE": "sgd"}, 5), ({"TTT_MODE": "sgd", "TTT_FREEZE_BLOCKS": 1}, 7),
+    ({"TTT_MODE": "lora", "HASH_EMBED_BUCKETS": 64}, 7),
+    ({"TTT_MODE": "lora", "TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_BATCH_DOCS": 2}, 7)])
+def test_a_whole_run_scores_with_few_graphs(run, monkeypatch, settings, most):
+    """Over all walks: PyTorch gives up on a function after eight. Validation's batch is another one than the final
+    scores'. Graphs are traced but not made into machine code."""
+    graphs, compiled = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(
+        function, backend=backend, **options) if function.__name__ == "nll" else function)
+    done = run(COMPILE=1, ITERATIONS=1, VAL_BATCH_SIZE=256, NUM_LAYERS=1, VE_LAYERS=0, **settings)
+    assert done.code == 0, done.err
+    assert 0 < len(graphs) <= most

@@ -68,7 +68,7 @@ def contents(blob: bytes) -> Contents:
     held = {name: sum(row[4] for row in rows if row[2] == name) for name in sizes}
     pieces = [Piece(*row, sizes[row[2]] * (row[5] / bound[row[2]] if bound[row[2]] else row[4] / held[row[2]]))
               for row in rows]
-    streams = [Stream(name, codec, held[name], size) for name, codec, size in header["streams"]]
+    streams = [Stream(name, codec, held[name], size) for name, codec, size, _ in header["streams"]]
     return Contents(header["config"], tokenizer, pieces, streams, len(blob) - sum(sizes.values()), len(blob))
 
 
