@@ -1,5 +1,4 @@
 """The file that is submitted: packers, container, integrity."""
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -303,20 +302,27 @@ def test_values_that_cannot_be_are_refused(stream, value):
 
 # ---- streams that are not what the header says, although every checksum of the file is right
 
-def range_coded(arrays, bits):
-    """The code of arrays that may hold what they must not."""
-    coder = tg.library("range").stream.queue.RangeEncoder()
-    with contextlib.suppress(ValueError):  # it codes a tile and then complains about it
-        tg.walk_all([array.astype(np.int64) for array in arrays], bits, coder, encodes=True)
-    return coder.get_compressed().astype("<u4").tobytes()
+def range_coded(codes, bits, at, value):
+    """The code of a table in whose last block one code is such as an honest encoder refuses to write."""
+    code, changed = tg.Spreads.code, codes.copy()
+    changed[at] = value
+
+    def altered(spreads, bucket, symbols):
+        last = symbols.copy()
+        if len(symbols) == 2:  # the rest of six rows, after a block of four; too few rows for any guess
+            last[at[0] - 4, at[1]] = value
+        code(spreads, bucket, last)
+        return symbols
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg.Spreads, "code", altered)
+        return tg.range_encode([codes], [bits]), changed
 
 
 @pytest.mark.parametrize("value, fits", [(7, True), (-7, True), (8, False), (-8, False), (14, False), (-14, False)])
 def test_a_code_outside_its_alphabet_is_refused(value, fits):
     """A table's symbols are differences and reach twice as far as its codes may; in another packer, anywhere."""
-    codes = codes_of((6, 9), 4, 0, 0.3)
-    codes[2, 3] = value
-    for codec, packed in (("range", range_coded([codes], [4])), ("lzma", tg.pack_stream("lzma", [(codes, 4)])),
+    ranged, codes = range_coded(codes_of((6, 9), 4, 0, 0.3), 4, (5, 3), value)
+    for codec, packed in (("range", ranged), ("lzma", tg.pack_stream("lzma", [(codes, 4)])),
                           ("zstd", tg.pack_stream("zstd", [(codes, 4)]))):
         if fits:
             assert np.array_equal(tg.unpack_stream("embed", codec, packed, [(6, 9)], (4,))[0], codes)
@@ -330,7 +336,7 @@ def test_a_range_stream_too_long_or_too_short_is_refused(shape):
     codes = codes_of(shape, 5, 3, 0.3)
     packed = tg.range_encode([codes], [5])
     assert np.array_equal(tg.range_decode(packed, [shape], [5])[0], codes)
-    for other in (packed + b"\1", packed + b"\1\2\3", packed + b"\0" * 8, packed + bytes(range(16)), packed + packed,
+    for other in (packed + b"\1", packed + b"\1\2\3", packed + b"\0" * 4, packed + b"\0" * 8, packed + bytes(range(16)), packed + packed,
                   packed[:-1], packed[1:], packed[:-3]):
         with pytest.raises(ValueError):
             tg.range_decode(other, [shape], [5])
@@ -353,7 +359,6 @@ CHANGES = {"a byte less": lambda b: b[:-1], "without its first byte": lambda b: 
            "a byte more": lambda b: b + b"\1", "a zero more": lambda b: b + b"\0", "half": lambda b: b[:len(b) // 2],
            "twice": lambda b: b + b, "eight zeros more": lambda b: b + bytes(8),
            "four zeros more": lambda b: b + bytes(4), "backwards": lambda b: b[::-1]}
-ACCEPTED_TODAY = {("range", "four zeros more"), ("range", "backwards"), ("range", "nothing")}
 
 
 @pytest.mark.parametrize("codec", ["range", "lzma", "zstd"])
@@ -361,21 +366,10 @@ def test_streams_of_another_length_are_refused(codec):
     blob = pack_bench.tiny_artifact(codec)
     assert with_stream(blob, "attn", lambda part: part) == blob
     for name in STREAMS:
-        packer = next(row[1] for row in json.loads(tg.open_frame(blob)[0])["streams"] if row[0] == name)
         for what, change in CHANGES.items():
-            if (packer, what) in ACCEPTED_TODAY:
-                continue  # see the next test
             with pytest.raises(tg.UserError) as caught:
                 tg.unpack(with_stream(blob, name, change))
             assert "\n" not in str(caught.value), (name, what)
-
-
-@pytest.mark.xfail(strict=True, reason="a range stream may lack everything or have a word more: needs a CRC32 a stream")
-def test_range_streams_of_another_length_are_refused():
-    blob = pack_bench.tiny_artifact("range")
-    for what in ("nothing", "four zeros more", "backwards"):
-        with pytest.raises(tg.UserError):
-            tg.unpack(with_stream(blob, "attn", CHANGES[what]))
 
 
 def test_streams_in_another_order_or_of_each_other_are_refused(tiny):
@@ -390,7 +384,6 @@ def test_streams_in_another_order_or_of_each_other_are_refused(tiny):
             tg.unpack(resealed(tiny, change))
 
 
-@pytest.mark.xfail(strict=True, reason="a setting in the header may be spelt in several ways")
 @pytest.mark.parametrize("name, value", [("model_dim", "1_6"), ("model_dim", " 16 "), ("model_dim", "16"),
                                          ("num_layers", "2"), ("ln_scale", 1), ("ln_scale", "1"),
                                          ("logit_softcap", "30"), ("logit_softcap", 30), ("mtp_num_heads", False)])
