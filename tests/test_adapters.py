@@ -211,7 +211,8 @@ def test_scores_of_a_stream_are_those_of_the_plain_loop(setting, rt, kind):
     DOCUMENT,
     {**DOCUMENT, "ttt_lora_optimizer": "sgd", "ttt_lora_lr": 0.1, "ttt_lora_alpha": 4.0, "ttt_min_doc_tokens": 30},
     {**DOCUMENT, "ttt_lora_targets": "q,v", "ttt_lora_layers": "0,2", "ttt_lora_layer_rates": "2:0.3", "ttt_epochs": 1},
-    {**DOCUMENT, "ttt_doc_chunk_tokens": 32, "ttt_batch_docs": 9}], ids=["adam", "sgd", "layers", "wide"])
+    {**DOCUMENT, "ttt_doc_chunk_tokens": 32, "ttt_batch_docs": 9},
+    {**DOCUMENT, "ttt_min_doc_tokens": 24}], ids=["adam", "sgd", "layers", "wide", "from two chunks on"])
 def test_documents_side_by_side_are_documents_one_by_one(setting, rt, changes):
     cfg, val, model = setting
     val = with_documents(val, [1, 2, 30, 90, 100, 190, 290, 291])

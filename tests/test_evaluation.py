@@ -300,3 +300,43 @@ def test_plans_of_documents(data):
                         assert start == max(end[0] - window, own[0])
                 times.index_add_(0, at[counted], torch.ones_like(at[counted], dtype=torch.int))
     assert (times == 1).all()
+
+
+def test_what_is_not_scored_once_is_no_result_and_no_lesson(setting, rt):
+    _, val, _ = setting
+    val = dataclasses.replace(val, tokens=val.tokens[:21], sizes=val.sizes[:21])
+    scored = tg.Scored(val, rt)
+    scored.commit(torch.arange(12), torch.ones(12))
+    assert torch.equal(scored.lesson(4, 8), val.tokens[4:13])
+    for first, count in ((4, 9), (12, 1), (0, 20)):
+        with pytest.raises(tg.IllegalScore):
+            scored.lesson(first, count)
+    with pytest.raises(tg.IllegalScore, match="8 of 20 tokens"):
+        scored.result("test", 0.0)
+    scored.commit(torch.arange(12, 20), torch.ones(8))
+    assert scored.result("test", 0.0).tokens == 20 and len(scored.lesson(0, 20)) == 21
+    scored.commit(torch.tensor([7]), torch.ones(1))
+    for act in (lambda: scored.lesson(0, 20), lambda: scored.result("test", 0.0)):
+        with pytest.raises(tg.IllegalScore, match="1 of 20 tokens"):
+            act()
+
+
+def test_where_in_the_text_and_in_its_documents_the_nats_lie(setting, rt):
+    """Against a loop over the targets; row i of the second table is 2^i - 1 to 2^(i+1) - 2 tokens into a document."""
+    _, val, _ = setting
+    tokens = val.tokens[:700].clone()
+    tokens[tokens == val.bos_id] = val.bos_id + 7
+    tokens[[0, 40, 41, 300, 699]] = val.bos_id
+    val = dataclasses.replace(val, tokens=tokens, sizes=val.sizes[:700])
+    nll, begins, trace = torch.rand(699), 0, tg.Trace(val)
+    stream, position = torch.zeros(256, 2, dtype=torch.double), torch.zeros(32, 2, dtype=torch.double)
+    for i in range(699):  # target i is token i + 1, and a document's own BOS is the last target of the one before
+        begins = i if tokens[i] == val.bos_id else begins
+        pair = torch.tensor([nll[i].item(), val.sizes[i + 1].item()], dtype=torch.double)
+        stream[256 * i // 699] += pair
+        position[math.floor(math.log2(i - begins + 1))] += pair
+    for part in torch.arange(699).split(100):
+        trace(part, nll[part])
+    tables = trace.tables(rt)
+    torch.testing.assert_close(torch.tensor(tables["stream"], dtype=torch.double), stream)
+    torch.testing.assert_close(torch.tensor(tables["position"], dtype=torch.double), position)

@@ -181,6 +181,44 @@ def test_adaptation_comes_last_and_leaves_the_other_scores_alone(run, mode):
     assert order == ["final_int6_roundtrip", *["final_int6_sliding_window"] * ("EVAL_STRIDE" not in mode), "legal_ttt"]
 
 
+def test_the_running_score_ends_at_the_score(run):
+    done = run(ITERATIONS=1, COMPRESS="lzma")
+    chunks = [e for e in events_of(done.folder) if e["event"] == "ttt_chunk"]
+    assert chunks[-1]["chunk"] == chunks[-1]["chunks"] == 4
+    assert chunks[-1]["running_bpb"] == pytest.approx(done.summary["val_bpb_ttt"], rel=1e-9)
+
+
+def test_what_is_scored_is_what_lies_on_disk(run, monkeypatch):
+    """A disk that changes the artifact while it is written: the run must not score what it meant to write."""
+    write = tg.write_whole
+    monkeypatch.setattr(tg, "write_whole", lambda path, data, *rest: write(
+        path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, *rest))
+    done = run(ITERATIONS=1)
+    assert done.code == 2 and "damaged" in done.err and "roundtrip" not in done.out
+
+
+def test_a_missing_package_ends_the_run_before_training(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    done = run(COMPRESS="range")
+    assert done.code == 2 and "pip install constriction" in done.err and "train_loss" not in done.out
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(run, monkeypatch):
+    """It is said once; the scores and the artifact are there."""
+    opened, broken = open, []
+
+    def refusing(path, mode="r", *args, **kwargs):
+        if "logs/tiny." in str(path) and mode == "a" and broken:
+            raise OSError(28, "No space left on device")
+        return opened(path, mode, *args, **kwargs)
+    monkeypatch.setattr("builtins.open", refusing)
+    step = tg.Optimisers.step
+    monkeypatch.setattr(tg.Optimisers, "step", lambda *args: broken.append(1) or step(*args))
+    done = run(ITERATIONS=2, TTT_ENABLED=0)
+    assert done.code == 0 and done.summary["val_bpb_sliding"] > 0 and (done.folder / "final_model.ptz").exists()
+    assert done.err.count("is incomplete: No space left on device") == 1
+
+
 def test_exit_codes(run, monkeypatch, capsys):
     assert tg.main(["--help"]) == tg.main(["-h"]) == 0
     assert "MODEL_DIM" in capsys.readouterr().out

@@ -208,6 +208,17 @@ def test_late_qat_changes_the_run(config, rt, without_validation):
     assert not all(torch.equal(off[name], on[name]) for name in off)
 
 
+@pytest.mark.parametrize("changes, rounds", [({}, True), ({"late_qat_threshold": 0.0}, False),
+                                             ({"late_qat_threshold": 0.0, "late_qat_frac": 0.5}, True)])
+def test_warm_up_runs_every_graph_that_training_may_need(config, rt, without_validation, monkeypatch, changes, rounds):
+    """With QAT and without it, before the first step."""
+    seen, loss = [], tg.GPT.loss
+    monkeypatch.setattr(tg.GPT, "loss", lambda model, ids, targets, qat=False, dress=None: (
+        seen.append(qat) or loss(model, ids, targets, qat, dress)))
+    trained(config, rt, warmup_steps=4, iterations=1, **changes)
+    assert seen[:4] == [False, False, rounds, rounds] and not seen[4]
+
+
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"clip_rule": "sdclip", "mlp_clip_sigmas": 4.0},
                                      {"qat_enabled": True}, {"fp16_keep_name_patterns": "kv_bank,tok_emb"}],
                          ids=["percentile", "untied", "sdclip", "from the start", "kept"])
