@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import math
 
 import pytest
 import torch
@@ -187,8 +189,11 @@ def without_validation(monkeypatch):
     monkeypatch.setattr(tg, "train", lambda *args, validate: original(*args, validate=blank))
 
 
-def test_warm_up_leaves_no_trace(config, rt, without_validation):
-    plain, warmed = (trained(config, rt, warmup_steps=n) for n in (0, 4))
+@pytest.mark.parametrize("changes", [{}, {"normuon": True, "qat_enabled": True, "soft_round": True},
+                                     {"swa_enabled": True, "swa_every": 1}, {"lawa_enabled": True, "lawa_freq": 1}],
+                         ids=["default", "normuon and qat", "swa", "lawa"])
+def test_warm_up_leaves_no_trace(config, rt, without_validation, changes):
+    plain, warmed = (trained(config, rt, warmup_steps=n, **changes) for n in (0, 4))
     assert all(torch.equal(plain[name], warmed[name]) for name in plain)
 
 
@@ -201,3 +206,88 @@ def test_micro_batches_add_up(config, rt, without_validation):
 def test_late_qat_changes_the_run(config, rt, without_validation):
     off, on = (trained(config, rt, late_qat_threshold=t, attn_qat_bits=4, mlp_quant_bits=4) for t in (0.0, 0.7))
     assert not all(torch.equal(off[name], on[name]) for name in off)
+
+
+@pytest.mark.parametrize("changes, rounds", [({}, True), ({"late_qat_threshold": 0.0}, False),
+                                             ({"late_qat_threshold": 0.0, "late_qat_frac": 0.5}, True)])
+def test_warm_up_runs_every_graph_that_training_may_need(config, rt, without_validation, monkeypatch, changes, rounds):
+    """With QAT and without it, before the first step."""
+    seen, loss = [], tg.GPT.loss
+    monkeypatch.setattr(tg.GPT, "loss", lambda model, ids, targets, qat=False, dress=None: (
+        seen.append(qat) or loss(model, ids, targets, qat, dress)))
+    trained(config, rt, warmup_steps=4, iterations=1, **changes)
+    assert seen[:4] == [False, False, rounds, rounds] and not seen[4]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"clip_rule": "sdclip", "mlp_clip_sigmas": 4.0},
+                                     {"qat_enabled": True}, {"fp16_keep_name_patterns": "kv_bank,tok_emb"}],
+                         ids=["percentile", "untied", "sdclip", "from the start", "kept"])
+def test_each_step_of_qat_sees_the_weights_as_the_export_would_round_them(config, rt, without_validation, monkeypatch,
+                                                                          changes):
+    """Its loss is that of a model that wears the rounded weights of this very step, not of the first one with QAT."""
+    cfg = config(**{"late_qat_threshold": 0.9, "iterations": 7, "warmdown_iters": 6, "attn_qat_bits": 4,
+                    "mlp_quant_bits": 3, "embed_bits": 4, "matrix_lr": 0.1, **changes})
+    loss, steps = tg.GPT.loss, []
+
+    def watched(model, ids, targets, qat=False, dress=None):
+        value, rounded = loss(model, ids, targets, qat), tg.round_model(cfg, model, {})
+        plain = loss(model, ids, targets, False)
+        with tg.wearing(model, rounded), torch.no_grad():
+            worn = loss(model, ids, targets, False)
+        assert torch.equal(value, worn if qat else plain)
+        assert not steps or not torch.equal(worn, plain), "else it shows nothing"
+        steps.append((qat, {name: scales for name, (_, scales) in rounded.items()}))
+        return value
+    monkeypatch.setattr(tg.GPT, "loss", watched)
+    trained(lambda **_: cfg, rt)
+    first = 0 if cfg.qat_enabled else 2  # the scale of step 2 is 5/6
+    assert [qat for qat, _ in steps] == [step >= first for step in range(7)]
+    kept = {"kv_bank", "tok_emb.weight"} if cfg.fp16_keep_name_patterns else set()
+    assert kept.isdisjoint(steps[-1][1])
+    assert not torch.equal(steps[-1][1]["mlp_up_bank"], steps[first][1]["mlp_up_bank"]), "else it shows nothing"
+
+
+def test_the_log_shows_the_mean_loss_of_the_global_batch(run, config, corpus):
+    """Of step 1 with weights that have not moved, micro-batches or not."""
+    for variables in ({}, {"MICRO_BATCH_TOKENS": 64}):
+        done = run(ITERATIONS=1, TTT_ENABLED=0, EVAL_STRIDE=0, COMPRESS="lzma", **variables)
+        event = next(e for e in map(json.loads, (done.folder / "logs/tiny.jsonl").read_text().splitlines())
+                     if e["event"] == "train")
+        torch.manual_seed(1337)
+        model, ids = tg.GPT(config()), torch.from_numpy(corpus.train[:257].astype("int64"))
+        with torch.no_grad():
+            wanted = model.loss(ids[:-1].view(8, 32), ids[1:].view(8, 32)).item()
+        assert event["train_loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_seeds(run):
+    """One seed, one run; two seeds, two runs, from the first weights on."""
+    made = []
+    for seed in (1, 1, 2):
+        done = run(SEED=seed, ITERATIONS=2, TTT_ENABLED=0, EVAL_STRIDE=0, VAL_LOSS_EVERY=2, COMPRESS="lzma")
+        first = next(line for line in done.out.splitlines() if line.startswith("step:0/2 val_loss"))
+        assert f"seed:{seed}" in done.out.splitlines()
+        made.append(((done.folder / "final_model.ptz").read_bytes(), first.split(" train_time")[0]))
+    assert made[0] == made[1] and made[0][0] != made[2][0] and made[0][1] != made[2][1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_diverges_ends_at_once(run, monkeypatch, value):
+    loss, calls = tg.GPT.loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return loss(*args, **kwargs) * (value if len(calls) == 3 else 1.0)
+    monkeypatch.setattr(tg.GPT, "loss", broken)
+    done = run(ITERATIONS=50)
+    assert done.code == 2 and done.summary is None and len(calls) == 3
+    assert done.err == f"error: training diverged: loss {value} at step 3; lower MATRIX_LR or SCALAR_LR\n"
+    assert not (done.folder / "final_model.ptz").exists() and not (done.folder / "final_model.pt").exists()
+
+
+def test_a_diverged_run_is_not_exported_though_nothing_was_logged(run, monkeypatch):
+    loss = tg.GPT.loss
+    monkeypatch.setattr(tg.GPT, "loss", lambda *args, **kwargs: loss(*args, **kwargs) * math.nan)
+    done = run(ITERATIONS=3, TRAIN_LOG_EVERY=0)
+    assert done.code == 2 and "diverged" in done.err and done.err.count("\n") == 1
+    assert not (done.folder / "final_model.ptz").exists()
