@@ -8,7 +8,6 @@ least a packer without any context needs for its codes. Scales of all tensors ar
 """
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
-from shell import one_line_errors  # noqa: E402
+import shell  # noqa: E402
 
 LIMIT = 16_000_000  # of the competition, code included
 
@@ -116,18 +115,12 @@ def plot(found: Contents, path: Path) -> None:
         raise tg.UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def refuse(message: str):
-    """A parser's complaint as one line like any other."""
-    raise tg.UserError(f"{message} (--help says more)")
-
-
-@one_line_errors
+@shell.one_line_errors
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = refuse
+    parser = shell.Parser(__doc__)
     parser.add_argument("artifact")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart as well")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     found = contents(tg.read_file(args.artifact))
     print("\n".join(tables(found, os.path.getsize(tg.__file__))))
     if args.plot:

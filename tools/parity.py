@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -232,7 +233,8 @@ def find_tokenizer(cfg: ours.Hyperparameters, given: Path | None, folder: Path):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(prog=os.environ.get("RUN_SH_COMMAND"), description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where fixture.json and fixture.npz are")
     parser.add_argument("--tokenizer", type=Path, metavar="MODEL",
                         help="SentencePiece model (default: FOLDER/../../data/fineweb_1024_bpe.model)")
