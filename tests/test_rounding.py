@@ -20,8 +20,12 @@ def model_of(cfg, seed=0):
 
 # ---- which text
 
-def test_calibration_reads_the_text_that_the_next_steps_would_have_read(run, monkeypatch):
+@pytest.mark.parametrize("ended_by", ["its steps", "the clock"])
+def test_calibration_reads_the_text_that_the_next_steps_would_have_read(run, monkeypatch, ended_by):
     """The spans of six steps and of two batches of calibration lie one behind the other, and nothing else is read."""
+    FakeTime(monkeypatch).charge(tg.Optimisers, "step", 1.0)
+    limits = {"ITERATIONS": 6} if ended_by == "its steps" else {"ITERATIONS": 99, "MAX_WALLCLOCK_SECONDS": 7,
+                                                                "GPTQ_RESERVE_SECONDS": 1}
     spans, read = [], tg.TokenStream.read
 
     def watched(stream, start, count):
@@ -29,7 +33,7 @@ def test_calibration_reads_the_text_that_the_next_steps_would_have_read(run, mon
             spans.append((start, start + count - 1))  # the last token is a target only
         return read(stream, start, count)
     monkeypatch.setattr(tg.TokenStream, "read", watched)
-    done = run(GPTQ_ENABLED=1, GPTQ_CALIBRATION_BATCHES=2, ITERATIONS=6, **BRIEF)
+    done = run(GPTQ_ENABLED=1, GPTQ_CALIBRATION_BATCHES=2, **limits, **BRIEF)
     assert done.code == 0, done.err
     assert spans == [(256 * step, 256 * (step + 1)) for step in range(8)]
 
@@ -263,6 +267,24 @@ def test_a_fitted_run_says_what_it_did_and_keeps_to_it(run):
             live = scales[s.name] > 2e-6  # rows of zeros stay at the floor
             ratio = s.scales[live].astype(float) / scales[s.name][live]
             assert ratio == pytest.approx(last["steps"][names[s.name]], rel=5e-3), s.name
+
+
+@pytest.mark.parametrize("sizes, kept", [
+    ((9300, 9800, 9700, 10_050, 9900, 9400), 9900), ((9300, 9970), 9970), ((10_001, 10_000), 10_000),
+    ((9300,) * 6, 9300)])
+def test_of_all_packings_the_largest_that_fits_is_kept(config, rt, sizes, kept):
+    """A packer whose sizes nobody could foresee: the search ends with the first within half a percent of the limit."""
+    cfg = config(artifact_limit_bytes=10_000)
+    model, made = model_of(cfg), iter(sizes)
+    prices = dict.fromkeys(("mlp_clip_widen", "attn_clip_widen", "embed_clip_widen"), 0.1)
+    packings = []
+
+    def make(settings):
+        packings.append((settings, tg.Artifact(bytes(next(made) - 500), ())))
+        return packings[-1][1]
+    settings, artifact = tg.fit_size(cfg, rt, model, prices, make, 12_000, 500)
+    assert len(artifact.blob) + 500 == kept and any(pair == (settings, artifact) for pair in packings)
+    assert len(packings) == 1 + next((i for i, size in enumerate(sizes) if 9950 <= size <= 10_000), 5)
 
 
 def test_size_fit_changes_nothing_that_fits(run):

@@ -203,6 +203,45 @@ def test_micro_batches_add_up(config, rt, without_validation):
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("changes", [
+    {"ema_decay": 0.6}, {"swa_enabled": True, "swa_every": 3, "swa_start_frac": 0.9},
+    {"lawa_enabled": True, "lawa_freq": 3, "lawa_k": 2}, {"ema_enabled": False}], ids=["ema", "swa", "lawa", "none"])
+def test_a_run_ends_with_the_average_of_its_weights(config, rt, without_validation, monkeypatch, changes):
+    """Of the weights after each step, counted from 1. The learning rate falls below 0.9 with step 4."""
+    cfg = config(iterations=10, warmdown_iters=8, late_qat_threshold=0.0, **changes)
+    torch.manual_seed(cfg.seed)
+    model, step = tg.GPT(cfg), tg.Optimisers.step
+    weights = lambda: torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    after = [weights()]
+
+    def watched(*args):
+        norm = step(*args)
+        after.append(weights())
+        return norm
+    monkeypatch.setattr(tg.Optimisers, "step", watched)
+    tg.train(cfg, rt, model, tg.TrainData.open(cfg, rt), validate=None)
+    wanted = after[10]
+    if cfg.swa_enabled or cfg.lawa_enabled:
+        wanted = (after[6] + after[9]) / 2  # step 3 has the full rate (swa), or is too long ago (lawa)
+    elif cfg.ema_enabled:
+        wanted = after[0]
+        for n in range(1, 11):
+            wanted = torch.lerp(after[n], wanted, min(0.6, (1 + n) / (10 + n)))
+    torch.testing.assert_close(weights(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_soft_rounding_hardens_during_a_run(config, rt, without_validation, monkeypatch):
+    """From nearly nothing when QAT starts to the export's rounding in its last tenth."""
+    seen, loss = [], tg.GPT.loss
+    monkeypatch.setattr(tg.GPT, "loss", lambda model, ids, targets, qat=False, dress=None: (
+        seen.append((qat, model.hardness.item())) or loss(model, ids, targets, qat, dress)))
+    trained(config, rt, soft_round=True, late_qat_threshold=0.8, iterations=24, warmdown_iters=20)
+    hard = [hardness for qat, hardness in seen if qat]
+    assert hard[0] < 0.1 and hard[-1] == 1.0 and len(hard) == 15
+    wanted = [min((0.8 - (15 - i) / 20) / 0.8 / 0.9, 1.0) for i in range(15)]
+    assert hard == pytest.approx(wanted)
+
+
 def test_late_qat_changes_the_run(config, rt, without_validation):
     off, on = (trained(config, rt, late_qat_threshold=t, attn_qat_bits=4, mlp_quant_bits=4) for t in (0.0, 0.7))
     assert not all(torch.equal(off[name], on[name]) for name in off)
