@@ -2147,47 +2147,45 @@ def lr_scale(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -
 
 # ------------------------------------------------------------------------------------------------ AVERAGING
 class Averager:
-    """Averages of the weights, in fp32 on the device. At the end LAWA is used if on, else SWA, else EMA."""
+    """Averages of the weights, in fp32 on the device: an EMA, and one mean of snapshots whose window is the end of
+    training (SWA) or the last LAWA_K of them (LAWA, which wins if both are on). At the end the mean is used if there
+    is one, else the EMA."""
 
     def __init__(self, cfg: Hyperparameters, params: list[Tensor]):
-        self.cfg, self.params, self.updates = cfg, params, 0
+        self.cfg, self.params, self.snapshots, self.count = cfg, params, [], 0
         self.ema = self._copy() if cfg.ema_enabled else []
-        self.swa, self.swa_count = [], 0
-        self.lawa = collections.deque(maxlen=cfg.lawa_k)
+
+    def _copy(self) -> list[Tensor]:
+        return [p.detach().float().clone() for p in self.params]
 
     def restart_ema(self) -> None:
         """Put the present weights in place of the exponential average. Its decay ramp belongs to the start of training
         and does not begin again: the average would end with a memory of a few dozen steps."""
         self.ema = self._copy()
 
-    def _copy(self) -> list[Tensor]:
-        return [p.detach().float().clone() for p in self.params]
-
     @torch.no_grad()
     def update(self, step: int, plan: StepPlan) -> None:
         """Take in the weights after step number `step` (counted from 1)."""
-        if self.ema:
-            self.updates += 1  # the first steps get a short memory: with 0.997 alone a short run averages its start
-            decay = min(self.cfg.ema_decay, (1 + self.updates) / (10 + self.updates))
+        cfg = self.cfg
+        if self.ema:  # the first steps get a short memory: with 0.997 alone a short run averages its start
+            decay = min(cfg.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.ema, self.params, 1 - decay)
-        if self.cfg.swa_enabled and plan.snapshot:
-            if self.swa:
-                torch._foreach_add_(self.swa, self.params)
+        if cfg.lawa_enabled and step % cfg.lawa_freq == 0:
+            self.snapshots, self.count = [*self.snapshots, self._copy()][-cfg.lawa_k:], min(self.count + 1, cfg.lawa_k)
+        elif cfg.swa_enabled and not cfg.lawa_enabled and plan.snapshot:
+            if self.snapshots:  # all snapshots count, so that their sum is enough
+                torch._foreach_add_(self.snapshots[0], self.params)
             else:
-                self.swa = self._copy()
-            self.swa_count += 1
-        if self.cfg.lawa_enabled and step % self.cfg.lawa_freq == 0:
-            self.lawa.append(self._copy())
+                self.snapshots = [self._copy()]
+            self.count += 1
 
     @torch.no_grad()
     def apply(self) -> str:
         """Load the chosen average into the parameters; returns the log line that says which."""
-        if self.lawa:
-            mean = [sum(copies) / len(self.lawa) for copies in zip(*self.lawa)]
-            line = f"lawa:applying LAWA averaging k={len(self.lawa)}"
-        elif self.swa:
-            mean = [total / self.swa_count for total in self.swa]
-            line = f"swa:applying averaged {self.swa_count} checkpoints"
+        if self.count:
+            mean = [sum(copies) / self.count for copies in zip(*self.snapshots)]
+            line = (f"lawa:applying LAWA averaging k={self.count}" if self.cfg.lawa_enabled else
+                    f"swa:applying averaged {self.count} checkpoints")
         elif self.ema:
             mean, line = self.ema, "ema:applying EMA weights"
         else:
@@ -2196,13 +2194,10 @@ class Averager:
         return line
 
     def state(self) -> dict:
-        return {"updates": self.updates, "ema": self.ema, "swa": self.swa, "swa_count": self.swa_count,
-                "lawa": list(self.lawa)}
+        return {"ema": self.ema, "snapshots": self.snapshots, "count": self.count}
 
     def load(self, state: dict) -> None:
-        for name in ("updates", "swa_count", "ema", "swa"):
-            setattr(self, name, state[name])
-        self.lawa = collections.deque(state["lawa"], maxlen=self.cfg.lawa_k)
+        self.ema, self.snapshots, self.count = state["ema"], state["snapshots"], state["count"]
 
 
 # ------------------------------------------------------------------------------------------------ TRAINING
@@ -2368,7 +2363,7 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
         rt.log(f"warning: the run is shorter than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate is at "
                f"{plan.lr_scale:.3f} of its value at step {state.step} already; WARMDOWN_FRAC makes it a share of the "
                "run")
-    if cfg.swa_enabled and plan.snapshot and not state.averager.swa:
+    if cfg.swa_enabled and plan.snapshot and not state.averager.count:
         rt.log(f"swa:start step:{state.step + 1}")
 
 
