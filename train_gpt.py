@@ -14,8 +14,7 @@ The rooms, in reading order; a room uses only the rooms above it:
     QUANTISER   weights <-> codes and scales           ROUNDING    calibrate, round, fit the size
     KERNELS     fused operators in Triton              ARTIFACT    the file that is submitted
     MODEL       the transformer on weight banks        EVALUATION  score first, then (perhaps) learn
-    PARAMETERS  which parameter is treated how         AUDIT       shows that the scores are legal
-                                                       MAIN        the whole run on one screen
+    PARAMETERS  which parameter is treated how         MAIN        the whole run on one screen
 
 The system is that of the competition's pull request 1092, with its slips mended (each is named where it stands).
 """
@@ -253,10 +252,6 @@ class Hyperparameters:
     hash_embed_buckets: int = env_field(0, "rows of a hashed-pair embedding that starts at zero and learns in the "
                                         "stream alone, 4,096 or 16,384 as published (PR 1460); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
-    audit: str = env_field("0", "1: show before the final scores that they are legal; only: that alone, of "
-                           "EVAL_ARTIFACT", choices=("0", "1", "only"))
-    audit_tokens: int = env_field(0, "length of the text the audit walks over; 0: two and a half chunks", lo=0)
-    audit_positions: int = env_field(6, "positions after which the audit changes that text", lo=1)
 
     @property
     def train_files(self) -> str:
@@ -432,7 +427,6 @@ def check_combinations(cfg: Hyperparameters) -> None:
     demand(cfg.eval_stride <= cfg.window, f"EVAL_STRIDE={cfg.eval_stride} is longer than a window of {cfg.window}")
     if cfg.ttt_enabled:
         check_adaptation(cfg, demand)
-    demand(cfg.audit != "only" or bool(cfg.eval_artifact), "AUDIT=only looks at an artifact: EVAL_ARTIFACT names it")
     demand(not cfg.max_wallclock_seconds or cfg.train_seconds > 0, f"GPTQ_RESERVE_SECONDS={cfg.gptq_reserve_seconds:g} "
            f"leaves nothing of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} for training")
     demand(cfg.iterations > 0 or not cfg.resume, "RESUME=1 with ITERATIONS=0: nothing to resume")
@@ -497,8 +491,9 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: on any failure the old file survives. Raises UserError."""
+def write_whole(path: Path, data: bytes, older: Path | None = None) -> None:
+    """Write a file whole or not at all: on any failure the old file survives, which else moves to `older`. Raises
+    UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -506,6 +501,8 @@ def write_whole(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        if older is not None:
+            os.replace(path, older)
         os.replace(spare, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -2150,47 +2147,45 @@ def lr_scale(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -
 
 # ------------------------------------------------------------------------------------------------ AVERAGING
 class Averager:
-    """Averages of the weights, in fp32 on the device. At the end LAWA is used if on, else SWA, else EMA."""
+    """Averages of the weights, in fp32 on the device: an EMA, and one mean of snapshots whose window is the end of
+    training (SWA) or the last LAWA_K of them (LAWA, which wins if both are on). At the end the mean is used if there
+    is one, else the EMA."""
 
     def __init__(self, cfg: Hyperparameters, params: list[Tensor]):
-        self.cfg, self.params, self.updates = cfg, params, 0
+        self.cfg, self.params, self.snapshots, self.count = cfg, params, [], 0
         self.ema = self._copy() if cfg.ema_enabled else []
-        self.swa, self.swa_count = [], 0
-        self.lawa = collections.deque(maxlen=cfg.lawa_k)
+
+    def _copy(self) -> list[Tensor]:
+        return [p.detach().float().clone() for p in self.params]
 
     def restart_ema(self) -> None:
         """Put the present weights in place of the exponential average. Its decay ramp belongs to the start of training
         and does not begin again: the average would end with a memory of a few dozen steps."""
         self.ema = self._copy()
 
-    def _copy(self) -> list[Tensor]:
-        return [p.detach().float().clone() for p in self.params]
-
     @torch.no_grad()
     def update(self, step: int, plan: StepPlan) -> None:
         """Take in the weights after step number `step` (counted from 1)."""
-        if self.ema:
-            self.updates += 1  # the first steps get a short memory: with 0.997 alone a short run averages its start
-            decay = min(self.cfg.ema_decay, (1 + self.updates) / (10 + self.updates))
+        cfg = self.cfg
+        if self.ema:  # the first steps get a short memory: with 0.997 alone a short run averages its start
+            decay = min(cfg.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.ema, self.params, 1 - decay)
-        if self.cfg.swa_enabled and plan.snapshot:
-            if self.swa:
-                torch._foreach_add_(self.swa, self.params)
+        if cfg.lawa_enabled and step % cfg.lawa_freq == 0:
+            self.snapshots, self.count = [*self.snapshots, self._copy()][-cfg.lawa_k:], min(self.count + 1, cfg.lawa_k)
+        elif cfg.swa_enabled and not cfg.lawa_enabled and plan.snapshot:
+            if self.snapshots:  # all snapshots count, so that their sum is enough
+                torch._foreach_add_(self.snapshots[0], self.params)
             else:
-                self.swa = self._copy()
-            self.swa_count += 1
-        if self.cfg.lawa_enabled and step % self.cfg.lawa_freq == 0:
-            self.lawa.append(self._copy())
+                self.snapshots = [self._copy()]
+            self.count += 1
 
     @torch.no_grad()
     def apply(self) -> str:
         """Load the chosen average into the parameters; returns the log line that says which."""
-        if self.lawa:
-            mean = [sum(copies) / len(self.lawa) for copies in zip(*self.lawa)]
-            line = f"lawa:applying LAWA averaging k={len(self.lawa)}"
-        elif self.swa:
-            mean = [total / self.swa_count for total in self.swa]
-            line = f"swa:applying averaged {self.swa_count} checkpoints"
+        if self.count:
+            mean = [sum(copies) / self.count for copies in zip(*self.snapshots)]
+            line = (f"lawa:applying LAWA averaging k={self.count}" if self.cfg.lawa_enabled else
+                    f"swa:applying averaged {self.count} checkpoints")
         elif self.ema:
             mean, line = self.ema, "ema:applying EMA weights"
         else:
@@ -2199,13 +2194,10 @@ class Averager:
         return line
 
     def state(self) -> dict:
-        return {"updates": self.updates, "ema": self.ema, "swa": self.swa, "swa_count": self.swa_count,
-                "lawa": list(self.lawa)}
+        return {"ema": self.ema, "snapshots": self.snapshots, "count": self.count}
 
     def load(self, state: dict) -> None:
-        for name in ("updates", "swa_count", "ema", "swa"):
-            setattr(self, name, state[name])
-        self.lawa = collections.deque(state["lawa"], maxlen=self.cfg.lawa_k)
+        self.ema, self.snapshots, self.count = state["ema"], state["snapshots"], state["count"]
 
 
 # ------------------------------------------------------------------------------------------------ TRAINING
@@ -2371,7 +2363,7 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
         rt.log(f"warning: the run is shorter than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate is at "
                f"{plan.lr_scale:.3f} of its value at step {state.step} already; WARMDOWN_FRAC makes it a share of the "
                "run")
-    if cfg.swa_enabled and plan.snapshot and not state.averager.swa:
+    if cfg.swa_enabled and plan.snapshot and not state.averager.count:
         rt.log(f"swa:start step:{state.step + 1}")
 
 
@@ -3316,10 +3308,6 @@ class LowRank:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix) + self.scale * (x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
 
-    def of_row(self, row: int) -> LowRank:
-        """For inputs that all belong to one row."""
-        return self if self.a.dim() == 2 else LowRank(self.matrix, self.a[row], self.b[row], self.scale)
-
 
 def hash_pairs(ids: Tensor, buckets: int) -> Tensor:
     """Bucket of each (previous, current) pair as in PR 1460; the first token precedes itself.  # [rows, T]"""
@@ -3564,211 +3552,6 @@ def report_chunk(rt: Runtime, meter: BpbMeter, chunk: int, chunks: int, seconds:
                chunk=chunk + 1, chunks=chunks, running_bpb=bpb, seconds=seconds)
 
 
-# ------------------------------------------------------------------------------------------------ AUDIT
-@dataclass(frozen=True)
-class Finding:
-    """One row of the audit's table."""
-
-    walk: str
-    check: str
-    holds: bool
-    evidence: str
-
-
-class Recorder:
-    """Observes a walk: every target's score, and how often it was given."""
-
-    def __init__(self, targets: int, device):
-        self.nll, self.times, self.changed = *torch.zeros(2, targets, device=device), torch.zeros((), device=device)
-
-    def __call__(self, numbers: Tensor, nll: Tensor) -> None:
-        self.nll.index_add_(0, numbers, nll.float())
-        self.times.index_add_(0, numbers, torch.ones_like(numbers, dtype=torch.float32))
-
-
-class Probe:
-    """Stands before the scoring function of a walk. It keeps the first batch, and at call `when` it puts every token of
-    the vocabulary in one place of the text: if a score is -log of a probability, and made before the token is known,
-    the probabilities of all of them are 1 together."""
-
-    def __init__(self, score_fn, vocab_size: int, when: int = -1):
-        self.score_fn, self.vocab_size, self.when = score_fn, vocab_size, when
-        self.calls, self.first, self.total, self.made = 0, None, math.nan, []
-
-    def __call__(self, ids: Tensor, wanted: Tensor, temperature: float, dress):
-        nll = self.score_fn(ids, wanted, temperature, dress)
-        self.made.append(nll.detach().float().flatten())
-        if not self.calls:
-            self.first = ids, wanted, temperature, nll.detach()
-        if self.calls == self.when:
-            self.total = self.probability_of_anything(ids, wanted, temperature, dress)
-        self.calls += 1
-        return nll
-
-    @torch.no_grad()
-    def probability_of_anything(self, ids: Tensor, wanted: Tensor, temperature: float, dress) -> float:
-        """Of the batch's first row, at a target that is an input as well (if there are two) and whose predecessor
-        stood in the text most often before: there a cache of what has been seen would know most."""
-        keep, row = wanted.size(1), ids[0]
-        seen_before = (row[-keep:, None] == row).tril(len(row) - keep - 1).sum(1)
-        place = int(seen_before[:max(keep - 1, 1)].argmax())
-        dressed = lambda kind, layer, matrix: (lambda w: w.of_row(0) if isinstance(w, LowRank) else w)(
-            dress(kind, layer, matrix))
-        total = 0.0
-        for words in torch.arange(self.vocab_size, device=ids.device).split(len(ids)):
-            texts, targets = ids[:1].repeat(len(ids), 1), wanted[:1].repeat(len(ids), 1)
-            targets[:len(words), place] = words
-            if place + 1 < keep:
-                texts[:len(words), place + 1 - keep] = words
-            nll = self.score_fn(texts, targets, temperature, dress and dressed)
-            total += nll[:len(words), place].double().neg().exp().sum().item()
-        return total
-
-
-class Audit:
-    """Shows on a piece of the validation text, with the walks that make the final scores, that these are legal.
-
-    Everything is looked at from outside - scores are compared, nothing is asked of the code that makes them. Raises
-    UserError if there is not enough text.
-    """
-
-    def __init__(self, cfg: Hyperparameters, rt: Runtime, val: ValData, model: GPT, path):
-        chunk = min(cfg.ttt_chunk_tokens, max(4 * cfg.train_seq_len, cfg.eval_stride or cfg.window))
-        self.cfg = dataclasses.replace(cfg, ttt_chunk_tokens=chunk)  # small, so that many borders cost little
-        self.rt, self.model, self.findings = rt, model, []
-        self.blob = rt.share_bytes(read_file(path) if rt.rank == 0 else None)
-        self.disk = load_model(self.blob, rt, val.tokenizer_sha256)
-        self.random = torch.Generator().manual_seed(cfg.seed)
-        size = cfg.audit_tokens or max(chunk * 5 // 2, cfg.window + 2 * (cfg.eval_stride or cfg.window))
-        tokenizer, _ = open_tokenizer(cfg)
-        tokens = val.tokens[:size + 1].clone()
-        while tokenizer.is_byte(tokens[-1].item()):  # half a character decodes to something else
-            tokens = tokens[:-1]
-        if len(tokens) <= cfg.window + 1:
-            raise UserError(f"AUDIT_TOKENS={size}: the audit needs more than a window of {cfg.window} tokens of text")
-        if val.bos_id >= 0 and not (tokens[2:] == val.bos_id).any():
-            tokens[len(tokens) * 2 // 5] = val.bos_id  # a border between documents, where there is none
-        self.val, self.text = dataclasses.replace(val, tokens=tokens), tokenizer.decode
-        if cfg.ttt_reset == "document":
-            doc_chunk = min(cfg.ttt_doc_chunk_tokens, len(tokens) // 8)
-            self.cfg = dataclasses.replace(self.cfg, ttt_doc_chunk_tokens=doc_chunk)
-
-    def find(self, walk: str, check: str, holds: bool, evidence: str) -> None:
-        self.findings.append(Finding(walk, check, bool(holds), evidence))
-
-    def score(self, key: str, tokens: Tensor, when: int = -1):
-        """(result, recorder, probe) of one walk over `tokens`, with the weights of the artifact. The recorder also gets
-        `changed`: how many scores are not what the scoring function made."""
-        self.model.load_state_dict(self.weights)
-        val, cfg, rt = dataclasses.replace(self.val, tokens=tokens), self.cfg, self.rt
-        adapter = adapter_for(self.model, cfg, rt) if key == "ttt" else None
-        recorder = Recorder(len(tokens) - 1, tokens.device)
-        probe = Probe(scorer(self.model, rt, adapter), cfg.vocab_size, when)
-        quiet = dataclasses.replace(rt, log=RunLog(Path(), "", active=False))
-        result = evaluate(key, probe, val, cfg, quiet, final_walks(cfg)[key], cfg.eval_batch_seqs, adapter, None,
-                          recorder)
-        mine = recorder.nll[recorder.times > 0]
-        recorder.changed += (~torch.isin(mine, torch.cat([*probe.made, mine[:0]]))).sum()
-        rt.sum_many_([recorder.nll, recorder.times, recorder.changed])
-        return result, recorder, probe
-
-    def positions(self, key: str) -> list[int]:
-        """Where to change the text: next to borders of chunks and documents, and anywhere."""
-        tokens, documents = self.val.tokens, self.cfg.ttt_reset == "document" and key == "ttt"
-        borders = (tokens[2:] == self.val.bos_id).nonzero().flatten()[:2] + 2
-        chunk = self.cfg.ttt_doc_chunk_tokens if documents else self.cfg.ttt_chunk_tokens
-        near = [p + d for p in (chunk, *borders.tolist()) for d in (0, 1)]
-        anywhere = torch.randint(2, len(tokens) - 1, (self.cfg.audit_positions,), generator=self.random).tolist()
-        picked = [*near[:self.cfg.audit_positions // 2], *anywhere][:self.cfg.audit_positions]
-        return sorted({min(max(p, 2), len(tokens) - 2) for p in picked})
-
-    def other_text(self, t: int) -> Tensor:
-        """The text with every token from position t on another one; documents may end anywhere."""
-        tokens, size = self.val.tokens.clone(), self.cfg.vocab_size
-        step = torch.randint(1, size, (len(tokens) - t,), generator=self.random).to(tokens)
-        tokens[t:] = (tokens[t:] + step) % size
-        if self.val.bos_id >= 0:
-            tokens[t + 7::97] = self.val.bos_id
-        return tokens
-
-    def weights_are_the_artifact_s(self) -> None:
-        kept, read = self.model.state_dict(), self.disk.state_dict()
-        other = [name for name in {**kept, **read} if name not in kept or name not in read
-                 or not torch.equal(kept[name], read[name])]
-        digest = hashlib.sha256(self.blob).hexdigest()
-        self.find("all", "artifact is the only source of weights", not other,
-                  f"{len(read)} tensors bit for bit those of the file with sha256 {digest}" if not other else
-                  f"not the file's: {', '.join(other[:5])}")
-        self.weights = {name: tensor.clone() for name, tensor in kept.items()}
-
-    def walk(self, key: str) -> None:
-        """All checks of one walk."""
-        tokens, noise_limit = self.val.tokens, 0.0 if self.rt.device.type == "cpu" else 1e-3  # nats
-        result, scores, probe = self.score(key, tokens)
-        self.find(key, "each token scored once", bool((scores.times == 1).all()) and result.tokens == len(tokens) - 1,
-                  f"{int(scores.times.sum())} scores of {len(tokens) - 1} targets, "
-                  f"{int((scores.times != 1).sum())} of them not once")
-        total = scores.nll.double().sum().item()
-        whole = math.isclose(result.loss * result.tokens, total, rel_tol=1e-5) and not scores.changed
-        self.find(key, "the sum is that of the scores", whole, f"{result.loss * result.tokens:.6f} nats, single scores "
-                  f"{total:.6f}, {int(scores.changed)} of them not as the model made them")
-        size = self.decoded_bytes()
-        self.find(key, "bytes are the decoded text's", result.bytes == size, f"{result.bytes} counted, {size} decoded")
-        ids, wanted, temperature, nll = probe.first
-        with torch.no_grad():
-            apart = (self.disk.nll(ids, wanted, temperature) - nll).abs().max().item()
-        apart_limit = 1e-4 if self.rt.dtype == torch.float32 else 0.1  # nats; other kernels, in half precision
-        self.find(key, "first batch is the artifact's own", apart <= apart_limit,
-                  f"{apart:.1e} nats from a model just read from disk")
-        _, again, probe = self.score(key, tokens, when=probe.calls * 3 // 5)
-        noise = (again.nll - scores.nll).abs().max().item()
-        self.find(key, "repeatable", noise <= noise_limit, f"two walks differ by {noise:.1e} nats at most")
-        probability = self.rt.agree(probe.total)
-        self.find(key, "full-vocabulary normalisation", abs(probability - 1) <= apart_limit / 10,
-                  f"the {self.cfg.vocab_size} tokens in one place have probability {probability:.7f} together")
-        self.causality(key, scores.nll, noise_limit if noise else 0.0)
-
-    def causality(self, key: str, nll: Tensor, limit: float) -> None:
-        positions, worst, deaf = self.positions(key), 0.0, 0
-        for t in positions:  # token t is target t - 1
-            _, other, _ = self.score(key, self.other_text(t))
-            worst = max(worst, (other.nll[:t - 1] - nll[:t - 1]).abs().max().item())
-            deaf += torch.equal(other.nll[t - 1:], nll[t - 1:])
-        how = "bit-identical" if worst == 0 else f"{worst:.1e} nats off"
-        self.find(key, "causality", worst <= limit and not deaf,
-                  f"text changed from {', '.join(map(str, positions))} on: scores before are {how}"
-                  + f"; {deaf} changes did not show after it either" * bool(deaf))
-
-    def guard(self) -> None:
-        """Is the guard of the walk awake?"""
-        scored, refused = Scored(self.val, self.rt), False
-        scored.times[1:] = self.rt.rank == 0
-        try:
-            scored.lesson(0, len(scored.times))
-        except IllegalScore:
-            refused = True
-        self.find("all", "score before update", refused,
-                  "the guard that a walk takes its lessons from refuses one with a single unscored token")
-
-    def decoded_bytes(self) -> int:
-        """Bytes of the text after its first token, by the tokenizer's own decoding of each document."""
-        ids = self.val.tokens.tolist()
-        starts = [i for i, token in enumerate(ids) if token == self.val.bos_id and i] if self.val.bos_id >= 0 else []
-        return sum(len(self.text(ids[a:b]).encode()) for a, b in zip([0, *starts], [*starts, len(ids)])) - len(
-            self.text(ids[:1]).encode())
-
-    def run(self) -> list[Finding]:
-        self.weights_are_the_artifact_s()
-        self.guard()
-        for key in final_walks(self.cfg):
-            try:
-                self.walk(key)
-            except IllegalScore as error:
-                self.find(key, "score before update", False, str(error))
-        self.model.load_state_dict(self.weights)
-        return self.findings
-
-
 # ------------------------------------------------------------------------------------------------ MAIN
 def settings_from(environ) -> Hyperparameters:
     """The settings of the environment, completed by what dataset.json and, with EVAL_ARTIFACT, the artifact tell: the
@@ -3824,82 +3607,86 @@ def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
            "settings", all=dataclasses.asdict(cfg), changed=changed)
 
 
-def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, val: ValData) -> None:
-    """The opening lines, as this field's log readers know them."""
+def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, data: TrainData | None = None) -> None:
+    """The opening lines, as this field's log readers know them; those of training only with its data."""
     count = lambda module: sum(p.numel() for p in module.parameters())
-    for line in (
+    lines = [
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}",
-        f"train_loader:dataset:{Path(cfg.data_path).resolve().name} train_shards:{len(data.stream.paths)}",
         f"val_loader:shards pattern={cfg.val_files} tokens:{len(val.tokens) - 1}",
         f"model_params:{count(model)}",
-        f"mtp_num_heads:{cfg.mtp_num_heads} mtp_loss_weight:{cfg.mtp_loss_weight} mtp_params:{count(model.mtp_heads)}",
         f"XSA:last_{cfg.xsa_last_n} active_layers:{[i for i, b in enumerate(model.blocks) if b.attn.exclusive]}",
-        f"world_size:{rt.world_size} grad_accum_steps:{data.micro_steps}",
         f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention} "
         f"kernels:{rt.kernels}",
-        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}",
+        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}"]
+    lines += [] if data is None else [
+        f"train_loader:dataset:{Path(cfg.data_path).resolve().name} train_shards:{len(data.stream.paths)}",
+        f"mtp_num_heads:{cfg.mtp_num_heads} mtp_loss_weight:{cfg.mtp_loss_weight} mtp_params:{count(model.mtp_heads)}",
+        f"world_size:{rt.world_size} grad_accum_steps:{data.micro_steps}",
         f"tie_embeddings:{cfg.tie_embeddings} embed_lr:{cfg.table_lr} "
         f"head_lr:{0.0 if cfg.tie_embeddings else cfg.head_lr} matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}",
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} iterations:{cfg.iterations} "
         f"warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
-        f"seed:{cfg.seed}",
-    ):
+        f"seed:{cfg.seed}"]
+    for line in lines:
         rt.log(line)
 
 
-def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibration: Calibration):
-    """Write the float model and the artifact, hold the artifact against its limit, read it back from disk.
+def submitted_code_bytes(cfg: Hyperparameters) -> int:
+    return cfg.code_bytes or os.path.getsize(__file__)
 
-    Returns (path, code bytes, the bytes read). Raises UserError above the limit, after the table of what took the
-    bytes; with SIZE_FIT=1 it rounds more coarsely instead.
+
+def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibration: Calibration) -> Path:
+    """Write the float model and the artifact, and hold the artifact against its limit. Returns the artifact's path.
+
+    Raises UserError above the limit, after the table of what took the bytes; with SIZE_FIT=1 it rounds more coarsely
+    instead.
     """
     def make(settings: Hyperparameters) -> Artifact:
         return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, calibration.hessians))
 
-    path, code_bytes, blob = rt.folder / "final_model.ptz", cfg.code_bytes or os.path.getsize(__file__), None
+    path, code_bytes, total = rt.folder / "final_model.ptz", submitted_code_bytes(cfg), 0
     if rt.rank == 0:
         skipped = sum(p.numel() for p in model.mtp_heads.parameters())
         if skipped:
             rt.log(f"export_excluding_mtp_params:{skipped}")
-        keep_older(rt, path)
         whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
         write_whole(rt.folder / "final_model.pt", whole)
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
-        if cfg.size_fit and len(artifact.blob) + code_bytes > cfg.artifact_limit_bytes:
-            cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, len(artifact.blob) + code_bytes,
-                                     code_bytes)
-        write_whole(path, artifact.blob)
-        blob = path.read_bytes()
+        total = len(artifact.blob) + code_bytes
+        if cfg.size_fit and total > cfg.artifact_limit_bytes:
+            cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, total, code_bytes)
+            total = len(artifact.blob) + code_bytes
+        older = place_of_older(rt, path)
+        write_whole(path, artifact.blob, older)
+        if older is not None:
+            rt.log(f"the artifact of an older run is kept as {older}")
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
         for line in artifact.table(code_bytes):
             rt.log(line)
-        rt.log(f"Serialized model {tag}: {len(blob)} bytes")
-        rt.log(f"Total submission size {tag}: {len(blob) + code_bytes} bytes", "artifact", bytes=len(blob),
-               code_bytes=code_bytes, ledger=artifact.ledger, sha256=hashlib.sha256(blob).hexdigest())
-    blob = rt.share_bytes(blob)
-    if len(blob) + code_bytes > cfg.artifact_limit_bytes:
-        raise UserError(f"submission of {len(blob) + code_bytes:,} bytes is over ARTIFACT_LIMIT_BYTES="
-                        f"{cfg.artifact_limit_bytes:,}; the table above shows what took them")
-    return path, code_bytes, blob
+        rt.log(f"Serialized model {tag}: {len(artifact.blob)} bytes")
+        rt.log(f"Total submission size {tag}: {total} bytes", "artifact", bytes=len(artifact.blob),
+               code_bytes=code_bytes, ledger=artifact.ledger, sha256=hashlib.sha256(artifact.blob).hexdigest())
+    total = int(rt.agree(total))
+    if total > cfg.artifact_limit_bytes:
+        raise UserError(f"submission of {total:,} bytes is over ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,}; the "
+                        "table above shows what took them")
+    return path
 
 
-def keep_older(rt: Runtime, path: Path) -> None:
-    """An artifact that another run left at `path` moves to final_model.RUN_ID.ptz."""
+def place_of_older(rt: Runtime, path: Path) -> Path | None:
+    """Where an artifact that another run left at `path` moves: final_model.RUN_ID.ptz. None if there is none."""
     if not path.is_file():
-        return
+        return None
     digest, run_id = hashlib.sha256(path.read_bytes()).hexdigest(), ""
     for log in (rt.folder / "logs").glob("*.jsonl"):
         with contextlib.suppress(OSError):
             if f'"sha256": "{digest}"' in log.read_text():
                 run_id = log.stem
     run_id = run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-    older = path.with_name(f"{path.stem}.{run_id}{path.suffix}")
-    if run_id != rt.run_id:
-        os.replace(path, older)
-        rt.log(f"the artifact of an older run is kept as {older}")
+    return None if run_id == rt.run_id else path.with_name(f"{path.stem}.{run_id}{path.suffix}")
 
 
 def precision_tag(cfg: Hyperparameters) -> str:
@@ -3936,37 +3723,6 @@ def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapt
            f"ttt_sliding:optimizer={cfg.ttt_optimizer} lr={cfg.ttt_lr} momentum={cfg.ttt_momentum}")
 
 
-def audit(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, path) -> None:
-    """Audit the final scores to come; the table goes to the log and, with all it depends on, to files beside it.
-    Raises UserError if a check fails."""
-    watch = Stopwatch()
-    auditor = Audit(cfg, rt, val, model, path)
-    findings = auditor.run()
-    failed = [f"{f.check} ({f.walk})" for f in findings if not f.holds]
-    digest = lambda data: hashlib.sha256(data).hexdigest()
-    body = json.dumps({
-        "verdict": "FAIL" if failed else "pass", "findings": [dataclasses.asdict(f) for f in findings],
-        "artifact_sha256": digest(auditor.blob), "code_sha256": digest(Path(__file__).read_bytes()),
-        "tokenizer_sha256": val.tokenizer_sha256, "text_tokens": len(auditor.val.tokens),
-        "text_sha256": digest(auditor.val.tokens.cpu().numpy().tobytes()), "settings": auditor.cfg.non_defaults(),
-        "world_size": rt.world_size, "device": str(rt.device), "dtype": str(rt.dtype), "torch": torch.__version__,
-        "seconds": round(watch.elapsed(), 1)}, indent=1, default=str)
-    wide = [max(len(getattr(f, name)) for f in findings) for name in ("walk", "check")]
-    table = [f"audit of {path}: the first {len(auditor.val.tokens):,} tokens, "
-             f"chunks of {auditor.cfg.ttt_chunk_tokens:,}"]
-    table += [f"  {'pass' if f.holds else 'FAIL'}  {f.walk:<{wide[0]}}  {f.check:<{wide[1]}}  {f.evidence}"
-              for f in findings]
-    table += [f"audit:{'FAIL' if failed else 'pass'} checks:{len(findings)} failed:{len(failed)} "
-              f"signed:sha256:{digest(body.encode())} of {rt.log.path('.audit.json')}"]
-    if rt.rank == 0:
-        write_whole(rt.log.path(".audit.json"), body.encode())
-        write_whole(rt.log.path(".audit.txt"), "\n".join([*table, ""]).encode())
-    for line in table:
-        rt.log(line)
-    if failed:
-        raise UserError(f"the audit failed: {', '.join(failed)}; such a score does not count")
-
-
 def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
                  clock: EvalClock | None = None) -> dict[str, EvalResult]:
     """Plain, sliding and test-time-trained scores of a model, in that order: the last one changes the weights.
@@ -4001,7 +3757,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
 
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
-    seconds, watch, specs = {}, Stopwatch(), quant_specs(cfg, blueprint(cfg))
+    watch, specs = Stopwatch(), quant_specs(cfg, blueprint(cfg))
     codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
     if cfg.size_fit and not specs:
         raise UserError("SIZE_FIT=1 has nothing to round more coarsely: all parameters are kept as floats")
@@ -4010,70 +3766,50 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.attend, rt.dtype, specs, rt.kernels).to(rt.device)
-    log_preamble(cfg, rt, model, data, val)
+    log_preamble(cfg, rt, model, val, data)
     tokens = min(cfg.val_batch_size // rt.world_size, rt.forward_tokens(cfg))
     plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, stride=cfg.window,
                               batch_seqs=max(tokens // cfg.window, 1))
-    seconds["setup"] = watch.elapsed()
+    seconds = {"setup": watch.elapsed()}
     state = train(cfg, rt, model, data, plain)
-    seconds["train"] = state.watch.elapsed()
+    seconds["train"], phase = state.watch.elapsed(), Stopwatch()
     left_s = cfg.max_wallclock_seconds - seconds["train"] if cfg.max_wallclock_seconds else math.inf
-    looking = Stopwatch()
     calibration = calibrate(cfg, rt, model, data, state.step, left_s)
-    seconds["calibrate"] = looking.elapsed()
+    seconds["calibrate"] = phase.elapsed()
     averaged = plain("post_average", rt.compiled(model.nll))
     rt.log(f"DIAGNOSTIC post_average val_loss:{averaged.loss:.4f} val_bpb:{averaged.bpb:.4f} "
            f"eval_time:{1000 * averaged.seconds:.0f}ms", "evaluation", **dataclasses.asdict(averaged))
-    packing = Stopwatch()
-    path, code_bytes, blob = export(cfg, rt, model, val, calibration)
-    seconds["export"] = packing.elapsed()
-    clock = EvalClock(cfg, rt)
-    model = load_model(blob, rt, val.tokenizer_sha256)
-    if cfg.audit != "0":
-        audit(cfg, rt, model, val, path)
-    results = final_scores(cfg, rt, model, val, clock)
-    seconds |= {key: r.seconds for key, r in results.items()} | {"evaluate": clock.watch.elapsed(),
-                                                                  "total": watch.elapsed()}
-    return summarise(cfg, rt, path, len(blob), code_bytes, results, seconds, averaged.bpb, state.step)
+    phase = Stopwatch()
+    path = export(cfg, rt, model, val, calibration)
+    seconds["export"] = phase.elapsed()
+    summary = score_artifact(cfg, rt, val, path, seconds, watch)
+    return summary | {"val_bpb_pre_quant": averaged.bpb, "steps": state.step,
+                      "tokens": state.step * cfg.train_batch_tokens}
 
 
-def score_artifact(cfg: Hyperparameters, rt: Runtime) -> dict | None:
-    """The end of `run` alone, for an artifact made before: read -> evaluate. Returns the same summary, or None where
-    the audit was all that was asked for."""
+def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
+    """The end of `run` alone, for an artifact made before. Returns the same summary."""
     watch, val = Stopwatch(), ValData.open(cfg, rt)
     log_settings(cfg, rt)
-    clock, blob = EvalClock(cfg, rt), read_file(cfg.eval_artifact)
+    return score_artifact(cfg, rt, val, cfg.eval_artifact, {"setup": watch.elapsed()}, watch)
+
+
+def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, seconds: dict, watch: Stopwatch) -> dict:
+    """Read an artifact from disk, evaluate it and sum up; `seconds`: of the phases before. A score that was not asked
+    for is None in the summary."""
+    clock = EvalClock(cfg, rt)
+    blob = rt.share_bytes(read_file(path) if rt.rank == 0 else None)
     model = load_model(blob, rt, val.tokenizer_sha256)
-    for line in (
-        f"artifact:{cfg.eval_artifact} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}",
-        f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}",
-        f"val_loader:shards pattern={cfg.val_files} tokens:{len(val.tokens) - 1}",
-        f"model_params:{sum(p.numel() for p in model.parameters())}",
-        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention} "
-        f"kernels:{rt.kernels}",
-    ):
-        rt.log(line)
-    seconds = {"setup": watch.elapsed(), "train": 0.0, "calibrate": 0.0, "export": 0.0}
-    if cfg.audit != "0":
-        audit(cfg, rt, model, val, cfg.eval_artifact)
-    if cfg.audit == "only":
-        return None
-    results = final_scores(cfg, rt, model, val, clock)
+    rt.log(f"artifact:{path} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}")
+    if cfg.eval_artifact:
+        log_preamble(cfg, rt, model, val)
+    results, code_bytes = final_scores(cfg, rt, model, val, clock), submitted_code_bytes(cfg)
     seconds |= {key: r.seconds for key, r in results.items()} | {"evaluate": clock.watch.elapsed(),
                                                                   "total": watch.elapsed()}
-    return summarise(cfg, rt, cfg.eval_artifact, len(blob), cfg.code_bytes or os.path.getsize(__file__), results,
-                     seconds)
-
-
-def summarise(cfg: Hyperparameters, rt: Runtime, path, artifact_bytes: int, code_bytes: int,
-              results: dict[str, EvalResult], seconds: dict, pre_quant_bpb: float | None = None,
-              steps: int = 0) -> dict:
-    """What a run comes to. A score that was not asked for is None."""
-    bpb = {key: results[key].bpb if key in results else None for key in ("roundtrip", "sliding", "ttt")}
-    return {"run_id": rt.run_id, "val_bpb_pre_quant": pre_quant_bpb, "val_bpb_roundtrip": bpb["roundtrip"],
-            "val_bpb_sliding": bpb["sliding"], "val_bpb_ttt": bpb["ttt"], "artifact_path": str(path),
-            "artifact_bytes": artifact_bytes, "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes,
-            "artifact_limit_bytes": cfg.artifact_limit_bytes, "steps": steps, "tokens": steps * cfg.train_batch_tokens,
+    bpb = {f"val_bpb_{key}": results[key].bpb if key in results else None for key in ("roundtrip", "sliding", "ttt")}
+    return {"run_id": rt.run_id, "val_bpb_pre_quant": None, **bpb, "artifact_path": str(path),
+            "artifact_bytes": len(blob), "code_bytes": code_bytes, "total_bytes": len(blob) + code_bytes,
+            "artifact_limit_bytes": cfg.artifact_limit_bytes, "steps": 0, "tokens": 0,
             "seconds": {k: round(v, 3) for k, v in seconds.items()}, "peak_rss_bytes": peak_rss_bytes()}
 
 
@@ -4123,13 +3859,12 @@ def main(arguments: list[str]) -> int:
         rank = read_ranks(process_environment())[0]
         cfg = settings_from(process_environment())
         rt = Runtime.open(cfg)
-        summary = score_artifact(cfg, rt) if cfg.eval_artifact else run(cfg, rt)
-        if summary:
-            report(rt, summary)
-            spent = summary["seconds"]["evaluate"]
-            if cfg.eval_max_seconds and spent > cfg.eval_max_seconds:
-                raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
-                                "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
+        summary = (run_evaluation if cfg.eval_artifact else run)(cfg, rt)
+        report(rt, summary)
+        spent = summary["seconds"]["evaluate"]
+        if cfg.eval_max_seconds and spent > cfg.eval_max_seconds:
+            raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
+                            "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
         rt.agree(0.0)  # no rank leaves before the first has written its last file
     except UserError as error:
         return end_with(error, rank)

@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import pickle
 import sys
 import zipfile
@@ -297,6 +298,112 @@ def test_values_that_cannot_be_are_refused(stream, value):
     array[1, 2, 1] = value
     with pytest.raises(ValueError, match=f"stream {stream}"):
         tg.unpack_stream(stream, "lzma", tg.pack_stream("lzma", [(array, bits)]), [array.shape], (bits,))
+
+
+# ---- streams that are not what the header says, although every checksum of the file is right
+
+def range_coded(codes, bits, at, value):
+    """The code of a table in whose last block one code is such as an honest encoder refuses to write."""
+    code, changed = tg.Spreads.code, codes.copy()
+    changed[at] = value
+
+    def altered(spreads, bucket, symbols):
+        last = symbols.copy()
+        if len(symbols) == 2:  # the rest of six rows, after a block of four; too few rows for any guess
+            last[at[0] - 4, at[1]] = value
+        code(spreads, bucket, last)
+        return symbols
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg.Spreads, "code", altered)
+        return tg.range_encode([codes], [bits]), changed
+
+
+@pytest.mark.parametrize("value, fits", [(7, True), (-7, True), (8, False), (-8, False), (14, False), (-14, False)])
+def test_a_code_outside_its_alphabet_is_refused(value, fits):
+    """A table's symbols are differences and reach twice as far as its codes may; in another packer, anywhere."""
+    ranged, codes = range_coded(codes_of((6, 9), 4, 0, 0.3), 4, (5, 3), value)
+    for codec, packed in (("range", ranged), ("lzma", tg.pack_stream("lzma", [(codes, 4)])),
+                          ("zstd", tg.pack_stream("zstd", [(codes, 4)]))):
+        if fits:
+            assert np.array_equal(tg.unpack_stream("embed", codec, packed, [(6, 9)], (4,))[0], codes)
+            continue
+        with pytest.raises(ValueError, match="out of range"):
+            tg.unpack_stream("embed", codec, packed, [(6, 9)], (4,))
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (2, 5, 70), (4, 30), (300, 20)])
+def test_a_range_stream_too_long_or_too_short_is_refused(shape):
+    codes = codes_of(shape, 5, 3, 0.3)
+    packed = tg.range_encode([codes], [5])
+    assert np.array_equal(tg.range_decode(packed, [shape], [5])[0], codes)
+    for other in (packed + b"\1", packed + b"\1\2\3", packed + bytes(4), packed + bytes(8), packed + bytes(range(16)),
+                  packed + packed, packed[:-1], packed[1:], packed[:-3]):
+        with pytest.raises(ValueError):
+            tg.range_decode(other, [shape], [5])
+
+
+def with_stream(blob, name, change):
+    """The artifact with the bytes of one stream changed, its size in the header and the file's checksums mended."""
+    text, payload = tg.open_frame(blob)
+    header, offset, parts = json.loads(text), 0, []
+    for row in header["streams"]:
+        part = payload[offset:offset + row[2]]
+        offset += row[2]
+        parts.append(change(part) if row[0] == name else part)
+        row[2] = len(parts[-1])
+    return tg.frame(tg.json_bytes(header), b"".join(parts))
+
+
+STREAMS = ("attn", "embed", "half", "scales")
+CHANGES = {"a byte less": lambda b: b[:-1], "without its first byte": lambda b: b[1:], "nothing": lambda b: b"",
+           "a byte more": lambda b: b + b"\1", "a zero more": lambda b: b + b"\0", "half": lambda b: b[:len(b) // 2],
+           "twice": lambda b: b + b, "eight zeros more": lambda b: b + bytes(8),
+           "four zeros more": lambda b: b + bytes(4), "backwards": lambda b: b[::-1]}
+
+
+@pytest.mark.parametrize("codec", ["range", "lzma", "zstd"])
+def test_streams_of_another_length_are_refused(codec):
+    blob = pack_bench.tiny_artifact(codec)
+    assert with_stream(blob, "attn", lambda part: part) == blob
+    for name in STREAMS:
+        for what, change in CHANGES.items():
+            with pytest.raises(tg.UserError) as caught:
+                tg.unpack(with_stream(blob, name, change))
+            assert "\n" not in str(caught.value), (name, what)
+
+
+def test_streams_in_another_order_or_of_each_other_are_refused(tiny):
+    def swapped(header):
+        header["streams"][0], header["streams"][1] = header["streams"][1], header["streams"][0]
+
+    def shifted(header):
+        header["streams"][0][2] -= 1
+        header["streams"][1][2] += 1
+    for change in (swapped, shifted):
+        with pytest.raises(tg.UserError):
+            tg.unpack(resealed(tiny, change))
+
+
+@pytest.mark.parametrize("name, value", [("model_dim", "1_6"), ("model_dim", " 16 "), ("model_dim", "16"),
+                                         ("num_layers", "2"), ("ln_scale", 1), ("ln_scale", "1"),
+                                         ("logit_softcap", "30"), ("logit_softcap", 30), ("mtp_num_heads", False)])
+def test_settings_have_one_spelling_in_the_header(tiny, name, value):
+    with pytest.raises(tg.UserError, match="malformed"):
+        tg.unpack(resealed(tiny, set_at("config", name, value=value)))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("mlp_up_bank", np.nan), ("qo_bank", np.inf), ("kv_bank", -np.inf), ("tok_emb.weight", np.nan),
+    ("bigram.embed.weight", np.inf), ("smear.gate", np.nan), ("skip_weights", np.inf), ("bigram.scale", -np.inf),
+    ("qo_bank", 1e30), ("tok_emb.weight", 3e38), ("skip_weights", 7e4)])
+def test_no_weight_that_is_not_a_number_is_packed_wherever_it_is(config, name, value):
+    cfg, model = config(int8_keep_float_fp32_name_patterns="bigram.scale", clip_rule="amax"), model_of(config())
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = value
+    for rounded in ({}, None) if math.isfinite(value) else ({},):
+        with pytest.raises(tg.UserError, match=f"parameter {name} is not finite") as caught:
+            tg.pack(cfg, model, SHA, rounded)
+        assert "\n" not in str(caught.value)
 
 
 def test_fuzz(capsys):
