@@ -150,11 +150,17 @@ tool() {  # SCRIPT ARGUMENT...: introduces itself as `run.sh COMMAND`
   export RUN_SH_COMMAND="run.sh $command"
   exec "$python" "$@"
 }
-look_ahead() {  # ARGUMENT...: exports those of the settings among a tool's arguments that this script goes by
-  local argument
-  for argument; do
-    case $argument in DEVICE=* | DATA_PATH=*) export "$argument" ;; esac
+artifact_tool() {  # SCRIPT ARGUMENT...: with the environment of a run, which goes by two of the settings among them
+  local argument help=''
+  for argument in "${@:2}"; do
+    case $argument in
+      DEVICE=* | DATA_PATH=*) export "$argument" ;;
+      -h | --help) help=1 ;;
+    esac
   done
+  artifact=1
+  if [ "$help" ]; then to_run; else ready; fi
+  tool "$@"
 }
 command=${1:-}
 case $command in
@@ -174,8 +180,8 @@ case $command in
     [ "$command" = eval ] || export AUDIT=only
     run "${@:3}" ;;
   inspect) shift; to_run; tool tools/inspect_artifact.py "$@" ;;
-  sample) shift; artifact=1; look_ahead "$@"; ready; tool tools/sample.py "$@" ;;
-  sweep) shift; artifact=1; look_ahead "$@"; ready; tool tools/ttt_bench.py "$@" ;;
+  sample) shift; artifact_tool tools/sample.py "$@" ;;
+  sweep) shift; artifact_tool tools/ttt_bench.py "$@" ;;
   settings) to_run; exec "$python" train_gpt.py --help ;;
   *) run "$@" ;;
 esac

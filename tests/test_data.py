@@ -8,6 +8,7 @@ import torch
 import train_gpt as tg
 from conftest import make_runtime
 from hypothesis import given, settings, strategies as st
+from test_optimisers import on_ranks
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 300), st.integers(1, 200))
@@ -60,6 +61,28 @@ def test_damaged_shards_are_named(corpus, tmp_path, change, said):
 def test_ids_beyond_the_vocabulary_are_refused_with_their_shard(corpus):
     with pytest.raises(tg.UserError, match="VOCAB_SIZE=100"):
         tg.TokenStream(str(corpus.folder / "fineweb_train_*.bin"), 100).read(0, 1000)
+
+
+def test_the_first_id_beyond_the_vocabulary_is_refused_and_the_last_within_is_not(tmp_path):
+    for ids, refused in (([3, 384, 5], True), ([3, 383, 5], False)):
+        prepare.write_shard(tmp_path / "fineweb_val_000000.bin", np.array(ids, np.uint16))
+        stream = tg.TokenStream(str(tmp_path / "fineweb_val_*.bin"), 384)
+        if refused:
+            with pytest.raises(tg.UserError, match="000000.bin holds token 384, but VOCAB_SIZE=384"):
+                stream.read(0, 3)
+        else:
+            assert stream.read(0, 3).tolist() == ids
+
+
+def test_the_validation_text_is_that_of_all_its_shards(corpus, config, rt, tmp_path):
+    """In the order of their names, and so are the bytes: a shard may end in the middle of a document."""
+    for name, part in (("000002", corpus.val[900:]), ("000000", corpus.val[:300]), ("000001", corpus.val[300:900])):
+        prepare.write_shard(tmp_path / f"fineweb_val_{name}.bin", part)
+    whole, parts = (tg.ValData.open(config(data_path=str(folder)), rt) for folder in (corpus.folder, tmp_path))
+    assert parts.tokens.tolist() == corpus.val.tolist() and len(parts.sizes) == len(corpus.val)
+    assert torch.equal(whole.sizes, parts.sizes)
+    assert (whole.bos_id, whole.tokenizer_sha256) == (
+        corpus.tokenizer.bos_id(), hashlib.sha256(corpus.tokenizer_path.read_bytes()).hexdigest())
 
 
 def test_no_folder_no_shard(tmp_path):
@@ -185,6 +208,19 @@ def test_meter_is_nats_over_bytes(rt):
     assert loss == pytest.approx(nats / tokens) and bpb == pytest.approx(nats / np.log(2) / size)
 
 
+def test_ranks_add_up_their_sums_before_anything_is_divided(tmp_path):
+    """And a meter can be read again, with what came since."""
+    def read(rt):
+        meter, found = tg.BpbMeter("cpu"), []
+        for nats, size in (([1.0], [4]), ([0.5, 3.0, 2.0], [1, 0, 7])):
+            meter.add((1 + rt.rank) * torch.tensor(nats), torch.tensor(size, dtype=torch.int32))
+            found.append(meter.reduce(rt))
+        return found
+    wanted = [(3 / 2, 3 / np.log(2) / 8, 2, 8), (19.5 / 8, 19.5 / np.log(2) / 24, 8, 24)]
+    for found in on_ranks(tmp_path, 2, read):
+        assert [pytest.approx(one) for one in wanted] == found
+
+
 @pytest.mark.parametrize("content, said", [(None, "cannot read tokenizer"), (b"", "not a SentencePiece"),
                                            (b"hello" * 50, "not a SentencePiece")])
 def test_bad_tokenizers(config, tmp_path, content, said):
@@ -193,6 +229,18 @@ def test_bad_tokenizers(config, tmp_path, content, said):
         path.write_bytes(content)
     with pytest.raises(tg.UserError, match=said):
         tg.open_tokenizer(config(tokenizer_path=str(path)))
+
+
+def test_a_tokenizer_without_a_space_is_refused(config, tmp_path):
+    """It would write spaces as unknown."""
+    import sentencepiece
+    path = tmp_path / "none.model"
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["abcde" * 20] * 20), model_writer=file, model_type="char", vocab_size=8,
+            add_dummy_prefix=False, minloglevel=3)
+    with pytest.raises(tg.UserError, match="none.model has no piece for a space"):
+        tg.open_tokenizer(config(tokenizer_path=str(path), vocab_size=8))
 
 
 def test_tokenizer_of_another_size(config):

@@ -1,4 +1,4 @@
-"""PARAMETERS and OPTIMISERS: rates, decays and roundings as a table; Muon, NorMuon and AdamW against slow references."""
+"""PARAMETERS and OPTIMISERS: rates, decays and roundings as a table; Muon, NorMuon, AdamW against slow ones."""
 import copy
 import math
 import threading
