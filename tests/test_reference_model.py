@@ -240,6 +240,17 @@ def test_each_option_makes_a_difference():
     assert len({round(loss, 5) for loss in losses.values()}) == len(losses), losses
 
 
+@torch.no_grad()
+def test_a_temperature_divides_the_capped_logits():
+    cfg = tg.Hyperparameters(**BASE)
+    model, rows = model_of(cfg), rows_of(cfg)
+    logits = slow_loss({name: p.double() for name, p in model.named_parameters()}, cfg, rows.tolist())[2]
+    for temperature in (0.5, 3.0):
+        wanted = -(logits / temperature).log_softmax(-1).gather(1, rows[:, 1:].reshape(-1, 1))[:, 0]
+        ours = model.nll(rows[:, :-1], rows[:, 1:], temperature)
+        torch.testing.assert_close(ours.flatten().double(), wanted, rtol=1e-4, atol=2e-5)
+
+
 def test_half_precision_normalises_the_same():
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(tg.norm(x.bfloat16(), 0.5).float(), torch.stack([0.5 * rms(row) for row in x]),
