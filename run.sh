@@ -15,7 +15,8 @@ usage() {
   cat <<'EOF'
 bash run.sh [PROFILE] [KEY=VALUE...]   set up and run train_gpt.py; without PROFILE: default with GPUs, smoke without
 bash run.sh eval ARTIFACT [PROFILE] [KEY=VALUE...]   score an artifact without training; model settings are its own
-bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text that its scores are legal
+bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text that its scores are legal (tools/audit.py);
+                                       AUDIT=1 bash run.sh ... does it after a run
 bash run.sh inspect ARTIFACT [--plot FILE.png]       where its bytes are (tools/inspect_artifact.py)
 bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS]     text from it; --help lists the options (tools/sample.py)
 bash run.sh sweep ARTIFACT KEY=a,b,c...  settings of test-time training as a table (tools/ttt_bench.py)
@@ -74,7 +75,7 @@ take_arguments() {
   for pair; do
     key=${pair%%=*}
     [[ $pair =~ ^[A-Z][A-Z0-9_]*= ]] || die "'$pair' is not KEY=VALUE with an upper-case KEY (bash run.sh help)"
-    grep -qiE "^    $key: |\"$key\"" train_gpt.py ||
+    [[ $key =~ ^AUDIT(_TOKENS|_POSITIONS|_SCRIPT|_OUT)?$ ]] || grep -qiE "^    $key: |\"$key\"" train_gpt.py ||
       note "$key is not a setting of train_gpt.py; it is passed on as an environment variable"
     export "$key=${pair#*=}"
   done
@@ -129,11 +130,21 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
   ready_data "$profile" "$asked"
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
-run() {  # [PROFILE] KEY=VALUE...
+run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was scored, AUDIT=only: that alone
   ready "$@"
-  [ "$gpus" -gt 1 ] || exec "$python" train_gpt.py
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
-  exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt.py
+  local launch=("$python") audit=${AUDIT:-0} artifact=${EVAL_ARTIFACT:-}
+  [[ $audit =~ ^(0|1|only)$ ]] || die "AUDIT=$audit is not one of 0, 1, only"
+  [ "$audit" != only ] || [ "$artifact" ] || die "AUDIT=only looks at an artifact: bash run.sh audit ARTIFACT"
+  if [ "$gpus" -gt 1 ]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
+    launch+=(-m torch.distributed.run --standalone --nproc_per_node="$gpus")
+  fi
+  [ "$audit" != 0 ] || exec "${launch[@]}" train_gpt.py
+  if [ "$audit" = 1 ]; then
+    export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}  # the audit's files go beside the log
+    "${launch[@]}" train_gpt.py
+  fi
+  exec "${launch[@]}" tools/audit.py "${artifact:-${ARTIFACT_DIR:-${OUT_DIR:-.}}/final_model.ptz}"
 }
 
 # ---- 6 commands
@@ -151,7 +162,7 @@ case $command in
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     export EVAL_ARTIFACT=$2
-    [ "$command" = eval ] || export AUDIT=only
+    [ "$command" = eval ] || AUDIT=only
     run "${@:3}" ;;
   inspect) shift; to_run; exec "$python" tools/inspect_artifact.py "$@" ;;
   sample) shift; ready; exec "$python" tools/sample.py "$@" ;;

@@ -599,17 +599,18 @@ def test_ranks_audit_together(corpus, tmp_path, artifact):
     assert json.loads((tmp_path / "logs" / "two.audit.json").read_text())["world_size"] == 2
 
 
-@pytest.mark.parametrize("mode, graphs", [("sliding", 3), ("sgd", 4), ("lora", 6), ("document", 4)])
-def test_the_audit_adds_no_graphs(audit, monkeypatch, mode, graphs):
-    """As many as one evaluation makes, with nine of them and the probes. Eager behind: what differs is the shapes."""
-    counted, made = CompileCounterWithBackend("eager"), torch.compile
+@pytest.mark.parametrize("mode, more", [("sliding", 0), ("sgd", 0), ("lora", 0), ("document", 1)])
+def test_the_audit_adds_no_graphs(audit, monkeypatch, mode, more):
+    """Probes and walks over other texts use those of the first evaluation; of growing windows torch makes one more when
+    it meets a second adapter. The back end runs them eagerly, for want of time."""
+    counted, made, honest, graphs = CompileCounterWithBackend("eager"), torch.compile, tg.final_scores, []
     monkeypatch.setattr(torch, "compile", lambda function, **options: made(function, backend=counted, **options))
+    monkeypatch.setattr(tg, "final_scores", lambda *args: (honest(*args), graphs.append(counted.frame_count))[0])
     torch._dynamo.reset()
     stride, changes = MODES[mode]
     found = audit(compiles=True, eval_stride=stride, ttt_enabled=changes is not None, **(changes or {}))
     assert not failed(found), found
-    print(counted.frame_count)
-    assert counted.frame_count <= graphs
+    assert graphs[-1] <= graphs[0] + more and len(graphs) == 5
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")

@@ -30,7 +30,7 @@ case $line in
   --version) echo "Python ${STUB_VERSION:-3.11.7}" ;;
   *prepare.py*embedded) mkdir -p data/datasets/embedded_sp1024 data/tokenizers
     touch data/datasets/embedded_sp1024/fineweb_val_000000.bin data/tokenizers/embedded_1024_bpe.model ;;
-  *train_gpt.py) env; exit "${TRAIN_STATUS:-0}" ;;
+  *train_gpt.py | *tools/audit.py*) env; exit "${TRAIN_STATUS:-0}" ;;
 esac
 """
 
@@ -45,7 +45,7 @@ def house(tmp_path):
         shutil.copy(ROOT / name, repo / name)
     bin_folder.mkdir()
     calls.touch()
-    for tool in ("bash", "env", "dirname", "basename", "cat", "cp", "grep", "mkdir", "sed", "touch"):
+    for tool in ("bash", "env", "dirname", "basename", "cat", "cp", "date", "grep", "mkdir", "sed", "touch"):
         (bin_folder / tool).symlink_to(shutil.which(tool))
     for name in ("python3", "nvidia-smi"):
         (bin_folder / name).write_text(STUB)

@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("UserError", "IllegalScore", "Runtime", "RunLog", "Scored", "ValData", "load_model", "settings_from",
           "final_scores", "write_whole", "Hyperparameters", "env_names")
 EXACT = 1e-4                # nats, or probability: what the same arithmetic in the same kernels may be off
-FUSED = 0.1, 2e-3           # nats, one score and their mean: a compiled graph in half precision against single operations
+FUSED = 0.5, 2e-3           # nats, one score and their mean: a compiled graph in half precision against single operations
 NOISE_FACTOR = 4            # of the noise between three equal walks: the most that another text may move a score before it
 FLIPS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02)}      # nats, at most and root mean square: what noisy
 UNSTEADY = {torch.float32: (0.02, 2e-3), torch.bfloat16: (0.25, 0.03)}  # lessons may do at least; what would hide a cheat
@@ -424,7 +424,7 @@ class Audit:
                   f"not the file's: {', '.join(other[:5])}")
 
     def files_are_known(self) -> None:
-        own = [self.path, self.script.__file__, self.cfg.tokenizer_path, *self.shards,
+        own = [self.path, self.script.__file__, __file__, self.cfg.tokenizer_path, *self.shards,
                os.path.join(self.cfg.data_path, "dataset.json")]
         foreign = sorted({name for names in everyone(self.rt, self.opened.foreign(own)) for name in names})
         self.find("all", "nothing else was read", not foreign, f"of {len(self.opened.read)} files all are the artifact, the "
@@ -469,7 +469,7 @@ class Audit:
         def close(apart: list, more: bool = True) -> tuple[bool, str]:
             mean = sum(mean * count for _, mean, count, _ in apart) / max(sum(count for _, _, count, _ in apart), 1)
             worst = max((worst for worst, *_ in apart), default=math.nan)
-            return more and worst <= limits[0] and abs(mean) <= limits[1], f"{worst:.1e} nats apart at most"
+            return more and worst <= limits[0] and abs(mean) <= limits[1], f"{worst:.1e} nats apart at most, {mean:+.1e} on average"
         temperature = self.cfg.ttt_temp if key == "ttt" else 1.0
         holds, how = close(walk.off, walk.temperatures == {temperature})
         self.find(key, "scores are -log softmax of the logits", holds, f"{how}, at temperature "
