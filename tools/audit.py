@@ -1,32 +1,35 @@
 """Shows on a piece of the validation text that the scores of an artifact are legal.
 
-    python tools/audit.py final_model.ptz                                    # as scored by the repository's train_gpt.py
-    python tools/audit.py final_model.ptz --script runs/train_gpt.py         # by a built one
+    python tools/audit.py final_model.ptz                              # as the repository's train_gpt.py makes them
+    python tools/audit.py final_model.ptz --script runs/train_gpt.py   # as a built one does
     python tools/audit.py final_model.ptz --tokens 20000 --positions 12 --out logs/mine TTT_EPOCHS=1
 
-The script is looked at from outside: its own `final_scores` makes all scores of the piece, and of changed ones, while the
-audit notes every call of the scoring function, every score that enters a sum and every file that is opened. What it then
-says of them it computes itself. Out of its sight: what a script does only on texts longer than the piece (--tokens), files
-that a library opens without Python, other programs.
+The script is looked at from outside: its own `final_scores` makes all scores of the piece, and of changed ones, while
+the audit notes every call of the scoring function, every score that enters a sum and every file that is opened. What
+it then says of them it computes itself. Out of its sight: what a script does only on texts longer than the piece
+(--tokens) or when it notices an audit, files that a library opens without Python, other programs.
 
-Settings are those of train_gpt.py, from the environment or as KEY=VALUE; the options may be given as AUDIT_TOKENS=...,
-AUDIT_POSITIONS, AUDIT_SCRIPT and AUDIT_OUT too. The table goes to PREFIX.audit.txt, with all it depends on to
-PREFIX.audit.json, whose digest signs it. PREFIX is --out, else logs/RUN_ID or logs/ARTIFACT in ARTIFACT_DIR. Exit code:
-0 all checks pass; 2 one line says which do not.
+Settings are those of train_gpt.py, from the environment or as KEY=VALUE; AUDIT_TOKENS=, AUDIT_POSITIONS=, AUDIT_SCRIPT=
+and AUDIT_OUT= are the options. The table goes to PREFIX.audit.txt, with all it depends on to PREFIX.audit.json, whose
+digest signs it. PREFIX is --out, else logs/RUN_ID or logs/ARTIFACT in ARTIFACT_DIR. Exit code 0: all checks pass; 2: one
+line says which do not.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import site
 import sys
+import sysconfig
 import tempfile
 import time
 import types
@@ -45,12 +48,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("UserError", "IllegalScore", "Runtime", "RunLog", "Scored", "ValData", "load_model", "settings_from",
           "final_scores", "write_whole", "Hyperparameters", "env_names")
-EXACT = 1e-4                # nats, or probability: what the same arithmetic in the same kernels may be off
-FUSED = 0.5, 2e-3           # nats, one score and their mean: a compiled graph in half precision against single operations
-NOISE_FACTOR = 4            # of the noise between three equal walks: the most that another text may move a score before it
-FLIPS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02)}      # nats, at most and root mean square: what noisy
-UNSTEADY = {torch.float32: (0.02, 2e-3), torch.bfloat16: (0.25, 0.03)}  # lessons may do at least; what would hide a cheat
 SHARD_HEADER_BYTES = 1024
+EXACT = 1e-4          # nats, or probability: what the same arithmetic may be off
+FUSED = 0.5, 2e-3     # nats, of one score and of their mean: a graph compiled for half precision against plain operations
+NOISE_FACTOR = 4      # how much more than three equal walks differ another text may move the scores before it
+FLIPS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02)}      # nats, at most and root mean square: what a
+UNSTEADY = {torch.float32: (0.02, 2e-3), torch.bfloat16: (0.25, 0.03)}  # walk may always move if weights differ; too much
 
 
 class AuditError(Exception):
@@ -93,10 +96,11 @@ class Opened:
 
     def foreign(self, known: list) -> list[str]:
         """What was read besides the `known` files, Python's, the system's, and what compilers keep."""
-        parts = [sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages(), "/usr", "/lib", "/lib64",
-                 "/etc", "/proc", "/sys", "/dev", os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton"]
-        caches = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "torchinductor_")
-        roots = (*(os.path.join(os.path.realpath(part), "") for part in parts), os.path.realpath(caches))
+        parts = [*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages(), "/lib", "/lib64",
+                 "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share", "/usr/include", "/usr/local/cuda", "/etc",
+                 "/proc", "/sys", "/dev", os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton"]
+        graphs = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "torchinductor_")
+        roots = (*(os.path.join(os.path.realpath(part), "") for part in parts), os.path.realpath(graphs))
         fine = self.made_here | {os.path.realpath(path) for path in known}
         return sorted(path for path in self.read - fine if path.startswith("/dev/shm/") or not path.startswith(roots))
 
@@ -143,30 +147,35 @@ class Call(NamedTuple):
 
 @dataclass
 class Walk:
-    """What one walk over the text did; `joined`: on all ranks."""
+    """What one walk over the text did on this rank; `joined`: on all."""
 
-    nll: Tensor                 # float64 [targets], zero where this rank gave no score
-    times: Tensor               # int64 [targets]: how often it did
+    nll: Tensor       # float64 [targets], on the CPU; zero where this rank gave no score
+    times: Tensor     # float64 [targets]: how often it gave one
     name: str = ""
-    calls: int = 0              # that were committed
-    strays: int = 0             # calls that were neither committed nor a lesson on what was committed last
-    altered: int = 0            # scores that are not what the call before made
-    astray: int = 0             # scores of another token than the text's, or with another context
-    off: list = field(default_factory=list)      # per call: nats apart from what its logits say: at most, mean, count
-    foreign: list = field(default_factory=list)  # per call: nats apart from the artifact's own weights, likewise
-    temperatures: set = field(default_factory=set)
-    masses: list = field(default_factory=list)   # probability of the whole vocabulary at the places that were tried
+    calls: int = 0    # that were committed
+    strays: int = 0   # that were neither committed nor a lesson on what was committed last
+    altered: int = 0  # scores that are not what the call before made
+    astray: int = 0   # scores of another token than the text's, or with another context
+    temperatures: list = field(default_factory=list)
+    off: list = field(default_factory=list)      # nats between a call's scores and what its logits say, as `Gap`
+    foreign: list = field(default_factory=list)  # and what the artifact's own weights say
+    masses: list = field(default_factory=list)   # of the whole vocabulary together, at the places that were tried
     left: list = field(default_factory=list)     # sums of all weights, additions included, when the walk ended
 
     @classmethod
     def joined(cls, parts: list[Walk]) -> Walk:
-        total = cls(sum(p.nll for p in parts), sum(p.times for p in parts), parts[0].name)
-        for name in ("calls", "strays", "altered", "astray"):
-            setattr(total, name, sum(getattr(p, name) for p in parts))
-        for name in ("off", "foreign", "masses", "left"):
-            setattr(total, name, [each for p in parts for each in getattr(p, name)])
-        total.temperatures = set().union(*(p.temperatures for p in parts))
-        return total
+        values = {f.name: functools.reduce(operator.add, (getattr(part, f.name) for part in parts))
+                  for f in dataclasses.fields(cls)}
+        return cls(**values | {"name": parts[0].name})
+
+
+class Gap(NamedTuple):
+    """Of one call's scores."""
+
+    most: float
+    total: float
+    count: int
+    call: int  # its number in the walk
 
 
 def like(tensor: Tensor, values: Tensor) -> Tensor:
@@ -195,8 +204,7 @@ class Spy:
 
     def walk(self, scored) -> Walk:
         if not self.walks or self.walks[-1][0] is not scored:
-            zeros = torch.zeros(len(self.tokens) - 1, dtype=torch.float64, device=self.tokens.device)
-            self.walks.append((scored, Walk(zeros, zeros.long())))
+            self.walks.append((scored, Walk(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))))
             self.last = None
         return self.walks[-1][1]
 
@@ -226,8 +234,8 @@ class Spy:
     @torch.no_grad()
     def commit(self, walk: Walk, nll: Tensor, at: Tensor, counted: Tensor) -> None:
         """Scores on their way into the sum: the last call must have made them, from the text before their targets."""
-        walk.nll.index_add_(0, at[counted], nll[counted].double())
-        walk.times.index_add_(0, at[counted], torch.ones_like(at[counted]))
+        walk.nll.index_add_(0, at[counted].cpu(), nll[counted].double().cpu())
+        walk.times.index_add_(0, at[counted].cpu(), torch.ones_like(nll[counted].double().cpu()))
         calls, self.pending = self.pending, []
         walk.masses, self.masses = walk.masses + self.masses, []
         self.settle(walk, calls[:-1])
@@ -237,23 +245,21 @@ class Spy:
         self.last = call = calls[-1]
         walk.altered += int((call.nll != nll)[counted].sum())
         walk.astray += self.astray(call, at, counted)
-        walk.temperatures.add(call.temperature)
-        if self.looks:
-            for apart, model, dress in ((walk.off, self.audit.model, call.dress), (walk.foreign, self.audit.disk, None)):
+        walk.temperatures.append(call.temperature)
+        for gaps, model, dress in ((walk.off, self.audit.model, call.dress), (walk.foreign, self.audit.disk, None)):
+            if self.looks and counted.any():
                 gap = (own_scores(model, call, dress) - call.nll.double())[counted]
-                apart.append((gap.abs().max().item(), gap.mean().item(), len(gap), walk.calls) if len(gap) else
-                             (0.0, 0.0, 0, walk.calls))
+                gaps.append(Gap(gap.abs().max().item(), gap.sum().item(), len(gap), walk.calls))
         walk.calls += 1
 
     def astray(self, call: Call, at: Tensor, counted: Tensor) -> int:
         """Scores of a call whose target, or what stands before it in their window, is not the text's."""
-        keep, length = call.wanted.size(1), call.ids.size(1)
-        columns = torch.arange(length, device=at.device)
-        there = at[:, :1] - (length - keep) + columns  # the token of the text that each input has to be
-        wrong = (there < 0) | (self.tokens[there.clamp(0, len(self.tokens) - 1)] != call.ids)
-        before = wrong.cumsum(1)[:, length - keep:] > 0
-        before |= (at != there[:, length - keep:]) | (self.tokens[(at + 1).clamp(0, len(self.tokens) - 1)] != call.wanted)
-        return int((before & counted).sum())
+        token = lambda number: self.tokens[number.clamp(0, len(self.tokens) - 1)]
+        lead = call.ids.size(1) - call.wanted.size(1)
+        there = at[:, :1] - lead + torch.arange(call.ids.size(1), device=at.device)  # where each input has to stand
+        wrong = ((there < 0) | (token(there) != call.ids)).cumsum(1)[:, lead:] > 0   # up to the one before each target
+        wrong |= (at != there[:, lead:]) | (token(at + 1) != call.wanted)
+        return int((wrong & counted).sum())
 
     def mass(self, function, call: Call) -> float:
         """Probability of all words together in one place of one window of a call. Each is put there as target, and as
@@ -466,15 +472,17 @@ class Audit:
         exact = not self.rt.compiles or self.rt.device.type == "cpu" and self.rt.dtype == torch.float32
         limits = (EXACT, EXACT) if exact else FUSED
 
-        def close(apart: list, more: bool = True) -> tuple[bool, str]:
-            mean = sum(mean * count for _, mean, count, _ in apart) / max(sum(count for _, _, count, _ in apart), 1)
-            worst = max((worst for worst, *_ in apart), default=math.nan)
-            return more and worst <= limits[0] and abs(mean) <= limits[1], f"{worst:.1e} nats apart at most, {mean:+.1e} on average"
-        temperature = self.cfg.ttt_temp if key == "ttt" else 1.0
-        holds, how = close(walk.off, walk.temperatures == {temperature})
-        self.find(key, "scores are -log softmax of the logits", holds, f"{how}, at temperature "
-                  + ", ".join(f"{t:g}" for t in sorted(walk.temperatures)))
-        holds, how = close([each for each in walk.foreign if key != "ttt" or each[3] == 0])
+        def close(gaps: list[Gap]) -> tuple[bool, str]:
+            most, count = max((gap.most for gap in gaps), default=math.nan), max(sum(gap.count for gap in gaps), 1)
+            mean = sum(gap.total for gap in gaps) / count
+            return (most <= limits[0] and abs(mean) <= limits[1] + (0 if exact else 0.1 * count ** -0.5),
+                    f"{most:.1e} nats apart at most, {mean:+.1e} on average")
+        holds, how = close(walk.off)
+        temperatures = sorted(set(walk.temperatures))
+        holds = holds and temperatures == [self.cfg.ttt_temp if key == "ttt" else 1.0]
+        self.find(key, "scores are -log softmax of the logits", holds,
+                  f"{how}, at temperature {', '.join(f'{t:g}' for t in temperatures)}")
+        holds, how = close([gap for gap in walk.foreign if key != "ttt" or gap.call == 0])
         self.find(key, "first batch is the artifact's own" if key == "ttt" else "all scores are the artifact's own", holds,
                   f"{how}, a model just read from disk against {'the first' if key == 'ttt' else 'all'}")
         masses = probed[-1].masses if probed else []
