@@ -17,10 +17,10 @@ bash run.sh [PROFILE] [KEY=VALUE...]   set up and run train_gpt.py; without PROF
 bash run.sh eval ARTIFACT [PROFILE] [KEY=VALUE...]   score an artifact without training; model settings are its own
 bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text that its scores are legal (tools/audit.py);
                                        AUDIT=1 bash run.sh ... does it after a run
-bash run.sh inspect ARTIFACT [--plot FILE.png]       where its bytes are (tools/inspect_artifact.py)
-bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS]     text from it; --help lists the options (tools/sample.py)
-bash run.sh sweep ARTIFACT KEY=a,b,c...  settings of test-time training as a table (tools/ttt_bench.py)
-bash run.sh report [LOG.eval.json]     pictures of an evaluation, beside its log (tools/report.py)
+bash run.sh inspect ARTIFACT [--plot FILE.png] [KEY=VALUE...]     where its bytes are (tools/inspect_artifact.py)
+bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS] [KEY=VALUE...]   text from it (tools/sample.py)
+bash run.sh sweep ARTIFACT KEY=a,b,c... [KEY=VALUE...]   settings of test-time training as a table (tools/ttt_bench.py)
+bash run.sh report [LOG.eval.json] [KEY=VALUE...]    pictures of an evaluation, beside its log (tools/report.py)
 bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
 bash run.sh data SUBCOMMAND...         make or fetch data: embedded, text, fineweb (data/prepare.py)
@@ -29,7 +29,8 @@ bash run.sh parity FOLDER              compare with PR 1092's own numbers (tools
 bash run.sh settings                   every KEY with its default, range and meaning
 bash run.sh help                       this text
 
-KEY=VALUE arguments override environment variables, which override the profile. The profiles:
+KEY=VALUE arguments override environment variables, which override the profile. sample, sweep, report, record, data and
+bench say more with --help. The profiles:
 EOF
   for file in profiles/*.env; do
     printf '  %-10s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
@@ -70,16 +71,16 @@ make_venv() {
 to_run() { choose_python torch numpy sentencepiece; }
 
 # ---- 3 settings
-take_arguments() {
-  local pair key
+take_arguments() {  # KEY=VALUE...: sets $python; exports them if each KEY is a setting or another program's
+  local pair
   for pair; do
-    key=${pair%%=*}
     [[ $pair =~ ^[A-Z][A-Z0-9_]*= ]] || die "'$pair' is not KEY=VALUE with an upper-case KEY (bash run.sh help)"
-    [[ $key =~ ^AUDIT(_TOKENS|_POSITIONS|_SCRIPT|_OUT)?$ ]] || grep -qiE "^    $key: |\"$key\"" train_gpt.py ||
-      note "$key is not a setting of train_gpt.py; it is passed on as an environment variable"
-    export "$key=${pair#*=}"
   done
+  to_run
+  [ $# = 0 ] || "$python" train_gpt.py --names | "$python" tools/shell.py "$@" || exit 2
+  for pair; do export "$pair"; done
 }
+artifact='' left_out=''  # set if the command is about an artifact; keys that the profile does not set
 load_profile() {  # NAME: lines of KEY=VALUE, # begins a comment; a variable that is set keeps its value
   local file=profiles/$1.env line key
   while IFS= read -r line || [ "$line" ]; do
@@ -87,21 +88,31 @@ load_profile() {  # NAME: lines of KEY=VALUE, # begins a comment; a variable tha
     [ "$line" ] || continue
     [[ $line =~ ^[A-Z][A-Z0-9_]*=[^[:space:]]*$ ]] || die "$file: '$line' is not KEY=VALUE"
     key=${line%%=*}
-    [ "${!key+set}" ] || export "$key=${line#*=}"
+    [ "${!key+set}" ] || [[ " $left_out " == *" $key "* ]] || export "$key=${line#*=}"
   done <"$file"
 }
 
 # ---- 4 data
-has_shards() { compgen -G "$1/fineweb_val_*.bin" >/dev/null; }
-ready_data() {  # PROFILE, and the DATA_PATH the user asked for, if any
-  local embedded=./data/datasets/embedded_sp1024 tokenizer=./data/tokenizers/embedded_1024_bpe.model
-  if [ "$1" = default ] && [ -z "$2" ] && ! has_shards "$DATA_PATH"; then
-    note "no FineWeb in $DATA_PATH, so this run uses the small embedded text;" \
+embedded=./data/datasets/embedded_sp1024
+has_shards() {
+  local shard
+  for shard in "$1"/fineweb_val_*.bin; do [ ! -e "$shard" ] || return 0; done
+  return 1
+}
+choose_data() {  # PROFILE: DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE belong together and come from one place
+  local data
+  data=$(sed -n 's/^DATA_PATH=//p' "profiles/$1.env")
+  if [ "$1" = default ] && [ -z "${DATA_PATH:-}$artifact" ] && ! has_shards "$data"; then
+    note "no FineWeb in $data, so this run uses the small embedded text;" \
       "to fetch it: bash run.sh data fineweb --variant sp1024 --train-shards 80"
-    export DATA_PATH=$embedded TOKENIZER_PATH=$tokenizer
+    export DATA_PATH=$embedded
   fi
-  [ "${DATA_PATH:-}" != $embedded ] || { has_shards $embedded && [ -f $tokenizer ]; } ||
-    "$python" data/prepare.py embedded
+  # train_gpt.py finds the tokenizer of a data folder, and both for an artifact
+  [ -z "${DATA_PATH:-}" ] || left_out='TOKENIZER_PATH VOCAB_SIZE'
+  [ -z "$artifact" ] || left_out='DATA_PATH TOKENIZER_PATH VOCAB_SIZE'
+  [ "${DATA_PATH:-$data}" != $embedded ] ||
+    { has_shards $embedded && [ -f ./data/tokenizers/embedded_1024_bpe.model ]; } ||
+    "$python" data/prepare.py embedded >&2
 }
 
 # ---- 5 run
@@ -113,41 +124,49 @@ count_gpus() {
   fi
 }
 ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of a run
-  local profile='' asked
+  local profile=''
   gpus=''
   case ${1:-} in '' | *=*) ;; *) profile=$1; shift ;; esac
   [ -z "$profile" ] || [ -f "profiles/$profile.env" ] ||
     die "unknown command or profile '$profile'; profiles: $(cd profiles && echo ./*.env | sed 's/\.\///g; s/\.env//g')"
   take_arguments "$@"
-  to_run
   if [ -z "$profile" ]; then
     gpus=$(count_gpus)
     [ "$gpus" = 0 ] && profile=smoke || profile=default
   fi
-  asked=${DATA_PATH:-}
+  choose_data "$profile"
   load_profile "$profile"
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
-  ready_data "$profile" "$asked"
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
 run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was scored, AUDIT=only: that alone
   ready "$@"
-  local launch=("$python") audit=${AUDIT:-0} artifact=${EVAL_ARTIFACT:-}
+  local launch=("$python") audit=${AUDIT:-0} of=${EVAL_ARTIFACT:-}
   [[ $audit =~ ^(0|1|only)$ ]] || die "AUDIT=$audit is not one of 0, 1, only"
-  [ "$audit" != only ] || [ "$artifact" ] || die "AUDIT=only looks at an artifact: bash run.sh audit ARTIFACT"
+  [ "$audit" != only ] || [ "$of" ] || die "AUDIT=only looks at an artifact: bash run.sh audit ARTIFACT"
   if [ "$gpus" -gt 1 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
-    launch+=(-m torch.distributed.run --standalone --nproc_per_node="$gpus")
+    launch+=(tools/launch.py --standalone --nproc_per_node="$gpus")
   fi
   [ "$audit" != 0 ] || exec "${launch[@]}" train_gpt.py
   if [ "$audit" = 1 ]; then
     export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}  # the audit's files go beside the log
     "${launch[@]}" train_gpt.py
   fi
-  exec "${launch[@]}" tools/audit.py "${artifact:-${ARTIFACT_DIR:-${OUT_DIR:-.}}/final_model.ptz}"
+  exec "${launch[@]}" tools/audit.py "${of:-${ARTIFACT_DIR:-${OUT_DIR:-.}}/final_model.ptz}"
 }
 
 # ---- 6 commands
+tool() {  # SCRIPT ARGUMENT...: introduces itself as `run.sh COMMAND`
+  export RUN_SH_COMMAND="run.sh $command"
+  exec "$python" "$@"
+}
+look_ahead() {  # ARGUMENT...: exports those of the settings among a tool's arguments that this script goes by
+  local argument
+  for argument; do
+    case $argument in DEVICE=* | DATA_PATH=*) export "$argument" ;; esac
+  done
+}
 command=${1:-}
 case $command in
   help | -h | --help) usage ;;
@@ -157,16 +176,17 @@ case $command in
     where=tests
     for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # somebody names the tests to run
     exec "$python" -m pytest ${where:+tests} "$@" ;;
-  data) shift; to_run; exec "$python" data/prepare.py "$@" ;;
-  bench | parity | record | report) shift; to_run; exec "$python" "tools/$command.py" "$@" ;;
+  data) shift; to_run; tool data/prepare.py "$@" ;;
+  bench | parity | record | report) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
+    artifact=1
     export EVAL_ARTIFACT=$2
     [ "$command" = eval ] || AUDIT=only
     run "${@:3}" ;;
-  inspect) shift; to_run; exec "$python" tools/inspect_artifact.py "$@" ;;
-  sample) shift; ready; exec "$python" tools/sample.py "$@" ;;
-  sweep) shift; ready; exec "$python" tools/ttt_bench.py "$@" ;;
+  inspect) shift; to_run; tool tools/inspect_artifact.py "$@" ;;
+  sample) shift; artifact=1; look_ahead "$@"; ready; tool tools/sample.py "$@" ;;
+  sweep) shift; artifact=1; look_ahead "$@"; ready; tool tools/ttt_bench.py "$@" ;;
   settings) to_run; exec "$python" train_gpt.py --help ;;
   *) run "$@" ;;
 esac

@@ -25,6 +25,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import difflib
 import functools
 import glob
 import hashlib
@@ -84,13 +85,14 @@ class Hyperparameters:
                              "references in Triton's interpreter only, never on a GPU; auto: torch for now",
                              choices=("auto", "torch", "triton"))
     # Data
-    data_path: str = env_field("./data/datasets/fineweb10B_sp1024", "folder with fineweb_{train,val}_*.bin")
+    data_path: str = env_field("./data/datasets/fineweb10B_sp1024", "folder with fineweb_{train,val}_*.bin; its "
+                               "dataset.json, if there, says what tokenizer and vocabulary it has")
     tokenizer_path: str = env_field("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of that data")
     train_batch_tokens: int = env_field(786_432, "tokens of one optimiser step, over all ranks", lo=1)
-    train_seq_len: int = env_field(2048, "tokens of a training sequence", lo=2)
     micro_batch_tokens: int = env_field(0, "most tokens of one forward pass; 0: 98,304 on CUDA, 4,096 on a CPU", lo=0)
     # Model
     vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536)
+    train_seq_len: int = env_field(2048, "tokens of a training sequence; sets the rotary base too", lo=2)
     num_layers: int = env_field(11, "transformer blocks", lo=1, hi=256)
     model_dim: int = env_field(512, "width of the residual stream", lo=2)
     num_heads: int = env_field(8, "query heads", lo=1)
@@ -98,12 +100,13 @@ class Hyperparameters:
     mlp_mult: float = env_field(3.0, "MLP width over model width", lo=0.01, hi=64)
     leaky_slope: float = env_field(0.75, "negative slope of LeakyReLU, whose square is the activation", lo=0, hi=1)
     tie_embeddings: bool = env_field(True, "use the embedding table as output layer")
-    tied_embed_init_std: float = env_field(0.005, "spread of the initial embedding", lo=0)
-    rope_base: float = env_field(10_000.0, "base of the rotary frequencies", lo=1)
+    tied_embed_init_std: float = env_field(0.005, "spread of the initial embedding", lo=0, hi=100)
+    rope_base: float = env_field(10_000.0, "base of the rotary frequencies", lo=1, hi=1e9)
     rope_dims: int = env_field(16, "rotated dimensions a head; 0: all", lo=0)
-    rope_train_seq_len: int = env_field(1024, "longer sequences stretch the rotary base (NTK); 1024 as PR 1092", lo=1)
-    logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap)", lo=1e-3)
-    qk_gain_init: float = env_field(1.5, "initial gain of each query head", lo=0)
+    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN stretches the rotary base (NTK); 1024 as PR 1092",
+                                        lo=1)
+    logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap)", lo=1e-3, hi=1e4)
+    qk_gain_init: float = env_field(1.5, "initial gain of each query head", lo=0, hi=1000)
     ln_scale: bool = env_field(True, "scale normalised inputs by 1/sqrt(layer+1)")
     xsa_last_n: int = env_field(11, "exclusive self-attention on this many last layers", lo=0)
     bigram_vocab_size: int = env_field(2048, "buckets of the hashed bigram table; 0: none", lo=0)
@@ -117,13 +120,14 @@ class Hyperparameters:
     value_residual: bool = env_field(False, "mix the first layer's values into every later layer")
     dtg_enabled: bool = env_field(False, "a learnt gate on each block's update")
     mtp_num_heads: int = env_field(0, "extra heads that predict tokens further ahead; training only", lo=0, hi=16)
-    mtp_loss_weight: float = env_field(0.2, "weight of their mean loss", lo=0)
+    mtp_loss_weight: float = env_field(0.2, "weight of their mean loss", lo=0, hi=100)
     # Optimisers
-    matrix_lr: float = env_field(0.025, "learning rate of the banks (Muon)", lo=0)
-    scalar_lr: float = env_field(0.025, "learning rate of vectors, gates and small projections (AdamW)", lo=0)
-    tied_embed_lr: float = env_field(0.035, "learning rate of the tables when embeddings are tied (AdamW)", lo=0)
-    embed_lr: float = env_field(0.6, "learning rate of the tables when they are not", lo=0)
-    head_lr: float = env_field(0.008, "learning rate of an untied output layer and of MTP heads", lo=0)
+    matrix_lr: float = env_field(0.025, "learning rate of the banks (Muon)", lo=0, hi=100)
+    scalar_lr: float = env_field(0.025, "learning rate of vectors, gates and small projections (AdamW)", lo=0, hi=100)
+    tied_embed_lr: float = env_field(0.035, "learning rate of the tables when embeddings are tied (AdamW)",
+                                     lo=0, hi=100)
+    embed_lr: float = env_field(0.6, "learning rate of the tables when they are not", lo=0, hi=100)
+    head_lr: float = env_field(0.008, "learning rate of an untied output layer and of MTP heads", lo=0, hi=100)
     muon_momentum: float = env_field(0.99, "momentum of Muon", lo=0, hi=0.9999)
     muon_momentum_warmup_start: float = env_field(0.92, "its first value", lo=0, hi=0.9999)
     muon_momentum_warmup_steps: int = env_field(1500, "steps from the first value to MUON_MOMENTUM", lo=0)
@@ -135,13 +139,13 @@ class Hyperparameters:
     beta1: float = env_field(0.9, "AdamW's first beta", lo=0, hi=0.9999)
     beta2: float = env_field(0.95, "AdamW's second beta", lo=0, hi=0.99999)
     adam_eps: float = env_field(1e-8, "AdamW's epsilon", lo=0, hi=1)
-    grad_clip_norm: float = env_field(0.3, "norm the global gradient is clipped to; 0: not", lo=0)
+    grad_clip_norm: float = env_field(0.3, "norm the global gradient is clipped to; 0: not", lo=0, hi=1e6)
     grad_quant: bool = env_field(False, "send bank gradients between ranks in bf16 instead of fp32")
     control_tensor_name_patterns: str = env_field(
         "", "name parts, with commas: further parameters kept as floats and trained as control tensors")
     # Schedule
     iterations: int = env_field(20_000, "most optimiser steps", lo=0)
-    max_wallclock_seconds: float = env_field(600.0, "training stops here; 0: no limit", lo=0)
+    max_wallclock_seconds: float = env_field(600.0, "training stops here; 0: no limit", lo=0, hi=1e7)
     warmup_steps: int = env_field(20, "steps that compile every graph and are then undone", lo=0)
     warmdown_iters: int = env_field(3500, "the learning rate falls to 0 over this many last steps", lo=0)
     warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: use WARMDOWN_ITERS",
@@ -194,10 +198,14 @@ class Hyperparameters:
                                       "model writes itself", choices=("train", "self"))
     gptq_calibration_batches: int = env_field(16, "batches of it: TRAIN_BATCH_TOKENS each, or 4 sequences of own text",
                                               lo=1)
-    gptq_reserve_seconds: float = env_field(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration; 0: 2 % of it", lo=0)
-    compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: the smallest",
-                              choices=("auto", "range", "lzma", "brotli", "zstd"), aliases=("COMPRESSOR",))
+    gptq_reserve_seconds: float = env_field(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration; 0: 2 % of it",
+                                            lo=0, hi=1e7)
+    compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range if its "
+                              "package constriction is there, else lzma",
+                              choices=("auto", "range", "lzma", "zstd"), aliases=("COMPRESSOR",))
     artifact_limit_bytes: int = env_field(16_000_000, "code + artifact above this ends the run with an error", lo=1)
+    code_bytes: int = env_field(0, "bytes of the code that is submitted; 0: of this file. run.sh gives those of the "
+                                "built one (tools/record.py)", lo=0)
     size_fit: bool = env_field(False, "instead of that error, round more coarsely where it costs least until it fits")
     # Evaluation
     eval_seq_len: int = env_field(2048, "tokens of an evaluation window; 0: TRAIN_SEQ_LEN", lo=0)
@@ -205,8 +213,8 @@ class Hyperparameters:
     eval_batch_seqs: int = env_field(32, "windows of one forward pass", lo=1)
     eval_artifact: str = env_field("", "no training: score this artifact, whose model settings replace those given "
                                    "here")
-    eval_max_seconds: float = env_field(600.0, "for all final scores together: adaptation gives way, scoring never; "
-                                        "0: no limit", lo=0)
+    eval_max_seconds: float = env_field(600.0, "for reading the artifact, compilation and all final scores together: "
+                                        "adaptation gives way, scoring never; 0: no limit", lo=0, hi=1e7)
     ttt_enabled: bool = env_field(True, "score once more with test-time training on what was scored before")
     ttt_mode: str = env_field("sgd", "what learns: the weights, or low-rank additions to them", choices=("sgd", "lora"))
     ttt_reset: str = env_field("stream", "learn along the whole text, or (lora) afresh in each document",
@@ -214,26 +222,28 @@ class Hyperparameters:
     ttt_epochs: int = env_field(3, "passes over each scored chunk", lo=0)
     ttt_chunk_tokens: int = env_field(32_768, "tokens scored before each adaptation", lo=1)
     ttt_batch_seqs: int = env_field(32, "sequences of one adaptation step, over all ranks", lo=1)
-    ttt_grad_clip: float = env_field(1.0, "norm an adaptation gradient is clipped to; 0: not", lo=0)
+    ttt_grad_clip: float = env_field(1.0, "norm an adaptation gradient is clipped to; 0: not", lo=0, hi=1e6)
     ttt_polyak_decay: float = env_field(0.0, "score with the average of the adapted weights; its decay a step; 0: none",
                                         lo=0, hi=0.99999)
-    ttt_temp: float = env_field(1.0, "logits are divided by this while scoring with TTT", lo=1e-3)
+    ttt_temp: float = env_field(1.0, "logits are divided by this while scoring with TTT", lo=1e-3, hi=1000)
     ttt_optimizer: str = env_field("sgd", "what adapts the weights", choices=("sgd", "adamw"))
-    ttt_lr: float = env_field(0.03, "its learning rate, a cosine over the chunks", lo=0)
+    ttt_lr: float = env_field(0.03, "its learning rate, a cosine over the chunks", lo=0, hi=100)
     ttt_momentum: float = env_field(0.9, "momentum of sgd", lo=0, hi=0.9999)
     ttt_freeze_blocks: int = env_field(0, "first blocks that stay as they are", lo=0)
-    ttt_proj_lr_mult: float = env_field(-1.0, "rate of MLP-down over TTT_LR; -1: 3 for adamw (PR 1092), else 1", lo=-1)
-    ttt_fc_lr_mult: float = env_field(-1.0, "rate of MLP-up over TTT_LR; -1: 0.5 for adamw (PR 1092), else 1", lo=-1)
+    ttt_proj_lr_mult: float = env_field(-1.0, "rate of MLP-down over TTT_LR; -1: 3 for adamw (PR 1092), else 1",
+                                        lo=-1, hi=1000)
+    ttt_fc_lr_mult: float = env_field(-1.0, "rate of MLP-up over TTT_LR; -1: 0.5 for adamw (PR 1092), else 1",
+                                      lo=-1, hi=1000)
     ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, aliases=("LORA_RANK",))
-    ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0)
+    ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0, hi=1e5)
     ttt_lora_targets: str = env_field("q,v,head", "which matrices get one: of q, k, v, o, mlp, head, with commas")
     ttt_lora_layers: str = env_field("", "in which layers (from 0), like 7-10 or 8,9,10; empty: all")
     ttt_lora_layer_rates: str = env_field("", "layers that learn at another rate, like 7:0.6,8:0.8")
     ttt_lora_optimizer: str = env_field("adam", "what adapts the additions", choices=("adam", "sgd"))
-    ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0)
+    ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0, hi=100)
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
-    ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0)
+    ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0, hi=10)
     ttt_batch_docs: int = env_field(64, "documents adapted side by side on a rank; fewer cost as much", lo=1,
                                     aliases=("TTT_BATCH_SIZE",))
     ttt_doc_chunk_tokens: int = env_field(256, "tokens of a document scored before each of its adaptations", lo=1,
@@ -241,7 +251,7 @@ class Hyperparameters:
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
     hash_embed_buckets: int = env_field(0, "rows of a hashed-pair embedding that starts at zero and learns in the "
                                         "stream alone, 4,096 or 16,384 as published (PR 1460); 0: none", lo=0)
-    hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0)
+    hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
 
     @property
     def train_files(self) -> str:
@@ -327,6 +337,12 @@ class Hyperparameters:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
 
+INT_LIMIT = 2 ** 31 - 1  # of whole numbers that have no other upper bound
+
+
+OTHER_RANKS_WAIT_SECONDS = 3.0  # for torchrun to end them once rank 0 has failed
+
+
 def process_environment() -> dict[str, str]:
     return dict(os.environ)
 
@@ -348,7 +364,7 @@ def parse_value(name: str, f: dataclasses.Field, text: str):
         raise UserError(f"{name}={text!r} is not {wanted}") from None
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{name}={text!r} is not one of {', '.join(meta['choices'])}")
-    lo, hi = meta["lo"], meta["hi"]
+    lo, hi = meta["lo"], INT_LIMIT if kind == "int" and meta["hi"] is None else meta["hi"]
     if kind == "float" and not math.isfinite(value) or lo is not None and value < lo or hi is not None and value > hi:
         raise UserError(f"{name}={text} is out of range: {describe_range(f)}")
     return value
@@ -365,26 +381,22 @@ def describe_range(f: dataclasses.Field) -> str:
     return f"{meta['lo']} or more" if meta["lo"] is not None else "text"
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance, with a swap of neighbours counted as one edit."""
-    rows = [list(range(len(b) + 1))]
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(rows[i - 1][j] + 1, row[j - 1] + 1, rows[i - 1][j - 1] + (x != y)))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                row[j] = min(row[j], rows[i - 2][j - 2] + 1)
-        rows.append(row)
-    return rows[-1][-1]
+def is_valid(name: str, f: dataclasses.Field, text: str) -> bool:
+    try:
+        parse_value(name, f, text)
+    except UserError:
+        return False
+    return True
 
 
 def refuse_near_misses(environ) -> None:
-    """A variable one or two letters away from a setting is a typing error, not somebody else's variable."""
-    known = [name for f in dataclasses.fields(Hyperparameters) for name in env_names(f)]
+    """A variable that is nearly named like a setting, and has a value that this setting could have, is a typing error;
+    any other one belongs to another program. Raises UserError."""
+    known = {name: f for f in dataclasses.fields(Hyperparameters) for name in env_names(f)}
     for name in sorted(set(environ) - set(known) - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}):  # torchrun's own
-        reach = 2 if len(name) >= 8 else 1  # short names of other programs are easily two letters away
-        near = [k for k in known if abs(len(k) - len(name)) <= reach and edit_distance(name, k) <= reach]
-        if len(name) >= 5 and near:
+        alike = [k for k in known if abs(len(k) - len(name)) <= 1 and len(name) >= 5]
+        near = difflib.get_close_matches(name, alike, 1, cutoff=0.88)  # OMP_NUM_THREADS is 0.86 of MTP_NUM_HEADS
+        if near and is_valid(near[0], known[near[0]], environ[name]):
             raise UserError(f"{name} is not a setting; did you mean {near[0]}? (python train_gpt.py --help lists all)")
 
 
@@ -398,6 +410,7 @@ def check_combinations(cfg: Hyperparameters) -> None:
            f"MODEL_DIM={cfg.model_dim} is not divisible by NUM_HEADS={cfg.num_heads}")
     demand(cfg.num_heads % cfg.num_kv_heads == 0,
            f"NUM_HEADS={cfg.num_heads} is not divisible by NUM_KV_HEADS={cfg.num_kv_heads}")
+    demand(cfg.mlp_dim >= 1, f"MLP_MULT={cfg.mlp_mult:g} of MODEL_DIM={cfg.model_dim} leaves an MLP of no width")
     demand(cfg.rope_dims % 2 == 0 and (cfg.rope_dims or cfg.head_dim) % 2 == 0,
            f"ROPE_DIMS={cfg.rope_dims or cfg.head_dim} is odd; rotation works on pairs")
     demand(cfg.rope_dims <= cfg.head_dim, f"ROPE_DIMS={cfg.rope_dims} is more than a head's {cfg.head_dim} dimensions")
@@ -478,8 +491,9 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: on any failure the old file survives. Raises UserError."""
+def write_whole(path: Path, data: bytes, older: Path | None = None) -> None:
+    """Write a file whole or not at all: on any failure the old file survives, which else moves to `older`. Raises
+    UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -487,6 +501,8 @@ def write_whole(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        if older is not None:
+            os.replace(path, older)
         os.replace(spare, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -495,23 +511,21 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 class RunLog:
-    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0."""
+    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0.
+
+    The files appear with the first line, so that a run which ends before it began leaves none.
+    """
 
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
         self.base, self.active, self.broken = folder / "logs" / run_id, active, False
-        if active:
-            try:
-                self.base.parent.mkdir(parents=True, exist_ok=True)
-                for kind in (".txt", ".jsonl"):
-                    open(self.path(kind), "a" if append else "w").close()
-            except OSError as error:
-                raise UserError(f"cannot write logs to {self.base.parent}: {error.strerror}") from None
+        self.fresh = set() if append else {".txt", ".jsonl"}  # not written to yet: what an older run left is replaced
 
     def path(self, kind: str) -> Path:
         return self.base.with_name(self.base.name + kind)
 
     def __call__(self, text: str, event: str = "", console: bool = True, **fields) -> None:
-        """One line for people; with an event name, one JSON object for programs as well."""
+        """One line for people; with an event name, one JSON object for programs as well. Raises UserError if the log
+        cannot be begun."""
         if not self.active:
             return
         if console:
@@ -521,32 +535,49 @@ class RunLog:
             self._append(".jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
     def _append(self, kind: str, text: str) -> None:
+        path, begins = self.path(kind), kind in self.fresh
         try:
-            with open(self.path(kind), "a", encoding="utf-8") as f:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w" if begins else "a", encoding="utf-8") as f:
                 f.write(text + "\n")
-        except OSError as error:  # a full disk must not end a training run that may still be saved elsewhere
-            if not self.broken:
-                print(f"warning: log {self.path(kind)} is incomplete: {error.strerror}", file=sys.stderr)
+        except OSError as error:
+            if begins:
+                raise UserError(f"cannot write logs to {path.parent}: {error.strerror}") from None
+            if not self.broken:  # a full disk must not end a training run that may still be saved elsewhere
+                print(f"warning: log {path} is incomplete: {error.strerror}", file=sys.stderr)
             self.broken = True
+        self.fresh.discard(kind)
 
-    def progress(self, total: int, what: str):
-        """A progress bar on a terminal; elsewhere an object that does nothing."""
-        if self.active and sys.stderr.isatty():
+    def progress(self, total: int, what: str) -> Progress:
+        return Progress(self, total, what)
+
+
+class Progress:
+    """A bar on a terminal; and in the log one line, once a phase has taken some seconds."""
+
+    QUIET_SECONDS = 5.0
+
+    def __init__(self, log: RunLog, total: int, what: str):
+        self.log, self.total, self.what, self.done, self.said, self.bar = log, total, what, 0, False, None
+        self.start = time.perf_counter()
+        if log.active and sys.stderr.isatty():
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
-                return tqdm(total=total, desc=what, leave=False, unit="win")
-        return _NoProgress()
+                self.bar = tqdm(total=total, desc=what, leave=False)
 
-
-class _NoProgress:
-    def update(self, n: int = 1) -> None:
-        pass
-
-    def set_postfix_str(self, text: str) -> None:
-        pass
+    def update(self) -> None:
+        self.done += 1
+        seconds = time.perf_counter() - self.start
+        if not self.said and seconds > self.QUIET_SECONDS and self.done < self.total:
+            self.said = True
+            self.log(f"{self.what}: {self.done} of {self.total} after {seconds:.0f} s, about "
+                     f"{seconds * (self.total / self.done - 1):.0f} s to go", console=self.bar is None)
+        if self.bar is not None:
+            self.bar.update()
 
     def close(self) -> None:
-        pass
+        if self.bar is not None:
+            self.bar.close()
 
 
 class Stopwatch:
@@ -599,7 +630,7 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
     if wanted == "math":
         return "math", attend_math
     if wanted in ("auto", "fa3") and device.type == "cuda" and dtype == torch.bfloat16:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, OSError):  # OSError: a library of another PyTorch or CUDA
             from flash_attn_interface import flash_attn_func
             if torch.cuda.get_device_capability(device)[0] == 9:  # its kernels are Hopper's
                 def attend_fa3(q, k, v):
@@ -632,9 +663,36 @@ def pick_kernels(wanted: str, device: torch.device) -> str:
     return "triton"
 
 
+def require_compiler(device: torch.device) -> None:
+    """Compile a trifle, so that a missing compiler is noticed before the work begins. Raises UserError."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # each back end has its own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"torch.compile does not work here ({reason.strip()[:150]}); COMPILE=0 does without") from None
+
+
 def peak_rss_bytes() -> int:
     """Most resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_ranks(environ) -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun sets them; one process without them. Raises UserError."""
+    ranks = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = environ.get(name, default)
+        if not text.isdecimal():
+            raise UserError(f"{name}={text!r} is not a whole number; torchrun sets it, one process needs none")
+        ranks.append(int(text))
+    rank, world_size, _ = ranks
+    if rank >= world_size:
+        raise UserError(f"RANK={rank} does not exist in WORLD_SIZE={world_size}; torchrun sets both, one process needs "
+                        "neither")
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+    if world_size > 1 and absent:
+        raise UserError(f"WORLD_SIZE={world_size} needs {' and '.join(absent)}; start with torchrun, or unset it")
+    return tuple(ranks)
 
 
 @dataclass(frozen=True)
@@ -658,8 +716,7 @@ class Runtime:
     @classmethod
     def open(cls, cfg: Hyperparameters) -> Runtime:
         """Join the process group, choose device, precision and kernels, open the log. Raises UserError."""
-        rank, world_size, local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, world_size, local_rank = read_ranks(os.environ)
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda was asked for, but this PyTorch sees no CUDA device")
         on_cuda = cfg.device != "cpu" and torch.cuda.is_available()
@@ -670,7 +727,9 @@ class Runtime:
         dtype = {"auto": torch.bfloat16 if on_cuda else torch.float32,
                  "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype]
         attention, attend = pick_attention(cfg.attention, device, dtype)
-        kernels, groups = pick_kernels(cfg.kernels, device), {}
+        kernels, groups, compiles = pick_kernels(cfg.kernels, device), {}, {"auto": on_cuda, "0": False, "1": True}
+        if compiles[cfg.compile]:
+            require_compiler(device)
         if world_size > 1:
             # imported later, its functions' defaults would keep the group: see `close`
             from torch import _dynamo  # noqa: F401
@@ -681,8 +740,8 @@ class Runtime:
             dist.broadcast_object_list(names, src=0, group=groups["cpu"])
         folder = Path(cfg.artifact_dir)
         log = RunLog(folder, names[0], active=rank == 0, append=cfg.resume)
-        return cls(rank, world_size, device, dtype, {"auto": on_cuda, "0": False, "1": True}[cfg.compile],
-                   attention, attend, names[0], folder, log, groups, kernels)
+        return cls(rank, world_size, device, dtype, compiles[cfg.compile], attention, attend, names[0], folder, log,
+                   groups, kernels)
 
     def close(self) -> None:
         """Leave the process group and let go of it: threads of gloo that outlive Python may abort the process."""
@@ -860,12 +919,17 @@ class EvalClock:
 
 # ------------------------------------------------------------------------------------------------ DATA
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+BYTES_MARK = "_bytes_"  # in the name of a side-car, which holds the bytes of text that each token of a shard stands for
+SPACE_MARK = "\u2581"   # SentencePiece's visible space
 
 
 def open_shard(path: str) -> np.ndarray:
     """The tokens of a shard, memory-mapped: 256 little-endian int32 of header, then uint16 ids. Raises UserError."""
-    size = os.path.getsize(path)
-    header = np.fromfile(path, dtype="<i4", count=256)
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=256)
+    except OSError as error:
+        raise UserError(f"cannot read shard {path}: {error.strerror}") from None
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
     count = int(header[2])
@@ -879,12 +943,14 @@ class TokenStream:
     """All shards of a pattern, in the order of their names, as one endless stream of ids below vocab_size."""
 
     def __init__(self, pattern: str, vocab_size: int):
-        folder = os.path.dirname(pattern)
+        folder, name = os.path.split(pattern)
         if not os.path.isdir(folder):
-            raise UserError(f"there is no data folder {folder}; `bash run.sh data` makes one, DATA_PATH names another")
-        self.paths = sorted(p for p in glob.glob(pattern) if "_bytes_" not in os.path.basename(p))
+            raise UserError(f"there is no data folder {folder}; DATA_PATH names another, `bash run.sh data` makes one, "
+                            "and `bash run.sh` without more trains on a small text of its own")
+        self.paths = sorted(path for path in glob.glob(os.path.join(glob.escape(folder), name))
+                            if BYTES_MARK not in os.path.basename(path))
         if not self.paths:
-            raise UserError(f"no shard matches {pattern}")
+            raise UserError(f"no shard matches {pattern}; data/prepare.py makes them")
         self.shards = [open_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.vocab_size = vocab_size
@@ -943,55 +1009,126 @@ class TrainData:
         yield from zip(inputs, targets)
 
 
-@dataclass(frozen=True)
-class ByteTable:
-    """What each token adds to the decoded text, in UTF-8 bytes."""
+def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes that each token adds to the text decoded so far, for any SentencePiece model.  # int32 [n]
 
-    length: Tensor    # int64 [vocab]: bytes of the piece without its leading space mark
-    spaced: Tensor    # bool [vocab]: the piece starts with a space mark
-    silent: Tensor    # bool [vocab]: control, unknown or unused; a space right after one is not decoded
+    Documents begin after a control token (BOS). Their first space is not text where the decoder drops it: there the
+    tokenizer has put it in itself (its dummy prefix).
+    """
+    vocab, silent = tokenizer.vocab_size(), lambda i: tokenizer.is_control(i) or tokenizer.is_unused(i)
+    pieces = [tokenizer.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(vocab)]
+    pieces = ["" if silent(i) else "?" if tokenizer.is_byte(i) else tokenizer.decode([i]) if tokenizer.is_unknown(i)
+              else pieces[i] for i in range(vocab)]
+    length = np.array([len(piece.encode()) for piece in pieces], np.int32)[tokens]
+    if tokenizer.decode([tokenizer.piece_to_id(SPACE_MARK)]) == "":
+        begins = np.array([silent(i) for i in range(vocab)])[np.concatenate((tokens[:1], tokens[:-1]))]
+        begins[:1] = True
+        length -= begins & np.array([piece.startswith(" ") for piece in pieces])[tokens]
+    return length
 
-    @classmethod
-    def of(cls, tokenizer, vocab_size: int, device) -> ByteTable:
-        length, spaced, silent = [0] * vocab_size, [False] * vocab_size, [True] * vocab_size
-        for i in range(vocab_size):
-            if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
-                continue
-            piece = tokenizer.id_to_piece(i)
-            silent[i], spaced[i] = False, piece.startswith("\u2581") and not tokenizer.is_byte(i)
-            length[i] = 1 if tokenizer.is_byte(i) else len(piece[spaced[i]:].encode())
-        return cls(torch.tensor(length, device=device), torch.tensor(spaced, device=device),
-                   torch.tensor(silent, device=device))
 
-    def count(self, previous: Tensor, target: Tensor) -> Tensor:
-        """Bytes each target adds after its predecessor. Any shape of ids -> int64 of that shape."""
-        return self.length[target] + (self.spaced[target] & ~self.silent[previous])
+def read_sidecars(stream: TokenStream) -> np.ndarray | None:
+    """Bytes of text of each token, from the fineweb_val_bytes_*.bin beside the shards; None where there are none. They
+    are the truth for tokens of a transformed text. Raises UserError unless each shard has one of its own length."""
+    paths = [os.path.join(folder, name.replace("_val_", f"_val{BYTES_MARK}"))
+             for folder, name in map(os.path.split, stream.paths)]
+    if not any(map(os.path.lexists, paths)):
+        return None
+    sizes = [open_shard(path) for path in paths]
+    for path, size, shard, of in zip(paths, sizes, stream.shards, stream.paths):
+        if len(size) != len(shard):
+            raise UserError(f"{path} holds the bytes of {len(size):,} tokens, but {of} has {len(shard):,}; fetch both "
+                            "again")
+    return np.concatenate(sizes).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class ValData:
-    """The validation text and what its tokens weigh in bytes."""
+    """The validation text and how many bytes of text its tokens stand for."""
 
     tokens: Tensor     # int32 [n]
-    byte_table: ByteTable
+    sizes: Tensor      # int32 [n]: UTF-8 bytes that each token adds after its predecessor
     tokenizer_sha256: str
     bos_id: int = -1   # what every document starts with; -1: nothing does
 
     @classmethod
     def open(cls, cfg: Hyperparameters, rt: Runtime) -> ValData:
+        stream, facts = TokenStream(cfg.val_files, cfg.vocab_size), dataset_facts(cfg.data_path)
         tokenizer, digest = open_tokenizer(cfg)
-        stream = TokenStream(cfg.val_files, cfg.vocab_size)
+        if facts.tokenizer_sha256 not in ("", digest):
+            raise UserError(f"{cfg.data_path} was made with tokenizer {facts.tokenizer} (sha256 "
+                            f"{facts.tokenizer_sha256[:12]}…), which {cfg.tokenizer_path} ({digest[:12]}…) is not; "
+                            "TOKENIZER_PATH names it, and is found by itself where it lies in ../../tokenizers")
         if len(stream) < cfg.window + 1:
             raise UserError(f"validation text has {len(stream):,} tokens, "
                             f"fewer than one window of EVAL_SEQ_LEN={cfg.window} and its target")
-        tokens = torch.from_numpy(stream.read(0, len(stream))).to(rt.device)
-        bos_id = tokenizer.bos_id()
+        tokens = stream.read(0, len(stream))
+        sizes, bos_id = read_sidecars(stream), tokenizer.bos_id()
+        if sizes is None:
+            sizes = token_bytes(tokenizer, tokens)
+            if tokenizer.unk_id() >= 0 and (tokens == tokenizer.unk_id()).any():
+                rt.log(f"warning: {cfg.val_files} has tokens unknown to the tokenizer; they count as decoded")
+        if sizes[1:].sum() == 0:
+            raise UserError(f"the tokens of {cfg.val_files} stand for no byte of text")
         if cfg.ttt_enabled and cfg.ttt_reset == "document":
             if bos_id < 0:
                 raise UserError(f"TTT_RESET=document: tokenizer {cfg.tokenizer_path} has no BOS to tell documents by")
-            if not (tokens == bos_id).any():
+            if not (tokens[:-1] == bos_id).any():
                 raise UserError(f"TTT_RESET=document: no BOS (token {bos_id}) in {cfg.val_files} to tell documents by")
-        return cls(tokens, ByteTable.of(tokenizer, cfg.vocab_size, rt.device), digest, bos_id)
+        return cls(*(torch.from_numpy(array).to(rt.device) for array in (tokens, sizes)), digest, bos_id)
+
+    def take(self, index) -> ValData:
+        """The text of these tokens alone, which keep their bytes. index: a slice or numbers."""
+        return dataclasses.replace(self, tokens=self.tokens[index], sizes=self.sizes[index])
+
+
+class DatasetFacts(NamedTuple):
+    """What a dataset.json says of the shards beside it; empty where it says nothing."""
+
+    vocab_size: str = ""
+    tokenizer: str = ""          # the name of its file
+    tokenizer_sha256: str = ""
+
+
+def dataset_facts(folder: str | Path) -> DatasetFacts:
+    """Raises UserError if there is a dataset.json that cannot be understood."""
+    path = Path(folder) / "dataset.json"
+    try:
+        noted = json.loads(path.read_bytes())
+        tokenizer = noted.get("tokenizer") or {}
+        if isinstance(tokenizer, list):  # the files that a published manifest names
+            tokenizer = {"name": next((name for name in tokenizer if name.endswith(".model")), "")}
+        return DatasetFacts(str(noted.get("vocab_size", "")), Path(tokenizer.get("name", "")).name,
+                            str(tokenizer.get("sha256", "")))
+    except (FileNotFoundError, NotADirectoryError):
+        return DatasetFacts()
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"cannot understand {path}: {error}") from None
+
+
+def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
+    """The variables, with those of DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE that are not given filled in as dataset.json
+    tells them. `tokenizer_sha256`: of the tokenizer that an artifact was made with, which then has to be that one."""
+    found, default = dict(environ), Hyperparameters.data_path
+    facts = dataset_facts(found.get("DATA_PATH", default))
+    if tokenizer_sha256 and "DATA_PATH" not in found and facts.tokenizer_sha256 != tokenizer_sha256:
+        fitting = [path.parent for path in sorted(Path(default).parent.glob("*/dataset.json"))
+                   if dataset_facts(path.parent).tokenizer_sha256 == tokenizer_sha256]
+        if fitting:
+            found["DATA_PATH"], facts = str(fitting[0]), dataset_facts(fitting[0])
+    if facts.vocab_size:
+        found.setdefault("VOCAB_SIZE", facts.vocab_size)
+    if "TOKENIZER_PATH" not in found:
+        data, usual = Path(found.get("DATA_PATH", default)), Path(Hyperparameters.tokenizer_path)
+        folders = data.parent.parent / "tokenizers", data, usual.parent
+        paths = [*(folder / facts.tokenizer for folder in folders if facts.tokenizer), usual,
+                 *(path for folder in folders for path in sorted(folder.glob("*.model")))]
+        wanted = tokenizer_sha256 or facts.tokenizer_sha256
+        for path in filter(Path.is_file, paths if wanted or facts.tokenizer else []):
+            if not wanted or hashlib.sha256(path.read_bytes()).hexdigest() == wanted:
+                found["TOKENIZER_PATH"] = str(path)
+                break
+    return found
 
 
 def open_tokenizer(cfg: Hyperparameters):
@@ -1012,7 +1149,7 @@ def open_tokenizer(cfg: Hyperparameters):
         raise UserError(f"{cfg.tokenizer_path} is not a SentencePiece model")
     if size != cfg.vocab_size:
         raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but tokenizer {cfg.tokenizer_path} has {size} pieces")
-    if tokenizer.is_unknown(tokenizer.piece_to_id("\u2581")):
+    if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
         raise UserError(f"{cfg.tokenizer_path} has no piece for a space: bytes could not be counted")
     return tokenizer, hashlib.sha256(blob).hexdigest()
 
@@ -1021,15 +1158,13 @@ def open_tokenizer(cfg: Hyperparameters):
 class BpbMeter:
     """Sums nats, tokens and bytes in float64: the one place where bits per byte are made."""
 
-    def __init__(self, byte_table: ByteTable):
-        self.byte_table = byte_table
-        self.sums = torch.zeros(3, dtype=torch.float64, device=byte_table.length.device)  # nats, tokens, bytes
+    def __init__(self, device):
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
 
-    def add(self, nll: Tensor, previous: Tensor, target: Tensor, counted: Tensor) -> None:
-        """Per-token nll in nats, ids before and of each token, and which to count; all of one shape."""
-        nats = torch.where(counted, nll.double(), 0.0).sum()
-        size = torch.where(counted, self.byte_table.count(previous, target), 0).sum()
-        self.sums += torch.stack((nats, counted.sum().double(), size.double()))
+    def add(self, nll: Tensor, size: Tensor) -> None:
+        """Nll in nats of some tokens, and the bytes of text they stand for.  # [n] each"""
+        count = torch.tensor(len(nll), dtype=torch.float64, device=nll.device)
+        self.sums += torch.stack((nll.double().sum(), count, size.double().sum()))
 
     def reduce(self, rt: Runtime) -> tuple[float, float, int, int]:
         """(nats per token, bits per byte, tokens, bytes) over all ranks; the meter itself stays this rank's."""
@@ -1144,7 +1279,6 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
     return rounded + (carrier - carrier.detach())  # the bracket is exactly 0 and carries the gradient
 
 
-GPTQ_CLIPS = (1.0, 0.9, 0.8, 0.7)  # with CLIP_RULE=percentile: shares of a row's largest weight that are tried
 GPTQ_BLOCK = 128      # columns rounded before the rest of the matrix hears of their errors
 GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
 
@@ -1154,8 +1288,7 @@ def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> 
 
     It lowers trace(error hessian error^T), the change of the outputs of weight [n, rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
-    without input become 0. The percentile rule becomes a choice of clips by that same measure, row by row: a third off
-    what INT4 costs, for 6 % more bytes, against the clips that suit the weights best. Source: GPTQ, arXiv 2210.17323.
+    without input become 0. The scales are `row_scales`, those late QAT trained on. Source: GPTQ, arXiv 2210.17323.
     Raises UserError with the name of a matrix.
     """
     weight, hessian = weight.float(), hessian.float()
@@ -1167,24 +1300,9 @@ def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> 
     hessian = hessian.gather(-2, columns.mT.expand_as(hessian))
     factor = inverse_factor(hessian.double(), names)
     scale = row_scales(weight, spec)  # of the rows as they are: all columns of a row share one grid
-    if spec.clip == "percentile":
-        largest = row_scales(weight, QuantSpec(spec.bits, "amax"))
-        scale = storable(best_clips(wanted, largest, hessian, factor, spec) * spec.widen)
     codes = round_in_turn(wanted, scale, factor, spec)
     back = order.argsort(dim=-1)[:, None].expand_as(weight)
     return codes.gather(-1, back).to(torch.int8), scale.half()
-
-
-def best_clips(weight: Tensor, whole: Tensor, hessian: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
-    """Of the shares GPTQ_CLIPS of each row's `whole` scale, the one whose codes change the output least."""
-    best = least = None
-    for share in GPTQ_CLIPS:
-        scale = storable(share * whole)
-        error = round_in_turn(weight, scale, factor, spec) * scale - weight
-        change = ((error @ hessian) * error).sum(-1, keepdim=True)
-        best = scale if best is None else torch.where(change < least, scale, best)
-        least = change if least is None else torch.minimum(change, least)
-    return best
 
 
 def round_in_turn(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
@@ -1374,11 +1492,12 @@ def norm(x: Tensor, scale: float = 1.0) -> Tensor:
 def rope_table(length: int, dims: int, cfg: Hyperparameters, device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation angles, in fp32.  # [length, dims/2] each
 
-    Past the trained length the base grows (NTK). PR 1092 fixes that length at 1024 while it trains on 2048,
-    so its base is always stretched to 22,082; ROPE_TRAIN_SEQ_LEN=1024 keeps that.
+    The base grows (NTK) with the trained length, and beyond it with the window's; a shorter window keeps the trained
+    base. PR 1092 counts from 1024 while it trains on 2048, so its base is always stretched to 22,082;
+    ROPE_TRAIN_SEQ_LEN=1024 keeps that.
     """
-    stretch = torch.sym_max(length / cfg.rope_train_seq_len, 1.0)  # no branch: graphs for any length pass here
-    base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)
+    stretch = torch.sym_max(torch.sym_max(length, cfg.train_seq_len) / cfg.rope_train_seq_len, 1.0)  # no branch, so
+    base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)        # that graphs for any length pass
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
@@ -1637,7 +1756,8 @@ class GPT(nn.Module):
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in cfg.ve_layer_ids)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(dim, cfg.vocab_size, bias=False)
         self.mtp_heads = nn.ModuleList(nn.Linear(dim, cfg.vocab_size, bias=False) for _ in range(cfg.mtp_num_heads))
-        self.init_weights()
+        if not self.qo_bank.is_meta:
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -2030,14 +2150,15 @@ class Averager:
     """Averages of the weights, in fp32 on the device. At the end LAWA is used if on, else SWA, else EMA."""
 
     def __init__(self, cfg: Hyperparameters, params: list[Tensor]):
-        self.cfg, self.params = cfg, params
-        self.restart_ema()
+        self.cfg, self.params, self.updates = cfg, params, 0
+        self.ema = self._copy() if cfg.ema_enabled else []
         self.swa, self.swa_count = [], 0
         self.lawa = collections.deque(maxlen=cfg.lawa_k)
 
     def restart_ema(self) -> None:
-        """Begin the exponential average at the present weights."""
-        self.updates, self.ema = 0, self._copy() if self.cfg.ema_enabled else []
+        """Put the present weights in place of the exponential average. Its decay ramp belongs to the start of training
+        and does not begin again: the average would end with a memory of a few dozen steps."""
+        self.ema = self._copy()
 
     def _copy(self) -> list[Tensor]:
         return [p.detach().float().clone() for p in self.params]
@@ -2172,6 +2293,7 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> T
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
     """Run every graph training will need before the clock starts, then put everything back."""
+    rt.log(f"warm-up: {cfg.warmup_steps} steps, before the clock starts")
     start = copy.deepcopy(state.pack())
     may_round = cfg.qat_enabled or cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0
     for i in range(cfg.warmup_steps):
@@ -2242,6 +2364,10 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
         if cfg.ema_reset_at_qat and state.averager.ema and state.step:
             state.averager.restart_ema()  # weights that were never rounded would blur those that learn to be
             rt.log(f"ema:restarted step:{state.step}")
+    if state.step in (0, 10) and not cfg.warmdown_frac and plan.lr_scale < 1:
+        rt.log(f"warning: the run is shorter than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate is at "
+               f"{plan.lr_scale:.3f} of its value at step {state.step} already; WARMDOWN_FRAC makes it a share of the "
+               "run")
     if cfg.swa_enabled and plan.snapshot and not state.averager.swa:
         rt.log(f"swa:start step:{state.step + 1}")
 
@@ -2489,36 +2615,33 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, model: GPT, prices: dict[str, fl
 # | header: LZMA of JSON | one packed stream after another | first 16 bytes of the SHA-256 of all before.
 # Nothing in it is executed. The header's settings say which parameters of which shapes there must be; every size
 # follows from these and is bounded before anything of that size is made.
-ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES = b"PGOLF", 2, 16
+ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES = b"PGOLF", 3, 16
 ARTIFACT_MAGIC = ARTIFACT_NAME + bytes([ARTIFACT_VERSION]) + b"\r\n"
 ARTIFACT_NUMBERS = struct.Struct("<QIII")
 ARTIFACT_HEADER_LIMIT = 2 ** 20
 FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xfd7zXZ": "an xz file",
            b"\x28\xb5\x2f\xfd": "a zstd file", b"\x1f\x8b": "a gzip file"}
 FLOAT_KINDS = {"half": np.dtype("<f2"), "float": np.dtype("<f4")}
-PACKERS = {"range": "constriction", "lzma": "lzma", "brotli": "brotli", "zstd": "zstandard"}  # and their packages
+CODECS = {"range": "constriction", "lzma": "lzma", "zstd": "zstandard"}  # and the package of each
 
 
 def library(codec: str):
-    """The module a packer needs. Raises UserError with the line that installs it."""
+    """The module a codec needs. Raises UserError with the line that installs it."""
     try:
-        return importlib.import_module(PACKERS[codec])
+        return importlib.import_module(CODECS[codec])
     except ImportError:
-        raise UserError(f"packing with {codec} needs the package {PACKERS[codec]}: pip install {PACKERS[codec]}"
-                        ) from None
+        raise UserError(f"packing with {codec} needs the package {CODECS[codec]}: pip install {CODECS[codec]}") from None
 
 
-def packers(wanted: str) -> tuple[str, ...]:
-    """The packers COMPRESS names: itself, or for auto all whose package is there. Raises UserError if it is not."""
-    if wanted != "auto":
-        library(wanted)
-        return (wanted,)
-    found = []
-    for codec in PACKERS:
-        with contextlib.suppress(UserError):
-            library(codec)
-            found.append(codec)
-    return tuple(found)
+def pick_codec(wanted: str) -> str:
+    """The codec COMPRESS names; auto: range where its package is there, else lzma. Raises UserError."""
+    try:
+        library("range" if wanted == "auto" else wanted)
+        return "range" if wanted == "auto" else wanted
+    except UserError:
+        if wanted != "auto":
+            raise
+        return "lzma"
 
 
 def lzma_filters(size: int) -> list[dict]:
@@ -2530,30 +2653,21 @@ def lzma_filters(size: int) -> list[dict]:
 def compress(codec: str, raw: bytes) -> bytes:
     if codec == "zstd":
         return library(codec).ZstdCompressor(level=22).compress(raw)
-    if codec == "brotli":
-        return library(codec).compress(raw, quality=11, lgwin=24)
     return lzma.compress(raw, lzma.FORMAT_RAW, filters=lzma_filters(len(raw)))
 
 
 def decompress(codec: str, packed: bytes, size: int) -> bytes:
     """The `size` bytes of a stream; makes hardly more than that, whatever the stream says. Raises ValueError."""
-    module, limit = library(codec), size + 1
+    module = library(codec)
     try:
         if codec == "zstd":
             if module.frame_content_size(packed) != size:  # it is allocated at once
                 raise ValueError("it states another size")
             raw = module.ZstdDecompressor().decompress(packed, allow_extra_data=False)
             ended = True  # or it would have raised
-        elif codec == "brotli":
-            reader = module.Decompressor()
-            raw = part = reader.process(packed, output_buffer_limit=limit)
-            while part and len(raw) < limit and not reader.is_finished():
-                part = reader.process(b"", output_buffer_limit=limit - len(raw))
-                raw += part
-            ended = reader.is_finished()
         else:
             reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(size))
-            raw = reader.decompress(packed, max_length=limit)
+            raw = reader.decompress(packed, max_length=size + 1)
             ended = reader.eof and not reader.unused_data
     except Exception as error:  # each library has its own type, known only where the library is
         raise ValueError(f"{codec} cannot read a stream: {error}") from None
@@ -2603,8 +2717,8 @@ class Spreads:
     counts every symbol half as itself and half as its negative.
     """
 
-    def __init__(self, reach: int, coder, encodes: bool):
-        self.reach, self.coder, self.encodes = reach, coder, encodes
+    def __init__(self, reach: int, encoder, decoder=None):
+        self.reach, self.encoder, self.decoder = reach, encoder, decoder
         mean = powers_of_two()[BUCKET_STEP * np.arange(BUCKETS) + 16 * 12 + BUCKET_STEP // 2] / FIXED
         sigma = (1.25 * mean + 0.2)[:, None]  # of a Gaussian with that mean magnitude, and the rounding
         square = 1 + np.arange(-reach, reach + 1) ** 2 / (7 * sigma * sigma)
@@ -2612,7 +2726,7 @@ class Spreads:
         self.counts = 1 + (bell << 14) // bell.sum(1, keepdims=True)  # 64 make one symbol
 
     def code(self, bucket: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """Write the symbols, or read as many; returns them. All of a bucket go in one call."""
+        """Write the symbols, or with a decoder read as many first; returns them. All of a bucket go in one call."""
         categorical = library("range").stream.model.Categorical
         order = np.argsort(bucket, axis=None, kind="stable")
         flat, start = symbols.reshape(-1)[order] + self.reach, 0
@@ -2620,10 +2734,9 @@ class Spreads:
         for b in np.flatnonzero(sizes):
             part = slice(start, start + int(sizes[b]))
             model = categorical(self.counts[b].astype(np.float64), perfect=False)
-            if self.encodes:
-                self.coder.encode(flat[part].astype(np.int32), model)
-            else:
-                flat[part] = self.coder.decode(model, int(sizes[b]))
+            if self.decoder:
+                flat[part] = self.decoder.decode(model, int(sizes[b]))
+            self.encoder.encode(flat[part].astype(np.int32), model)
             seen = np.bincount(flat[part], minlength=2 * self.reach + 1)
             self.counts[b] += 32 * (seen + seen[::-1])
             start = part.stop
@@ -2703,12 +2816,12 @@ def walk(codes: np.ndarray, top: int, spreads: Spreads, is_table: bool) -> None:
 def code_block(block, top: int, spreads: Spreads, predictor: RowPredictor | None, average: int, column):
     """Code rows of a matrix, tile by tile. Returns (magnitudes of what was coded [rows, columns], levels [rows])."""
     width = trust = 16 if predictor else 64  # columns of a tile; after as many a row is its own evidence
-    magnitude, expected = np.zeros_like(block), 0
+    magnitude, row_sum, expected = np.zeros_like(block), np.zeros(len(block), np.int64), 0
     if predictor:
         predictor.begin(len(block))
     for left in range(0, block.shape[1], width):
         tile = block[:, left:left + width]
-        level = (magnitude.sum(1) * FIXED + trust * average) * FIXED // (expected + trust * FIXED)
+        level = (row_sum * FIXED + trust * average) * FIXED // (expected + trust * FIXED)
         spread = sixteenths(level)[:, None] + sixteenths(column[left:left + width])  # 512: one code
         bucket = ((spread - 448) // BUCKET_STEP).clip(0, BUCKETS - 1)
         guess = predictor.guess(left, tile.shape[1], top) if predictor else 0
@@ -2719,40 +2832,42 @@ def code_block(block, top: int, spreads: Spreads, predictor: RowPredictor | None
         if predictor:
             predictor.observe(left, tile)
         magnitude[:, left:left + width] = np.abs(symbols)
+        row_sum += np.abs(symbols).sum(1)
         expected += int(column[left:left + width].sum())
     if predictor:
         predictor.end(block)
-    return magnitude, (magnitude.sum(1) * FIXED + trust * average) * FIXED // (expected + trust * FIXED)
+    return magnitude, (row_sum * FIXED + trust * average) * FIXED // (expected + trust * FIXED)
 
 
-def walk_all(arrays: list[np.ndarray], bits: list[int], coder, encodes: bool) -> None:
-    """Code int64 arrays one after another; those with the same symbols share their histograms."""
-    shared = {}
+def walk_all(arrays: list[np.ndarray], bits: list[int], decoder=None) -> bytes:
+    """Encode int64 arrays one after another, with a decoder after filling them from it; those with the same symbols
+    share their histograms. Returns the stream."""
+    encoder, shared = library("range").stream.queue.RangeEncoder(), {}
     for codes, b in zip(arrays, bits):
         top, is_table = 2 ** (b - 1) - 1, codes.ndim == 2
         reach = 2 * top if is_table else top  # a table's symbols are differences of two codes
         if reach not in shared:
-            shared[reach] = Spreads(reach, coder, encodes)
+            shared[reach] = Spreads(reach, encoder, decoder)
         walk(codes.reshape(-1, *codes.shape[-2:]), top, shared[reach], is_table)
+    return encoder.get_compressed().astype("<u4").tobytes()
 
 
 def range_encode(arrays: list[np.ndarray], bits: list[int]) -> bytes:
     """int8 codes [(matrices,) rows, columns] of so many bits each -> bytes."""
-    coder = library("range").stream.queue.RangeEncoder()
-    walk_all([codes.astype(np.int64) for codes in arrays], bits, coder, encodes=True)
-    return coder.get_compressed().astype("<u4").tobytes()
+    return walk_all([codes.astype(np.int64) for codes in arrays], bits)
 
 
 def range_decode(packed: bytes, shapes: list, bits: list[int]) -> list[np.ndarray]:
-    """The arrays of `range_encode`, from their shapes. Raises ValueError if the bytes are not the code of any."""
-    coder = library("range").stream.queue.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
+    """The arrays of `range_encode`, from their shapes. Raises ValueError if the bytes are not the code of any: what is
+    read is encoded again on the way, and only what then comes out is accepted."""
+    decoder = library("range").stream.queue.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
     arrays = [np.zeros(shape, np.int64) for shape in shapes]
     try:
-        walk_all(arrays, bits, coder, encodes=False)
+        written = walk_all(arrays, bits, decoder)
     except AssertionError as error:  # what constriction raises
         raise ValueError(f"range cannot read a stream: {error}") from None
-    if not coder.maybe_exhausted():
-        raise ValueError("a range stream is longer than its codes")
+    if written != packed:
+        raise ValueError("a range stream is not the code of its values")
     return [codes.astype(np.int8) for codes in arrays]
 
 
@@ -2837,28 +2952,13 @@ def pack_stream(codec: str, parts: list[tuple[np.ndarray, int]]) -> bytes:
         codec, planes(np.concatenate([array.reshape(-1) for array in arrays])))
 
 
-def opening(parts: list[tuple[np.ndarray, int]]) -> list[tuple[np.ndarray, int]]:
-    """About the first million values of a stream."""
-    share = min(2 ** 20 / max(sum(array.size for array, _ in parts), 1), 1)
-    return [(array[:math.ceil(share * len(array))], bits) for array, bits in
-            ((np.atleast_1d(array), bits) for array, bits in parts)]
-
-
-def packed_smallest(wanted: str, streams: dict) -> dict[str, tuple[str, bytes]]:
-    """Stream -> (codec, bytes) of the smallest of the wanted packers. `range` knows codes only: floats go by LZMA.
-
-    Brotli takes minutes for 27 million codes: a packer that is 1 % behind on the opening of a stream is left at that.
-    """
-    codecs = packers(wanted)
-    jobs = [(stream, codec) for stream, parts in streams.items()
-            for codec in [codec for codec in codecs if codec != "range" or parts[0][1]] or ["lzma"]]
+def pack_streams(wanted: str, streams: dict) -> dict[str, tuple[str, bytes]]:
+    """Stream -> (codec, bytes). The range coder knows codes only: floats go by LZMA then."""
+    chosen = pick_codec(wanted)
+    codecs = {stream: "lzma" if chosen == "range" and not parts[0][1] else chosen for stream, parts in streams.items()}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # the libraries let go of Python's lock
-        sizes = dict(zip(jobs, pool.map(lambda job: len(pack_stream(job[1], opening(streams[job[0]]))), jobs)))
-        least = {stream: min(size for (of, _), size in sizes.items() if of == stream) for stream in streams}
-        jobs = [job for job in jobs if sizes[job] <= 1.01 * least[job[0]]]
-        packed = list(zip(jobs, pool.map(lambda job: pack_stream(job[1], streams[job[0]]), jobs)))
-    return {stream: min(((codec, data) for (of, codec), data in packed if of == stream), key=lambda pair: len(pair[1]))
-            for stream in streams}
+        data = pool.map(lambda stream: pack_stream(codecs[stream], streams[stream]), streams)
+        return dict(zip(streams, zip(codecs.values(), data)))
 
 
 def pack(cfg: Hyperparameters, model: GPT, tokenizer_sha256: str, rounded: dict | None = None) -> Artifact:
@@ -2870,18 +2970,28 @@ def pack(cfg: Hyperparameters, model: GPT, tokenizer_sha256: str, rounded: dict 
 
 
 def write_artifact(cfg: Hyperparameters, tokenizer_sha256: str, stored: list[Stored]) -> Artifact:
-    streams = streams_of(stored)
-    packed, ledger = packed_smallest(cfg.compress, streams), []
+    streams, ledger = streams_of(stored), []
+    packed = pack_streams(cfg.compress, streams)
     for stream, parts in streams.items():
         flat = np.concatenate([array.reshape(-1) for array, _ in parts])
         codec, data = packed[stream]
         ledger.append(LedgerRow(stream, codec, flat.size, flat.nbytes, round(order0_bytes(flat)), len(data)))
-    shape = {f.name: getattr(cfg, f.name) for f in settings_by_section()["Model"]}
-    text = json_bytes({"config": {**shape, "mtp_num_heads": 0}, "tokenizer": tokenizer_sha256,
+    text = json_bytes({"config": model_settings(cfg), "tokenizer": tokenizer_sha256,
                        "tensors": [[s.name, list(s.values.shape), s.stream, s.bits] for s in stored],
-                       "streams": [[row.stream, row.codec, row.packed_bytes] for row in ledger]})
-    blob = frame(text, b"".join(data for _, data in packed.values()))
-    return Artifact(blob, tuple(ledger))
+                       "streams": [[row.stream, row.codec, row.packed_bytes, stream_crc(streams[row.stream])]
+                                   for row in ledger]})
+    return Artifact(frame(text, b"".join(data for _, data in packed.values())), tuple(ledger))
+
+
+def stream_crc(parts: list[tuple[np.ndarray, int]]) -> int:
+    """CRC32 of the values of a stream, however they are packed."""
+    return functools.reduce(lambda crc, part: zlib.crc32(np.ascontiguousarray(part[0]).tobytes(), crc), parts, 0)
+
+
+def model_settings(cfg: Hyperparameters) -> dict:
+    """The settings an artifact remembers: those of its model, which has no MTP heads any more."""
+    typed = {"int": int, "float": float, "bool": bool, "str": str}
+    return {f.name: typed[f.type](getattr(cfg, f.name)) for f in settings_by_section()["Model"]} | {"mtp_num_heads": 0}
 
 
 def json_bytes(value) -> bytes:
@@ -2928,16 +3038,10 @@ def open_frame(blob: bytes) -> tuple[bytes, bytes]:
     return decompress("lzma", body[start:start + header_bytes], text_bytes), body[start + header_bytes:]
 
 
-class Blueprint(GPT):
-    """The names and shapes of a model's parameters, made without memory for them (on the device "meta")."""
-
-    def init_weights(self) -> None:
-        pass
-
-
 def blueprint(cfg: Hyperparameters) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters, made without memory for them."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Blueprint(cfg).named_parameters()}
+        return {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
 
 
 def read_artifact(blob: bytes) -> tuple[Hyperparameters, str, list[Stored]]:
@@ -2948,7 +3052,7 @@ def read_artifact(blob: bytes) -> tuple[Hyperparameters, str, list[Stored]]:
         if json_bytes(header) != text:  # one way to write it: no key twice, no second spelling of a number
             raise ValueError("its header is not in the form this program writes")
         cfg = stored_settings(header["config"])
-        table = checked_tensors(cfg, header["tensors"], 2 ** 24 + 64 * len(blob))
+        table = checked_tensors(cfg, header["tensors"], 2 ** 16 + 16 * len(blob))
         if not re.fullmatch(r"\w{,64}", header["tokenizer"]):
             raise ValueError("its tokenizer is no SHA-256")
         return cfg, header["tokenizer"], read_streams(table, header["streams"], payload)
@@ -2959,14 +3063,18 @@ def read_artifact(blob: bytes) -> tuple[Hyperparameters, str, list[Stored]]:
 
 
 def stored_settings(config: dict) -> Hyperparameters:
-    names = [f.name for f in settings_by_section()["Model"]]
+    """Raises ValueError for settings that are not a model's, or not spelt as this program spells them."""
+    names = list(model_settings(Hyperparameters()))
     if list(config) != names:
         raise ValueError("its settings are not those of a model")
     try:
-        return Hyperparameters.from_env({k.upper(): str(int(v) if isinstance(v, bool) else v)
-                                         for k, v in config.items()})
+        cfg = Hyperparameters.from_env({k.upper(): str(int(v) if isinstance(v, bool) else v)
+                                        for k, v in config.items()})
     except UserError as error:
         raise ValueError(error) from None
+    if json_bytes(model_settings(cfg)) != json_bytes(config):
+        raise ValueError("its settings are not in the form this program writes")
+    return cfg
 
 
 def checked_tensors(cfg: Hyperparameters, tensors: list, most: int) -> list[tuple[str, tuple[int, ...], str, int]]:
@@ -2990,22 +3098,24 @@ def read_streams(table: list, streams: list, payload: bytes) -> list[Stored]:
         wanted[stream].append((shape, bits))
         if bits:
             wanted["scales"].append(((*shape[:-1], 1), 0))
-    if [name for name, _, _ in streams] != sorted(wanted):
+    if [row[0] for row in streams] != sorted(wanted):
         raise ValueError("its streams are not those of its tensors")
-    if any(type(size) is not int or size < 0 for _, _, size in streams) or \
-            sum(size for _, _, size in streams) != len(payload):
+    sizes = [size for _, _, size, _ in streams]
+    if any(type(size) is not int or size < 0 for size in sizes) or sum(sizes) != len(payload):
         raise ValueError("its streams do not fill the file")
     arrays, offset = {}, 0
-    for name, codec, size in streams:
-        arrays[name] = iter(unpack_stream(name, codec, payload[offset:offset + size], *zip(*wanted[name])))
-        offset += size
+    for name, codec, size, crc in streams:
+        parts = unpack_stream(name, codec, payload[offset:offset + size], *zip(*wanted[name]))
+        if stream_crc([(part, 0) for part in parts]) != crc:
+            raise ValueError(f"stream {name} has another checksum")
+        arrays[name], offset = iter(parts), offset + size
     return [Stored(name, stream, bits, next(arrays[stream]), next(arrays["scales"]) if bits else None)
             for name, _, stream, bits in table]
 
 
 def unpack_stream(stream: str, codec: str, packed: bytes, shapes: tuple, bits: tuple) -> list[np.ndarray]:
     """The arrays of one stream, held against what may stand in them."""
-    if codec not in PACKERS or codec == "range" and not bits[0]:
+    if codec not in CODECS or codec == "range" and not bits[0]:
         raise ValueError(f"stream {stream} is packed with {codec!r}")
     if codec == "range":
         return range_decode(packed, shapes, bits)  # which makes no code out of range
@@ -3031,9 +3141,11 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
     """A fresh model with the weights of an artifact and nothing else. Raises UserError."""
     cfg, made_with, weights = unpack(blob)
     if made_with != tokenizer_sha256:
-        raise UserError("artifact was made with another tokenizer; TOKENIZER_PATH names the one to use")
-    model = GPT(cfg, rt.attend, rt.dtype, kernels=rt.kernels)
-    model.load_state_dict(weights)
+        raise UserError(f"artifact was made with another tokenizer, of sha256 {made_with[:12]}…, not "
+                        f"{tokenizer_sha256[:12]}…; TOKENIZER_PATH names the one to use")
+    with torch.device("meta"):  # no memory for initial values that nobody will see
+        model = GPT(cfg, rt.attend, rt.dtype, kernels=rt.kernels)
+    model.load_state_dict(weights, assign=True)
     return model.to(rt.device).eval()
 
 
@@ -3093,7 +3205,8 @@ class Windows:
         start, low, high = (t.to(tokens.device)[:, None] for t in (self.start, self.low, self.high))
         at = start + torch.arange(self.length + 1, device=tokens.device)
         text, number = tokens[at.minimum(high)].long(), at[:, -self.keep - 1:-1]
-        return text[:, :-1], text[:, -self.keep:], number, (number >= low) & (number < high)
+        ids, wanted = text[:, :-1].contiguous(), text[:, -self.keep:].contiguous()  # a graph for each layout, so: one
+        return ids, wanted, number, (number >= low) & (number < high)
 
 
 @dataclass(frozen=True)
@@ -3161,14 +3274,13 @@ class Scored:
     none learns from a token whose score is still to come."""
 
     def __init__(self, val: ValData, rt: Runtime):
-        self.tokens, self.rt, self.meter = val.tokens, rt, BpbMeter(val.byte_table)
+        self.tokens, self.sizes, self.rt, self.meter = val.tokens, val.sizes, rt, BpbMeter(val.tokens.device)
         self.times = torch.zeros(len(val.tokens) - 1, dtype=torch.uint8, device=val.tokens.device)
 
-    def commit(self, nll: Tensor, previous: Tensor, target: Tensor, at: Tensor, counted: Tensor) -> None:
-        """Scores into the sum for good, all of one shape; `at`: the targets' numbers, of those that are `counted`."""
-        self.meter.add(nll, previous, target, counted)
-        at = at[counted]
-        self.times.index_add_(0, at, torch.ones_like(at, dtype=torch.uint8))
+    def commit(self, numbers: Tensor, nll: Tensor) -> None:
+        """Scores of the targets with these numbers into the sum for good.  # [n] each"""
+        self.meter.add(nll, self.sizes[numbers + 1])
+        self.times.index_add_(0, numbers, torch.ones_like(numbers, dtype=torch.uint8))
 
     def demand(self, times: Tensor) -> None:
         """Raise IllegalScore unless all of these targets were scored once."""
@@ -3381,9 +3493,10 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             again = functools.partial(score_fn, ids, wanted, temperature, dress)
             with torch.set_grad_enabled(rows > 0 and clock.wanted > 0):
                 nll = again()
-            scored.commit(nll.detach(), ids[:, -windows.keep:], wanted, at, counted)
+            numbers, made = at[counted], nll.detach()[counted]
+            scored.commit(numbers, made)
             if observe:
-                observe(at[counted], nll.detach()[counted])
+                observe(numbers, made)
             bar.update()
         clock.lap("score", leg.reads)
         if adapter:
@@ -3425,8 +3538,7 @@ class Trace:
 
     def __call__(self, numbers: Tensor, nll: Tensor) -> None:
         tokens = self.val.tokens
-        size = self.val.byte_table.count(tokens[numbers].long(), tokens[numbers + 1].long())
-        pair = torch.stack((nll.double(), size.double()), dim=1)
+        pair = torch.stack((nll.double(), self.val.sizes[numbers + 1].double()), dim=1)
         begun = self.starts[torch.searchsorted(self.starts, numbers, right=True) - 1]
         self.stream.index_add_(0, numbers * self.PIECES // (len(tokens) - 1), pair)
         self.position.index_add_(0, (numbers - begun + 1).double().log2().long(), pair)
@@ -3447,12 +3559,14 @@ def report_chunk(rt: Runtime, meter: BpbMeter, chunk: int, chunks: int, seconds:
 
 # ------------------------------------------------------------------------------------------------ MAIN
 def settings_from(environ) -> Hyperparameters:
-    """The settings of the environment; with EVAL_ARTIFACT those of the model are the artifact's. Raises UserError."""
+    """The settings of the environment, completed by what dataset.json and, with EVAL_ARTIFACT, the artifact tell: the
+    model's settings are then the artifact's. Raises UserError."""
     path = environ.get("EVAL_ARTIFACT")
     if not path:
-        return Hyperparameters.from_env(environ)
-    stored = model_variables(path)
-    size = Hyperparameters.from_env({"VOCAB_SIZE": environ.get("VOCAB_SIZE", stored["VOCAB_SIZE"])}).vocab_size
+        return Hyperparameters.from_env(find_data(environ))
+    stored, tokenizer_sha256 = model_variables(path)
+    environ = find_data({"VOCAB_SIZE": stored["VOCAB_SIZE"], **environ}, tokenizer_sha256)
+    size = Hyperparameters.from_env({"VOCAB_SIZE": environ["VOCAB_SIZE"]}).vocab_size
     if size != int(stored["VOCAB_SIZE"]):
         raise UserError(f"VOCAB_SIZE={size}, but the model in {path} has VOCAB_SIZE={stored['VOCAB_SIZE']}")
     fields = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
@@ -3460,12 +3574,13 @@ def settings_from(environ) -> Hyperparameters:
     return Hyperparameters.from_env({k: v for k, v in environ.items() if k not in replaced} | stored)
 
 
-def model_variables(path: str) -> dict[str, str]:
-    """An artifact's model settings as variables, with the bits its log lines are named after. Raises UserError."""
+def model_variables(path: str) -> tuple[dict[str, str], str]:
+    """An artifact's model settings as variables, with the bits its log lines are named after, and the sha256 of its
+    tokenizer. Raises UserError."""
     blob = read_file(path)
     try:
         header = json.loads(open_frame(blob)[0])
-        cfg = stored_settings(header["config"])
+        cfg, tokenizer_sha256 = stored_settings(header["config"]), str(header["tokenizer"])
         bits = {stream: bits for _, _, stream, bits in header["tensors"]}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -3473,7 +3588,7 @@ def model_variables(path: str) -> dict[str, str]:
         raise UserError(f"{path}: artifact is malformed: {error}") from None
     values = {f.name: getattr(cfg, f.name) for f in settings_by_section()["Model"]}
     values |= {f.bits: bits[f.name] for f in FAMILIES if f.name in ("mlp", "attn") and f.name in bits}
-    return {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}
+    return {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}, tokenizer_sha256
 
 
 def read_file(path: str) -> bytes:
@@ -3529,19 +3644,22 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibrat
     def make(settings: Hyperparameters) -> Artifact:
         return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, calibration.hessians))
 
-    path, code_bytes = rt.folder / "final_model.ptz", os.path.getsize(__file__)
-    blob = None
+    path, code_bytes, blob = rt.folder / "final_model.ptz", cfg.code_bytes or os.path.getsize(__file__), None
     if rt.rank == 0:
         skipped = sum(p.numel() for p in model.mtp_heads.parameters())
         if skipped:
             rt.log(f"export_excluding_mtp_params:{skipped}")
         whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
         write_whole(rt.folder / "final_model.pt", whole)
+        rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
         if cfg.size_fit and len(artifact.blob) + code_bytes > cfg.artifact_limit_bytes:
             cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, len(artifact.blob) + code_bytes,
                                      code_bytes)
-        write_whole(path, artifact.blob)
+        older = place_of_older(rt, path)
+        write_whole(path, artifact.blob, older)
+        if older is not None:
+            rt.log(f"the artifact of an older run is kept as {older}")
         blob = path.read_bytes()
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
@@ -3550,12 +3668,25 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibrat
             rt.log(line)
         rt.log(f"Serialized model {tag}: {len(blob)} bytes")
         rt.log(f"Total submission size {tag}: {len(blob) + code_bytes} bytes", "artifact", bytes=len(blob),
-               code_bytes=code_bytes, ledger=artifact.ledger)
+               code_bytes=code_bytes, ledger=artifact.ledger, sha256=hashlib.sha256(blob).hexdigest())
     blob = rt.share_bytes(blob)
     if len(blob) + code_bytes > cfg.artifact_limit_bytes:
         raise UserError(f"submission of {len(blob) + code_bytes:,} bytes is over ARTIFACT_LIMIT_BYTES="
                         f"{cfg.artifact_limit_bytes:,}; the table above shows what took them")
     return path, code_bytes, blob
+
+
+def place_of_older(rt: Runtime, path: Path) -> Path | None:
+    """Where an artifact that another run left at `path` moves: final_model.RUN_ID.ptz. None if there is none."""
+    if not path.is_file():
+        return None
+    digest, run_id = hashlib.sha256(path.read_bytes()).hexdigest(), ""
+    for log in (rt.folder / "logs").glob("*.jsonl"):
+        with contextlib.suppress(OSError):
+            if f'"sha256": "{digest}"' in log.read_text():
+                run_id = log.stem
+    run_id = run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    return None if run_id == rt.run_id else path.with_name(f"{path.stem}.{run_id}{path.suffix}")
 
 
 def precision_tag(cfg: Hyperparameters) -> str:
@@ -3592,15 +3723,17 @@ def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapt
            f"ttt_sliding:optimizer={cfg.ttt_optimizer} lr={cfg.ttt_lr} momentum={cfg.ttt_momentum}")
 
 
-def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData) -> dict[str, EvalResult]:
+def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
+                 clock: EvalClock | None = None) -> dict[str, EvalResult]:
     """Plain, sliding and test-time-trained scores of a model, in that order: the last one changes the weights.
 
-    EVAL_MAX_SECONDS holds for all three together, so that nobody has to argue which of them are diagnostics.
+    EVAL_MAX_SECONDS holds for all three together, and for what the clock has seen before, so that nobody has to argue
+    which of them are diagnostics.
     """
-    results, traces, tag, clock = {}, {"tokens": len(val.tokens) - 1}, precision_tag(cfg), EvalClock(cfg, rt)
+    results, traces, tag, clock = {}, {"tokens": len(val.tokens) - 1}, precision_tag(cfg), clock or EvalClock(cfg, rt)
     labels = {"roundtrip": f"final_{tag}_roundtrip", "sliding": f"final_{tag}_sliding_window", "ttt": "legal_ttt"}
     nothing = torch.zeros(cfg.eval_batch_seqs, cfg.window, dtype=torch.int64, device=rt.device)
-    score_fn, fresh = scorer(model, rt), nothing[:, -(cfg.eval_stride or cfg.window):]
+    score_fn, fresh = scorer(model, rt), nothing[:, -(cfg.eval_stride or cfg.window):].contiguous()
     with torch.no_grad():
         clock.demand(lambda: score_fn(nothing, fresh, 1.0), nothing.numel(), reads_ahead(cfg, rt, val))
     for key, stride in final_walks(cfg).items():
@@ -3624,12 +3757,15 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData) ->
 
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
+    seconds, watch, specs = {}, Stopwatch(), quant_specs(cfg, blueprint(cfg))
+    codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
+    if cfg.size_fit and not specs:
+        raise UserError("SIZE_FIT=1 has nothing to round more coarsely: all parameters are kept as floats")
     log_settings(cfg, rt)
-    packers(cfg.compress)  # a missing package is to be noticed before training, not after
-    seconds, watch = {}, Stopwatch()
+    if cfg.compress == "auto" and codec != "range":
+        rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
     torch.manual_seed(cfg.seed)
-    val, data = ValData.open(cfg, rt), TrainData.open(cfg, rt)
-    model = GPT(cfg, rt.attend, rt.dtype, quant_specs(cfg, blueprint(cfg)), rt.kernels).to(rt.device)
+    model = GPT(cfg, rt.attend, rt.dtype, specs, rt.kernels).to(rt.device)
     log_preamble(cfg, rt, model, data, val)
     tokens = min(cfg.val_batch_size // rt.world_size, rt.forward_tokens(cfg))
     plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, stride=cfg.window,
@@ -3647,17 +3783,19 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     packing = Stopwatch()
     path, code_bytes, blob = export(cfg, rt, model, val, calibration)
     seconds["export"] = packing.elapsed()
+    clock = EvalClock(cfg, rt)
     model = load_model(blob, rt, val.tokenizer_sha256)
-    results = final_scores(cfg, rt, model, val)
-    seconds |= {key: r.seconds for key, r in results.items()} | {"total": watch.elapsed()}
+    results = final_scores(cfg, rt, model, val, clock)
+    seconds |= {key: r.seconds for key, r in results.items()} | {"evaluate": clock.watch.elapsed(),
+                                                                  "total": watch.elapsed()}
     return summarise(cfg, rt, path, len(blob), code_bytes, results, seconds, averaged.bpb, state.step)
 
 
 def score_artifact(cfg: Hyperparameters, rt: Runtime) -> dict:
     """The end of `run` alone, for an artifact made before: read -> evaluate. Returns the same summary."""
-    log_settings(cfg, rt)
     watch, val = Stopwatch(), ValData.open(cfg, rt)
-    blob = read_file(cfg.eval_artifact)
+    log_settings(cfg, rt)
+    clock, blob = EvalClock(cfg, rt), read_file(cfg.eval_artifact)
     model = load_model(blob, rt, val.tokenizer_sha256)
     for line in (
         f"artifact:{cfg.eval_artifact} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}",
@@ -3669,9 +3807,11 @@ def score_artifact(cfg: Hyperparameters, rt: Runtime) -> dict:
     ):
         rt.log(line)
     seconds = {"setup": watch.elapsed(), "train": 0.0, "calibrate": 0.0, "export": 0.0}
-    results = final_scores(cfg, rt, model, val)
-    seconds |= {key: r.seconds for key, r in results.items()} | {"total": watch.elapsed()}
-    return summarise(cfg, rt, cfg.eval_artifact, len(blob), os.path.getsize(__file__), results, seconds)
+    results = final_scores(cfg, rt, model, val, clock)
+    seconds |= {key: r.seconds for key, r in results.items()} | {"evaluate": clock.watch.elapsed(),
+                                                                  "total": watch.elapsed()}
+    return summarise(cfg, rt, cfg.eval_artifact, len(blob), cfg.code_bytes or os.path.getsize(__file__), results,
+                     seconds)
 
 
 def summarise(cfg: Hyperparameters, rt: Runtime, path, artifact_bytes: int, code_bytes: int,
@@ -3709,28 +3849,45 @@ def report(rt: Runtime, summary: dict) -> None:
     rt.log(f"summary: {text}")
 
 
+def end_with(error: UserError, rank: int) -> int:
+    """Say what the user can mend, once: rank 0 speaks and ends, upon which torchrun ends the others. Returns 2."""
+    if rank:
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+    print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    return 2
+
+
 def main(arguments: list[str]) -> int:
     """Run with the settings of the environment. 0: done, 2: the user can mend it, 130: interrupted."""
+    if arguments == ["--names"]:
+        print("\n".join(dict.fromkeys(name for f in dataclasses.fields(Hyperparameters) for name in env_names(f))))
+        return 0
     if arguments:
         asked = arguments[0] in ("-h", "--help")
         print(f"{__doc__}\n{config_table()}" if asked else f"error: no argument {arguments[0]} (settings are "
               "environment variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
+    rank, rt = 0, None
     try:
+        rank = read_ranks(process_environment())[0]
         cfg = settings_from(process_environment())
         rt = Runtime.open(cfg)
-        try:
-            report(rt, score_artifact(cfg, rt) if cfg.eval_artifact else run(cfg, rt))
-            rt.agree(0.0)  # no rank leaves before the first has written its last file
-        finally:
-            rt.close()
+        summary = score_artifact(cfg, rt) if cfg.eval_artifact else run(cfg, rt)
+        report(rt, summary)
+        spent = summary["seconds"]["evaluate"]
+        if cfg.eval_max_seconds and spent > cfg.eval_max_seconds:
+            raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
+                            "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
+        rt.agree(0.0)  # no rank leaves before the first has written its last file
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return end_with(error, rank)
     except KeyboardInterrupt:
         print("interrupted; RESUME=1 with the RUN_ID of a training run goes on from its last checkpoint",
               file=sys.stderr)
         return 130
+    finally:
+        if rt is not None:
+            rt.close()
     return 0
 
 

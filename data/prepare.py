@@ -44,6 +44,7 @@ SHARD_TOKENS = 100_000_000  # as published
 
 SPACE = "\u2581"  # SentencePiece's visible space
 TOKENIZER_TEXT_CHARS = 64_000_000  # more hardly changes a BPE vocabulary, and all of it has to sit in memory
+ROUGH_VAL_BYTES = 50_000  # of text: below, a score depends by about a percent on which text it is
 BATCH_CHARS = 8_000_000  # text encoded at once: enough to keep all threads busy, small enough to hold twice
 
 EMBEDDED_RECIPE = 1  # raise it when the choice or cleaning of embedded text changes: builds are then remade
@@ -86,6 +87,11 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def counted(number: int, word: str) -> str:
+    """A number with its noun: "1 document", "2,000 documents"."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def stable_fraction(name: str) -> float:
@@ -272,15 +278,25 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> 
             num_threads=1,  # the result must not depend on how threads interleave
             minloglevel=3)
     except (RuntimeError, ValueError, OSError) as e:
-        reason = re.sub(r"^.*\)\] ", "", first_line(e))  # without the C++ condition that failed
-        raise UserError(f"cannot train {vocab_size:,} pieces on this text: {reason}") from None
+        raise UserError(refusal(first_line(e), vocab_size)) from None
     load_tokenizer_bytes(model.getvalue(), Path(path))
     with atomic_file(Path(path)) as file:
         file.write(model.getvalue())
 
 
+def refusal(reason: str, vocab_size: int) -> str:
+    """SentencePiece's reason not to train, in terms of the option that we have."""
+    if few := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+        return (f"--vocab-size {vocab_size} is too small for this text: its characters, with 256 bytes and 4 control "
+                f"tokens, need at least {few[1]}")
+    if many := re.search(r"too high \(\d+\)\..* <= (\d+)", reason):
+        return f"--vocab-size {vocab_size} is too large for this text, which gives at most {many[1]} pieces"
+    reason = re.sub(r"^.*\)\] ", "", reason)  # without the C++ condition that failed
+    return f"cannot train {vocab_size:,} pieces on this text: {reason}"
+
+
 def load_tokenizer_bytes(model: bytes, path: Path) -> Any:
-    """A SentencePieceProcessor from a model's bytes, checked for what training and scoring rely on."""
+    """A SentencePieceProcessor from a model's bytes, checked for what `train_gpt.py` relies on."""
     spm = need("sentencepiece", "sentencepiece")
     try:
         tokenizer = spm.SentencePieceProcessor(model_proto=model) if model else None
@@ -288,8 +304,6 @@ def load_tokenizer_bytes(model: bytes, path: Path) -> Any:
         tokenizer = None
     if tokenizer is None or not tokenizer.vocab_size():
         raise UserError(f"{path}: not a SentencePiece model")
-    if tokenizer.bos_id() < 0:
-        raise UserError(f"{path}: this tokenizer has no BOS token, which separates documents")
     if tokenizer.vocab_size() > MAX_VOCAB:
         raise UserError(f"{path}: {tokenizer.vocab_size():,} pieces, but shards hold ids below {MAX_VOCAB:,}")
     if tokenizer.piece_to_id(SPACE) == tokenizer.unk_id():
@@ -299,11 +313,14 @@ def load_tokenizer_bytes(model: bytes, path: Path) -> Any:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """A SentencePieceProcessor from a file; UserError when it is missing or unfit."""
+    """A SentencePieceProcessor from a file; UserError when it is missing or unfit to encode documents."""
     try:
-        return load_tokenizer_bytes(Path(path).read_bytes(), Path(path))
+        tokenizer = load_tokenizer_bytes(Path(path).read_bytes(), Path(path))
     except OSError as e:
         raise UserError(f"tokenizer {path}: {e.strerror}") from None
+    if tokenizer.bos_id() < 0:
+        raise UserError(f"{path}: this tokenizer has no BOS token, which separates documents")
+    return tokenizer
 
 
 def batches(documents: Iterable[Document], chars: int) -> Iterator[list[Document]]:
@@ -359,23 +376,45 @@ def build_dataset(folder: Path, model: Path, documents: Callable[[str], Iterable
         if train_new:
             texts = (text for split, text in documents("tokenizer") if split == "train")
             train_tokenizer(texts, source, vocab_size)
-        info = {**facts, "vocab_size": vocab_size,
-                "tokenizer": {"name": model.name, "sha256": sha256_file(source)},
+        kept = model if train_new else place_beside(folder, model)
+        info = {**facts, "vocab_size": vocab_size, "tokenizer": tokenizer_note(folder, kept, source),
                 **write_dataset(stage, load_tokenizer(source), documents("encode"), shard_tokens)}
+        if train_new or not kept.exists():
+            install(source, kept)
         if train_new:
-            install(source, model)
             source.unlink()
         write_json(stage / "dataset.json", info)
     report(folder, model, info)
     return info
 
 
+def place_beside(folder: Path, model: Path) -> Path:
+    """Where `<out>/tokenizers` keeps a tokenizer of the dataset in `folder`: `train_gpt.py` looks for it there."""
+    shelf, digest = folder.parents[1] / "tokenizers", sha256_file(model)
+    taken = shelf / model.name
+    if not taken.exists() or sha256_file(taken) == digest:
+        return taken
+    return shelf / f"{model.stem}_{digest[:8]}{model.suffix}"  # another one of that name
+
+
+def tokenizer_note(folder: Path, kept: Path, source: Path) -> dict:
+    """The tokenizer in `dataset.json`: its name in `<out>/tokenizers`, and the digest of its bytes, now in `source`."""
+    name = os.path.relpath(kept, folder.parents[1] / "tokenizers")
+    return {"name": Path(name).as_posix(), "sha256": sha256_file(source)}
+
+
 def report(folder: Path, tokenizer: Path, info: dict) -> None:
-    """Print what there is and the settings that use it."""
+    """Print what there is, what one should know about it, and the settings that use it."""
     for split in ("train", "val"):
         part = info[split]
-        print(f"{split:5} {part['tokens']:>13,} tokens {part['documents']:>9,} documents "
+        print(f"{split:5} {part['tokens']:>13,} tokens {counted(part['documents'], 'document'):>19} "
               f"{part['text_bytes']:>13,} bytes of text, shards: {len(part['files'])}")
+    if info.get("document_cut"):
+        print("note: a document was cut in two and its end held out, since no choice of whole ones comes near "
+              f"--val-fraction {info['val_fraction']} (a .txt file is one document, and so is a line of a .jsonl file)")
+    if info["kind"] == "text" and info["val"]["text_bytes"] < ROUGH_VAL_BYTES:
+        print(f"note: scores on {info['val']['text_bytes']:,} bytes of validation text are rough; a larger "
+              "--val-fraction or --val-file makes them surer")
     print_settings(folder, tokenizer, info["vocab_size"])
 
 
@@ -567,41 +606,53 @@ def read_documents(paths: Iterable[Path], limit: int | None = None,
     return itertools.islice((text for text in texts() if text.strip()), limit)
 
 
-def cut_in_two(text: str, val_fraction: float) -> list[Document]:
-    """One document as training and validation text: its end is held out, from the nearest word boundary."""
+def cut_in_two(text: str, share: float) -> list[Document]:
+    """A document as training text and, its last `share`, validation text.
+
+    The cut is where a paragraph ends, else a line, else a word, unless that would hold out more than half as much
+    again; text without any spaces is cut all the same.
+    """
+    if share <= 0 or share >= 1:
+        return [("train" if share <= 0 else "val", text)]
     text = text.strip()
-    cut = len(text) - max(1, round(len(text) * val_fraction))
-    while cut > 0 and not text[cut].isspace():
-        cut -= 1
+    held = max(1, round(len(text) * share))
+    cut = len(text) - held
+    start = max(cut - held // 2, 0)
+    for gap in (r"\n\s*\n", r"\n", r"\s"):
+        ends = [found.end() for found in re.finditer(gap, text[start:cut])]
+        if ends:
+            cut = start + ends[-1]
+            break
+    while text[cut].isspace():  # the gap stays with the training text
+        cut += 1
     return [(split, part) for split, part in (("train", text[:cut]), ("val", text[cut:])) if part.strip()]
 
 
-def assign_splits(texts: Iterable[str], val_fraction: float) -> Iterator[Document]:
-    """Send about `val_fraction` of the documents to validation, chosen by a hash of their text.
+class Held(NamedTuple):
+    """What is validation text: documents whose hash is below `below`, and the last `share` of one where it is equal."""
+    below: float
+    share: float
 
-    So copies of a document stay on one side. When the hash chooses none, the one that came nearest is taken;
-    when there is only one document, its end is.
-    """
-    texts = iter(texts)
-    head = list(itertools.islice(texts, 2))
-    if len(head) == 1:
-        yield from cut_in_two(head[0], val_fraction)
-        return
-    nearest: tuple[float, str] | None = None  # held back until it is known whether validation needs it
-    chosen = False
-    for text in itertools.chain(head, texts):
+    def split(self, text: str) -> list[Document]:
+        """One document, or the two parts of one."""
         fraction = stable_fraction(text)
-        if fraction < val_fraction:
-            chosen = True
-            yield "val", text
-        elif not chosen and (nearest is None or fraction < nearest[0]):
-            if nearest:
-                yield "train", nearest[1]
-            nearest = fraction, text
-        else:
-            yield "train", text
-    if nearest:
-        yield ("train" if chosen else "val"), nearest[1]
+        return cut_in_two(text, self.share if fraction == self.below else float(fraction < self.below))
+
+
+def choose_held(texts: Iterable[str], val_fraction: float) -> Held:
+    """Hold out `val_fraction` of all characters: documents in the order of a hash of their text, so that copies stay
+    on one side. The document that crosses the line is cut where it is too large a part to be rounded up or down."""
+    rows = np.fromiter(((stable_fraction(text), len(text)) for text in texts), [("hash", "f8"), ("chars", "i8")])
+    if not rows.size:
+        return Held(0.0, 0.0)
+    hashes, which = np.unique(rows["hash"], return_inverse=True)
+    until = np.bincount(which, rows["chars"]).cumsum()  # characters of all documents up to each hash
+    wanted = val_fraction * until[-1]
+    edge = int(np.searchsorted(until, wanted))
+    chars = until[edge] - (until[edge - 1] if edge else 0)
+    share = 1 - (until[edge] - wanted) / chars
+    rounds = chars <= wanted / 2 and edge + 1 < len(until)
+    return Held(float(hashes[edge]), float(round(share) if rounds else share))
 
 
 class TextSource(NamedTuple):
@@ -611,18 +662,25 @@ class TextSource(NamedTuple):
     val_fraction: float
     limit: int | None
 
-    def documents(self, purpose: str) -> Iterator[Document]:
-        """Every document with its split, in the order of the files, with a progress bar on a terminal."""
+    def read(self, purpose: str, files: list[Path], limit: int | None) -> Iterator[str]:
+        """The documents of some files in their order, with a progress bar on a terminal."""
         tqdm = need("tqdm", "tqdm").tqdm
-        total = sum(path.stat().st_size for path in self.files + self.val_files)
-        quiet = not sys.stderr.isatty()
+        total, quiet = sum(path.stat().st_size for path in files), not sys.stderr.isatty()
         with tqdm(total=total, desc=purpose, unit="B", unit_scale=True, disable=quiet) as bar:
-            texts = read_documents(self.files, self.limit, bar.update)
-            if self.val_files:
-                yield from (("train", text) for text in texts)
-                yield from (("val", text) for text in read_documents(self.val_files, None, bar.update))
-            else:
-                yield from assign_splits(texts, self.val_fraction)
+            yield from read_documents(files, limit, bar.update)
+
+    def choose(self) -> Held | None:
+        """Which documents are held out; None where files are."""
+        if self.val_files:
+            return None
+        return choose_held(self.read("split", self.files, self.limit), self.val_fraction)
+
+    def documents(self, purpose: str, held: Held | None) -> Iterator[Document]:
+        """Every document with its split."""
+        for text in self.read(purpose, self.files, self.limit):
+            yield from held.split(text) if held else [("train", text)]
+        for text in self.read(f"{purpose} val", self.val_files, None) if self.val_files else ():
+            yield "val", text
 
 
 def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None, vocab_size: int,
@@ -631,7 +689,7 @@ def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None,
     for path in source.files + source.val_files:
         file_kind(path)
         if not path.is_file():
-            raise UserError(f"{path}: no such file")
+            raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
         if path in source.files and path in source.val_files:
             raise UserError(f"{path}: cannot be both training and validation text")
     if tokenizer:
@@ -640,10 +698,13 @@ def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None,
     folder = out / "datasets" / f"{name}_sp{vocab_size}"
     if folder.exists() and read_json(folder / "dataset.json").get("kind") != "text":
         raise UserError(f"{folder} was not made by this command, so it stays: choose another --name")
+    held = source.choose()
     facts = {"kind": "text", "sources": [path.name for path in source.files],
              "val_sources": [path.name for path in source.val_files], "limit_documents": source.limit,
+             "document_cut": held is not None and 0 < held.share < 1,
              "val_fraction": None if source.val_files else source.val_fraction}
-    return build_dataset(folder, model, source.documents, tokenizer is None, vocab_size, shard_tokens, facts)
+    return build_dataset(folder, model, lambda purpose: source.documents(purpose, held), tokenizer is None, vocab_size,
+                         shard_tokens, facts)
 
 
 # ---- fineweb: the published shards -------------------------------------------------------------------------
@@ -681,7 +742,7 @@ class Hub(NamedTuple):
 class Published(NamedTuple):
     """One variant as its manifest describes it."""
     shards: list[str]  # file names, validation first
-    tokenizer_files: list[str]  # paths relative to the prefix, and to the data folder
+    tokenizer_files: list[str]  # paths relative to the prefix, and to the data folder; the model first
     vocab_size: int
 
 
@@ -705,15 +766,17 @@ def read_manifest(manifest: object, variant: str, train_shards: int) -> Publishe
         entry = datasets[name]
         files = {"train": int(entry["stats"]["files_train"]), "val": int(entry["stats"]["files_val"])}
         tokenizer = tokenizers[entry["tokenizer_name"]]
-        keys = ("model_path", "vocab_path", "path")
-        paths = [local_path(tokenizer[key]) for key in keys if tokenizer.get(key)]
+        paths = [local_path(tokenizer[key]) for key in ("model_path", "vocab_path") if tokenizer.get(key)]
         vocab_size = int(entry["vocab_size"])
-        if not paths:
-            raise KeyError("no file of the tokenizer is named")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"bad manifest: {type(e).__name__} {first_line(e)}") from None
+    if not tokenizer.get("model_path"):
+        raise UserError(f"variant {variant!r} has no SentencePiece model, and train_gpt.py reads no other tokenizer")
+    if vocab_size > MAX_VOCAB:
+        raise UserError(f"variant {variant!r} has {vocab_size:,} tokens; train_gpt.py reads ids below {MAX_VOCAB:,}")
     if train_shards > files["train"]:
-        raise UserError(f"--train-shards {train_shards}: {variant} has only {files['train']} training shards")
+        raise UserError(f"--train-shards {train_shards}: {variant} has only "
+                        f"{counted(files['train'], 'training shard')}")
     # exports with a case transform tell in a second file per shard the original bytes behind each token
     kinds = ["val", "val_bytes"] if entry.get("val_bytes_glob") else ["val"]
     shards = [f"fineweb_{kind}_{i:06d}.bin" for kind in kinds for i in range(files["val"])]
@@ -727,6 +790,17 @@ def shard_is_there(path: Path) -> bool:
         return path.is_file() and check_shard(path) >= 0
     except UserError:
         return False
+
+
+def fetch_tokenizer(hub: Hub, published: Published, out: Path, stage: Path) -> None:
+    """Bring the tokenizer's files below `out`. UserError when `train_gpt.py` could not use it with these shards."""
+    fetched = [hub.fetch(path, stage) for path in published.tokenizer_files]
+    size = load_tokenizer_bytes(fetched[0].read_bytes(), Path(published.tokenizer_files[0])).vocab_size()
+    if size != published.vocab_size:
+        raise UserError(f"bad manifest: {published.tokenizer_files[0]} has {size:,} pieces, "
+                        f"not {published.vocab_size:,}")
+    for path, source in zip(published.tokenizer_files, fetched):
+        install(source, out / path)
 
 
 def fetch_shards(hub: Hub, names: list[str], folder: Path, stage: Path) -> None:
@@ -776,22 +850,22 @@ def build_fineweb(hub: Hub, out: Path, variant: str, train_shards: int) -> dict:
         if known and {key: known.get(key) for key in origin} != origin:
             raise UserError(f"{folder} comes from {known.get('repo_id', 'another source')}: "
                             "delete it, or choose another --out")
-        write_json(folder / "dataset.json", {**known, **origin})  # first: tells whose parts these are
-        for path in published.tokenizer_files:
-            install(hub.fetch(path, stage), out / path)
+        fetch_tokenizer(hub, published, out, stage)  # small, and where it is unfit the shards are of no use
+        write_json(folder / "dataset.json", {**known, **origin})  # before them: tells whose parts these are
         fetch_shards(hub, published.shards, folder, stage)
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # the library cannot continue a partial download
         if not any(folder.iterdir()):
             folder.rmdir()
     tokens = {path.name: check_shard(path) for path in sorted(folder.glob("fineweb_*.bin"))}
-    info = {**origin, "vocab_size": published.vocab_size, "tokenizer": published.tokenizer_files,
+    model = out / published.tokenizer_files[0]
+    info = {**origin, "vocab_size": published.vocab_size, "tokenizer": tokenizer_note(folder, model, model),
             "tokens": tokens}
     write_json(folder / "dataset.json", info)
     for split in ("train", "val"):
         counts = [count for name, count in tokens.items() if re.match(rf"fineweb_{split}_\d", name)]
         print(f"{split:5} {sum(counts):>14,} tokens, shards: {len(counts)}")
-    print_settings(folder, out / published.tokenizer_files[0], published.vocab_size)
+    print_settings(folder, model, published.vocab_size)
     return info
 
 
@@ -855,7 +929,8 @@ def run_fineweb(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; its help texts are the reference."""
-    parser = Parser(prog="prepare.py", description="Make token shards and tokenizers for train_gpt.py.")
+    parser = Parser(prog=os.environ.get("RUN_SH_COMMAND"),  # None: the name of this file
+                    description="Make token shards and tokenizers for train_gpt.py.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     def command(name: str, run: Callable, summary: str) -> argparse.ArgumentParser:

@@ -106,6 +106,7 @@ def run(corpus, tmp_path, monkeypatch, capsys):
         last = out.strip().splitlines()[-1] if out.strip() else ""
         summary = json.loads(last.removeprefix("summary: ")) if last.startswith("summary: ") else None
         return SimpleNamespace(code=code, out=out, err=err, summary=summary, folder=tmp_path)
+    start.folder = tmp_path
     return start
 
 

@@ -1,9 +1,12 @@
 """Test-time training: adapters against slow obvious loops, documents side by side, ranks, the clock, refusals."""
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
+
 
 import pytest
 import torch
@@ -79,11 +82,137 @@ def reference_documents(cfg, model, val):
     return torch.cat(scores)
 
 
+class SlowStream:
+    """Score, then learn, along the whole text: one window after another, one matrix after another, plain autograd, and
+    the optimisers written out."""
+
+    def __init__(self, cfg, model, rt):
+        self.cfg, self.model, self.trunk, self.lora = cfg, model, Trunk(model), cfg.ttt_mode == "lora"
+        if self.lora:
+            born = tg.LoraAdapter(model, cfg, rt).pairs
+            self.pairs = {key: [t.detach().clone().requires_grad_() for t in pair] for key, pair in born.items()}
+            self.moving = [(cfg.lora_layer_rates.get(layer, 1.0), t) for (_, layer), p in self.pairs.items() for t in p]
+        else:
+            self.params = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+            adamw = cfg.ttt_optimizer == "adamw"
+            rates = {"mlp_down_bank": cfg.ttt_proj_lr_mult if cfg.ttt_proj_lr_mult >= 0 else 3.0 if adamw else 1.0,
+                     "mlp_up_bank": cfg.ttt_fc_lr_mult if cfg.ttt_fc_lr_mult >= 0 else 0.5 if adamw else 1.0}
+            self.moving = [(rates.get(name, 1.0), p) for name, p in self.params.items()]
+        self.average = [t.detach().clone() for _, t in self.moving]
+        self.first, self.second = ([torch.zeros_like(t) for t in self.average] for _ in range(2))
+        self.steps = 0
+
+    def logits(self, ids, keep):
+        """Of the last `keep` positions.  # [rows, keep, vocab]"""
+        cfg = self.cfg
+        if self.lora:
+            scale = (cfg.ttt_lora_alpha or cfg.ttt_lora_rank) / cfg.ttt_lora_rank
+            named, head = weights_with_additions(self.model, self.pairs, scale)
+        else:
+            named, frozen = dict(self.params), cfg.ttt_freeze_blocks
+            for name in named:
+                if name.endswith("_bank"):
+                    named[name] = torch.stack([matrix.detach() if i % cfg.num_layers < frozen else matrix
+                                               for i, matrix in enumerate(named[name])])
+                elif name.startswith(tuple(f"blocks.{i}." for i in range(frozen))):
+                    named[name] = named[name].detach()
+            head = named["tok_emb.weight"]
+        hidden = torch.func.functional_call(self.trunk, {f"model.{n}": p for n, p in named.items()}, ids)
+        return tg.capped_logits(hidden[:, -keep:], head, cfg.logit_softcap)
+
+    def step(self, lr):
+        cfg = self.cfg
+        optimiser = cfg.ttt_lora_optimizer if self.lora else cfg.ttt_optimizer
+        beta1, beta2, eps = (cfg.ttt_beta1, cfg.ttt_beta2, 1e-10) if self.lora else (0.9, 0.999, 1e-8)
+        grads = [t.grad if t.grad is not None else torch.zeros_like(t) for _, t in self.moving]
+        norm = sum(g.double().square().sum() for g in grads) ** 0.5
+        self.steps += 1
+        with torch.no_grad():
+            for i, (rate, t) in enumerate(self.moving):
+                g = grads[i] * (min(1.0, cfg.ttt_grad_clip / norm) if cfg.ttt_grad_clip else 1.0)
+                if optimiser == "sgd":
+                    self.first[i] = cfg.ttt_momentum * self.first[i] + g
+                    t -= lr * rate * self.first[i]
+                else:
+                    self.first[i] = beta1 * self.first[i] + (1 - beta1) * g
+                    self.second[i] = beta2 * self.second[i] + (1 - beta2) * g * g
+                    mean, square = self.first[i] / (1 - beta1 ** self.steps), self.second[i] / (1 - beta2 ** self.steps)
+                    t *= 1 - lr * rate * (cfg.ttt_weight_decay if self.lora else 0.0)
+                    t -= lr * rate * mean / (square.sqrt() + eps)
+                t.grad = None
+                self.average[i] = cfg.ttt_polyak_decay * self.average[i] + (1 - cfg.ttt_polyak_decay) * t
+
+    def learn(self, tokens, progress):
+        """tokens: a chunk and the one before it."""
+        cfg, length = self.cfg, self.cfg.train_seq_len
+        rows = [(tokens[j:j + length], tokens[j + 1:j + length + 1])
+                for j in range(0, len(tokens) - length, length)]
+        lr = (cfg.ttt_lora_lr if self.lora else cfg.ttt_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        for _ in range(cfg.ttt_epochs):
+            for start in range(0, len(rows), cfg.ttt_batch_seqs):
+                x, y = map(torch.stack, zip(*rows[start:start + cfg.ttt_batch_seqs]))
+                F.cross_entropy(self.logits(x, length).flatten(0, 1), y.flatten()).backward()
+                self.step(lr)
+
+    def walk(self, val, stride):
+        """Scores of all targets, each window with the weights there are when its first target's chunk begins."""
+        cfg, tokens, scores, learnt = self.cfg, val.tokens.long(), [], 0
+        targets, chunk = len(tokens) - 1, cfg.ttt_chunk_tokens
+        chunks = -(-targets // chunk)
+        while len(scores) < targets:
+            low = len(scores)
+            while low >= (learnt + 1) * chunk:
+                self.learn(tokens[learnt * chunk:(learnt + 1) * chunk + 1], learnt / (chunks - 1))
+                learnt += 1
+            end = min(low + stride if low else cfg.window, targets)
+            own = [t.detach().clone() for _, t in self.moving]
+            with torch.no_grad():
+                if cfg.ttt_polyak_decay:
+                    for (_, t), mean in zip(self.moving, self.average):
+                        t.copy_(mean)
+                logits = self.logits(tokens[None, end - cfg.window:end], end - low)[0] / cfg.ttt_temp
+                scores += F.cross_entropy(logits, tokens[low + 1:end + 1], reduction="none").tolist()
+                for (_, t), kept in zip(self.moving, own):
+                    t.copy_(kept)
+        return torch.tensor(scores)
+
+
+FREE = {"ttt_grad_clip": 0.0, "ttt_lr": 0.02}  # a clipped step hides what the gradient was divided by
+STREAMS = {
+    "rest of a batch": (32, {**FREE, "ttt_chunk_tokens": 128, "ttt_batch_seqs": 3, "ttt_epochs": 2}),
+    "rest of a chunk": (8, {**FREE, "ttt_chunk_tokens": 100, "ttt_batch_seqs": 2, "ttt_momentum": 0.5}),
+    "clipped": (8, {"ttt_grad_clip": 0.05, "ttt_chunk_tokens": 96, "ttt_lr": 0.3, "ttt_batch_seqs": 2}),
+    "micro-batches": (8, {**FREE, "ttt_chunk_tokens": 160, "micro_batch_tokens": 64, "ttt_batch_seqs": 5}),
+    "frozen, rates": (7, {**FREE, "ttt_chunk_tokens": 96, "ttt_freeze_blocks": 1, "ttt_proj_lr_mult": 2.0,
+                          "ttt_fc_lr_mult": 0.25}),
+    "adamw": (8, {"ttt_optimizer": "adamw", "ttt_lr": 0.002, "ttt_chunk_tokens": 96, "ttt_batch_seqs": 2}),
+    "polyak, temperature": (8, {**FREE, "ttt_polyak_decay": 0.6, "ttt_temp": 1.3, "ttt_chunk_tokens": 96}),
+    "lora": (8, {**LORA, "ttt_lora_optimizer": "adam", "ttt_chunk_tokens": 96, "ttt_weight_decay": 0.5,
+                 "ttt_lora_alpha": 4.0, "ttt_batch_seqs": 2, "ttt_lora_lr": 0.02}),
+    "lora, sgd": (16, {**LORA, "ttt_lora_optimizer": "sgd", "ttt_lora_lr": 0.2, "ttt_lora_layers": "0,2",
+                       "ttt_lora_targets": "q,v,mlp", "ttt_lora_layer_rates": "2:0.3", "ttt_chunk_tokens": 64,
+                       "ttt_grad_clip": 0.0, "ttt_batch_seqs": 3, "ttt_epochs": 1})}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_scores_of_a_stream_are_those_of_the_plain_loop(setting, rt, kind):
+    stride, changes = STREAMS[kind]
+    cfg, val, model = setting
+    val = dataclasses.replace(val, tokens=val.tokens[:330])
+    cfg = dataclasses.replace(cfg, **changes)
+    _, nll = score(cfg, val, model(), stride, changes, rt)
+    wanted = SlowStream(cfg, model(), rt).walk(val, stride)
+    torch.testing.assert_close(nll, wanted, atol=1e-4, rtol=1e-4)
+    still = score(cfg, val, model(), stride, {**changes, "ttt_lr": 0.0, "ttt_lora_lr": 0.0}, rt)[1]
+    assert (nll - still)[cfg.ttt_chunk_tokens:].abs().max() > 1e-2, "else it shows nothing"
+
+
 @pytest.mark.parametrize("changes", [
     DOCUMENT,
     {**DOCUMENT, "ttt_lora_optimizer": "sgd", "ttt_lora_lr": 0.1, "ttt_lora_alpha": 4.0, "ttt_min_doc_tokens": 30},
     {**DOCUMENT, "ttt_lora_targets": "q,v", "ttt_lora_layers": "0,2", "ttt_lora_layer_rates": "2:0.3", "ttt_epochs": 1},
-    {**DOCUMENT, "ttt_doc_chunk_tokens": 32, "ttt_batch_docs": 9}], ids=["adam", "sgd", "layers", "wide"])
+    {**DOCUMENT, "ttt_doc_chunk_tokens": 32, "ttt_batch_docs": 9},
+    {**DOCUMENT, "ttt_min_doc_tokens": 24}], ids=["adam", "sgd", "layers", "wide", "from two chunks on"])
 def test_documents_side_by_side_are_documents_one_by_one(setting, rt, changes):
     cfg, val, model = setting
     val = with_documents(val, [1, 2, 30, 90, 100, 190, 290, 291])
@@ -97,7 +226,7 @@ def test_a_document_s_scores_do_not_depend_on_its_company(setting, rt):
     """Bit for bit in a batch of the same size; to rounding at another size."""
     cfg, val, model = setting
     text = with_documents(val, [50, 130, 170])
-    alone = dataclasses.replace(val, tokens=text.tokens[50:131])
+    alone = text.take(slice(50, 131))
     _, among = score(cfg, text, model(), 8, DOCUMENT, rt)
     _, single = score(cfg, alone, model(), 8, DOCUMENT, rt)
     assert torch.equal(among[50:130], single)
@@ -135,7 +264,7 @@ def test_each_adapter_learns(setting, rt, mode):
     cfg, val, model = setting
     stride, changes = MODES[mode]
     again = with_documents(val, [])
-    again = dataclasses.replace(val, tokens=torch.cat((again.tokens[:1], again.tokens[1:60].repeat(20))))
+    again = again.take(torch.cat((torch.arange(1), torch.arange(1, 60).repeat(20))))
     changes = {**changes, "ttt_chunk_tokens": 128, "ttt_lora_lr": 0.03, "ttt_epochs": 2}
     still, moved = (score(cfg, again, model(), stride, {**changes, **more}, rt)[0].bpb
                     for more in ({"ttt_lora_lr": 0.0, "ttt_lr": 0.0}, {}))
@@ -226,8 +355,8 @@ class Log:
     def __call__(self, text, *rest, **fields):
         self.lines.append(text)
 
-    def progress(self, *args):
-        return tg._NoProgress()
+    def progress(self, total, what):
+        return tg.Progress(tg.RunLog(Path(), "", active=False), total, what)
 
 
 def timed(setting, rt, monkeypatch, limit, changes, learn_s=1.0, score_s=0.001):

@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import pickle
 import sys
 import zipfile
@@ -19,7 +20,7 @@ sys.path.append(str(ROOT / "tools"))
 import pack_bench  # noqa: E402
 
 SHA = "ab" * 32
-CODECS = tuple(tg.PACKERS)  # range first
+CODECS = tuple(tg.CODECS)  # range first
 shapes = st.lists(st.integers(1, 40), min_size=2, max_size=3)
 
 
@@ -117,14 +118,12 @@ def test_the_same_weights_give_the_same_bytes_and_another_weight_gives_others(co
     assert tg.pack(cfg, model_of(cfg, seed=1), SHA).blob != blobs[0]
 
 
-def test_auto_is_the_smallest_and_the_ledger_is_the_file(config):
+def test_auto_codes_by_range_and_the_ledger_is_the_file(config):
     cfg, model = config(), model_of(config())
-    sizes = {codec: {row.stream: row.packed_bytes for row in
-                     tg.pack(dataclasses.replace(cfg, compress=codec), model, SHA).ledger} for codec in CODECS}
     artifact = tg.pack(cfg, model, SHA)
-    for row in artifact.ledger:
-        assert row.packed_bytes == min(of[row.stream] for of in sizes.values())
-        assert 0 < row.entropy_bytes <= row.raw_bytes
+    assert {row.codec for row in artifact.ledger if row.stream in ("attn", "mlp", "embed")} == {"range"}
+    assert {row.codec for row in artifact.ledger if row.stream in ("half", "scales")} == {"lzma"}
+    assert all(0 < row.entropy_bytes <= row.raw_bytes for row in artifact.ledger)
     text, payload = tg.open_frame(artifact.blob)
     assert sum(row.packed_bytes for row in artifact.ledger) == len(payload)
     assert sum(row.values for row in artifact.ledger if row.stream != "scales") == \
@@ -186,7 +185,7 @@ class Bomb:
     (lambda blob: zipped(), "a zip file"),
     (lambda blob: pickle.dumps(Bomb()), "a pickle"),
     (lambda blob: b"just some text, long enough to be one", "not an artifact of this program; nothing"),
-    (lambda blob: blob[:5] + b"\1" + blob[6:], "version 1; this program reads version 2"),
+    (lambda blob: blob[:5] + b"\1" + blob[6:], "version 1; this program reads version 3"),
     (lambda blob: blob.replace(b"\r\n", b"\n", 1), "damaged in its first bytes"),
     (lambda blob: blob[:-40] + bytes([blob[-40] ^ 1]) + blob[-39:], "checksum does not match"),
     (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), "checksum does not match"),
@@ -223,7 +222,7 @@ def set_at(*path, value):
     (set_at("streams", 0, 1, value="rar"), "is packed with 'rar'"),
     (set_at("streams", 0, 1, value=["range"]), "malformed"),
     (lambda h: next(s for s in h["streams"] if s[0] == "half").__setitem__(1, "range"), "is packed with 'range'"),
-    (lambda h: h["streams"].append(["half", "lzma", 0]), "streams are not those"),
+    (lambda h: h["streams"].append(["half", "lzma", 0, 0]), "streams are not those"),
     (set_at("streams", 0, 2, value=-5), "do not fill the file"),
     (set_at("streams", 0, 2, value=2 ** 62), "do not fill the file"),
     (lambda h: h["config"].pop("model_dim") and None, "settings are not those of a model"),
@@ -242,13 +241,45 @@ def test_a_malformed_header_is_refused_although_its_checksum_is_right(tiny, chan
 
 
 def test_a_model_too_large_for_its_file_is_refused_before_it_is_made(tiny):
+    """At most 16 weights a byte: a zero bank packs into nothing, but a file must not ask for more than a model takes."""
     def grow(header):
-        header["config"]["bigram_vocab_size"] = 2 ** 22
+        header["config"]["bigram_vocab_size"] = (16 * len(tiny) + 2 ** 16) // 8
         cfg = tg.stored_settings(header["config"])
         kept = {name: rest for name, _, *rest in header["tensors"]}
         header["tensors"] = [[name, list(shape), *kept[name]] for name, shape in tg.blueprint(cfg).items()]
     with pytest.raises(tg.UserError, match="parameters in so small a file"):
         tg.unpack(resealed(tiny, grow))
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data + bytes(4), lambda data: data + data[:4],
+                                    lambda data: data[:-4]])
+def test_a_range_stream_is_exactly_the_code_of_its_values(damage):
+    array = codes_of((3, 20, 9), 6, 0, 0.3)
+    packed = tg.range_encode([array], [6])
+    assert np.array_equal(tg.range_decode(packed, [array.shape], [6])[0], array)
+    with pytest.raises(ValueError):
+        tg.range_decode(damage(packed), [array.shape], [6])
+
+
+def test_every_stream_has_a_checksum_of_its_values(tiny):
+    def other(header):
+        header["streams"][1][3] ^= 1
+    with pytest.raises(tg.UserError, match="stream .* has another checksum"):
+        tg.unpack(resealed(tiny, other))
+
+
+@pytest.mark.parametrize("name, value", [("num_layers", "3"), ("num_layers", "1_6"), ("ve_dim", " 16 "),
+                                         ("tie_embeddings", 1), ("num_layers", 3.0), ("mlp_mult", 3)])
+def test_one_spelling_of_the_settings_only(tiny, name, value):
+    with pytest.raises(tg.UserError, match="malformed"):
+        tg.unpack(resealed(tiny, set_at("config", name, value=value)))
+
+
+def test_a_model_that_is_read_is_not_initialised_first(tiny, rt, monkeypatch):
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda *_: pytest.fail("initial values nobody sees"))
+    model = tg.load_model(tiny, rt, "0" * 64)
+    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+    model.loss(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()
 
 
 def test_one_spelling_of_the_header_only(tiny):
@@ -269,6 +300,112 @@ def test_values_that_cannot_be_are_refused(stream, value):
         tg.unpack_stream(stream, "lzma", tg.pack_stream("lzma", [(array, bits)]), [array.shape], (bits,))
 
 
+# ---- streams that are not what the header says, although every checksum of the file is right
+
+def range_coded(codes, bits, at, value):
+    """The code of a table in whose last block one code is such as an honest encoder refuses to write."""
+    code, changed = tg.Spreads.code, codes.copy()
+    changed[at] = value
+
+    def altered(spreads, bucket, symbols):
+        last = symbols.copy()
+        if len(symbols) == 2:  # the rest of six rows, after a block of four; too few rows for any guess
+            last[at[0] - 4, at[1]] = value
+        code(spreads, bucket, last)
+        return symbols
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg.Spreads, "code", altered)
+        return tg.range_encode([codes], [bits]), changed
+
+
+@pytest.mark.parametrize("value, fits", [(7, True), (-7, True), (8, False), (-8, False), (14, False), (-14, False)])
+def test_a_code_outside_its_alphabet_is_refused(value, fits):
+    """A table's symbols are differences and reach twice as far as its codes may; in another packer, anywhere."""
+    ranged, codes = range_coded(codes_of((6, 9), 4, 0, 0.3), 4, (5, 3), value)
+    for codec, packed in (("range", ranged), ("lzma", tg.pack_stream("lzma", [(codes, 4)])),
+                          ("zstd", tg.pack_stream("zstd", [(codes, 4)]))):
+        if fits:
+            assert np.array_equal(tg.unpack_stream("embed", codec, packed, [(6, 9)], (4,))[0], codes)
+            continue
+        with pytest.raises(ValueError, match="out of range"):
+            tg.unpack_stream("embed", codec, packed, [(6, 9)], (4,))
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (2, 5, 70), (4, 30), (300, 20)])
+def test_a_range_stream_too_long_or_too_short_is_refused(shape):
+    codes = codes_of(shape, 5, 3, 0.3)
+    packed = tg.range_encode([codes], [5])
+    assert np.array_equal(tg.range_decode(packed, [shape], [5])[0], codes)
+    for other in (packed + b"\1", packed + b"\1\2\3", packed + bytes(4), packed + bytes(8), packed + bytes(range(16)),
+                  packed + packed, packed[:-1], packed[1:], packed[:-3]):
+        with pytest.raises(ValueError):
+            tg.range_decode(other, [shape], [5])
+
+
+def with_stream(blob, name, change):
+    """The artifact with the bytes of one stream changed, its size in the header and the file's checksums mended."""
+    text, payload = tg.open_frame(blob)
+    header, offset, parts = json.loads(text), 0, []
+    for row in header["streams"]:
+        part = payload[offset:offset + row[2]]
+        offset += row[2]
+        parts.append(change(part) if row[0] == name else part)
+        row[2] = len(parts[-1])
+    return tg.frame(tg.json_bytes(header), b"".join(parts))
+
+
+STREAMS = ("attn", "embed", "half", "scales")
+CHANGES = {"a byte less": lambda b: b[:-1], "without its first byte": lambda b: b[1:], "nothing": lambda b: b"",
+           "a byte more": lambda b: b + b"\1", "a zero more": lambda b: b + b"\0", "half": lambda b: b[:len(b) // 2],
+           "twice": lambda b: b + b, "eight zeros more": lambda b: b + bytes(8),
+           "four zeros more": lambda b: b + bytes(4), "backwards": lambda b: b[::-1]}
+
+
+@pytest.mark.parametrize("codec", ["range", "lzma", "zstd"])
+def test_streams_of_another_length_are_refused(codec):
+    blob = pack_bench.tiny_artifact(codec)
+    assert with_stream(blob, "attn", lambda part: part) == blob
+    for name in STREAMS:
+        for what, change in CHANGES.items():
+            with pytest.raises(tg.UserError) as caught:
+                tg.unpack(with_stream(blob, name, change))
+            assert "\n" not in str(caught.value), (name, what)
+
+
+def test_streams_in_another_order_or_of_each_other_are_refused(tiny):
+    def swapped(header):
+        header["streams"][0], header["streams"][1] = header["streams"][1], header["streams"][0]
+
+    def shifted(header):
+        header["streams"][0][2] -= 1
+        header["streams"][1][2] += 1
+    for change in (swapped, shifted):
+        with pytest.raises(tg.UserError):
+            tg.unpack(resealed(tiny, change))
+
+
+@pytest.mark.parametrize("name, value", [("model_dim", "1_6"), ("model_dim", " 16 "), ("model_dim", "16"),
+                                         ("num_layers", "2"), ("ln_scale", 1), ("ln_scale", "1"),
+                                         ("logit_softcap", "30"), ("logit_softcap", 30), ("mtp_num_heads", False)])
+def test_settings_have_one_spelling_in_the_header(tiny, name, value):
+    with pytest.raises(tg.UserError, match="malformed"):
+        tg.unpack(resealed(tiny, set_at("config", name, value=value)))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("mlp_up_bank", np.nan), ("qo_bank", np.inf), ("kv_bank", -np.inf), ("tok_emb.weight", np.nan),
+    ("bigram.embed.weight", np.inf), ("smear.gate", np.nan), ("skip_weights", np.inf), ("bigram.scale", -np.inf),
+    ("qo_bank", 1e30), ("tok_emb.weight", 3e38), ("skip_weights", 7e4)])
+def test_no_weight_that_is_not_a_number_is_packed_wherever_it_is(config, name, value):
+    cfg, model = config(int8_keep_float_fp32_name_patterns="bigram.scale", clip_rule="amax"), model_of(config())
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = value
+    for rounded in ({}, None) if math.isfinite(value) else ({},):
+        with pytest.raises(tg.UserError, match=f"parameter {name} is not finite") as caught:
+            tg.pack(cfg, model, SHA, rounded)
+        assert "\n" not in str(caught.value)
+
+
 def test_fuzz(capsys):
     outcomes = pack_bench.fuzz(400)
     assert sum(outcomes.values()) == 400 and outcomes["damage refused"] > 40 and outcomes["header refused"] > 80
@@ -279,9 +416,9 @@ def test_another_tokenizer_is_refused(tiny, rt):
         tg.load_model(tiny, rt, "cd" * 32)
 
 
-@pytest.mark.parametrize("codec", ["range", "brotli", "zstd"])
+@pytest.mark.parametrize("codec", ["range", "zstd"])
 def test_a_missing_package_is_named_with_its_pip_line(config, monkeypatch, codec):
-    cfg, model, package = config(compress=codec), model_of(config()), tg.PACKERS[codec]
+    cfg, model, package = config(compress=codec), model_of(config()), tg.CODECS[codec]
     blob = tg.pack(cfg, model, SHA).blob
     monkeypatch.setitem(sys.modules, package, None)  # what an absent package looks like to import
     for act in (lambda: tg.pack(cfg, model, SHA), lambda: tg.unpack(blob)):

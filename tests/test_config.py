@@ -96,6 +96,7 @@ def test_no_text_makes_anything_but_a_value_or_one_line(f, text):
     ({"MODEL_DIM": "500"}, "not divisible by NUM_HEADS"),
     ({"NUM_KV_HEADS": "3"}, "not divisible by NUM_KV_HEADS"),
     ({"ROPE_DIMS": "15"}, "odd"),
+    ({"MLP_MULT": "0.01", "MODEL_DIM": "64"}, "MLP of no width"),
     ({"ROPE_DIMS": "128"}, "more than a head"),
     ({"VE_LAYERS": "9,11"}, "VE_LAYERS"),
     ({"VE_LAYERS": "9;10"}, "VE_LAYERS"),
@@ -111,8 +112,23 @@ def test_bad_values_and_contradictions(variables, said):
     assert said in refusal(**variables)
 
 
-def test_edit_distance_counts_insertions_deletions_changes_and_swaps():
-    assert [tg.edit_distance("abcd", b) for b in ("abcd", "abd", "abxd", "abdc", "xbcdy", "")] == [0, 1, 1, 1, 2, 4]
+
+def test_a_near_miss_with_a_value_of_another_kind_belongs_to_another_program():
+    assert tg.Hyperparameters.from_env({"MODEL_DIR": "/models", "NUM_THREADS": "4"}) == tg.Hyperparameters()
+    assert "MODEL_DIM" in refusal(MODEL_DIR="512")
+
+
+def test_every_number_has_an_upper_bound():
+    for f in FIELDS:
+        if f.type in ("int", "float"):
+            assert f.metadata["lo"] is not None and (f.metadata["hi"] is not None or f.type == "int"), f.name
+            assert "out of range" in refusal(**{f.name.upper(): "1e308" if f.type == "float" else 10 ** 12})
+
+
+def test_names_are_listed_for_run_sh(capsys):
+    assert tg.main(["--names"]) == 0
+    listed = capsys.readouterr().out.split()
+    assert {"NUM_LAYERS", "VALUE_EMBED_DIM", "MATRIX_BITS"} <= set(listed) and len(listed) == len(set(listed))
 
 
 def test_help_lists_every_setting_and_arguments_are_refused(capsys):

@@ -1,3 +1,6 @@
+import hashlib
+import json
+
 import numpy as np
 import prepare
 import pytest
@@ -5,6 +8,7 @@ import torch
 import train_gpt as tg
 from conftest import make_runtime
 from hypothesis import given, settings, strategies as st
+from test_optimisers import on_ranks
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 300), st.integers(1, 200))
@@ -59,6 +63,28 @@ def test_ids_beyond_the_vocabulary_are_refused_with_their_shard(corpus):
         tg.TokenStream(str(corpus.folder / "fineweb_train_*.bin"), 100).read(0, 1000)
 
 
+def test_the_first_id_beyond_the_vocabulary_is_refused_and_the_last_within_is_not(tmp_path):
+    for ids, refused in (([3, 384, 5], True), ([3, 383, 5], False)):
+        prepare.write_shard(tmp_path / "fineweb_val_000000.bin", np.array(ids, np.uint16))
+        stream = tg.TokenStream(str(tmp_path / "fineweb_val_*.bin"), 384)
+        if refused:
+            with pytest.raises(tg.UserError, match="000000.bin holds token 384, but VOCAB_SIZE=384"):
+                stream.read(0, 3)
+        else:
+            assert stream.read(0, 3).tolist() == ids
+
+
+def test_the_validation_text_is_that_of_all_its_shards(corpus, config, rt, tmp_path):
+    """In the order of their names, and so are the bytes: a shard may end in the middle of a document."""
+    for name, part in (("000002", corpus.val[900:]), ("000000", corpus.val[:300]), ("000001", corpus.val[300:900])):
+        prepare.write_shard(tmp_path / f"fineweb_val_{name}.bin", part)
+    whole, parts = (tg.ValData.open(config(data_path=str(folder)), rt) for folder in (corpus.folder, tmp_path))
+    assert parts.tokens.tolist() == corpus.val.tolist() and len(parts.sizes) == len(corpus.val)
+    assert torch.equal(whole.sizes, parts.sizes)
+    assert (whole.bos_id, whole.tokenizer_sha256) == (
+        corpus.tokenizer.bos_id(), hashlib.sha256(corpus.tokenizer_path.read_bytes()).hexdigest())
+
+
 def test_no_folder_no_shard(tmp_path):
     with pytest.raises(tg.UserError, match="no data folder"):
         tg.TokenStream(str(tmp_path / "nowhere" / "fineweb_train_*.bin"), 10)
@@ -72,6 +98,82 @@ def test_byte_sidecars_are_no_shards(corpus, tmp_path):
     assert len(tg.TokenStream(str(tmp_path / "fineweb_val_*.bin"), 384)) == len(corpus.val)
 
 
+def bytes_beside(folder, name, tokens, sizes):
+    prepare.write_shard(folder / f"fineweb_val_{name}.bin", np.array(tokens, np.uint16))
+    if sizes is not None:
+        prepare.write_shard(folder / f"fineweb_val_bytes_{name}.bin", np.array(sizes, np.uint16))
+
+
+def test_byte_sidecars_are_the_truth(corpus, config, rt, tmp_path):
+    """Of a text that was transformed before it was tokenised, only they know the bytes."""
+    sizes = np.random.default_rng(0).integers(0, 9, len(corpus.val))
+    bytes_beside(tmp_path, "000000", corpus.val[:700], sizes[:700])
+    bytes_beside(tmp_path, "000001", corpus.val[700:], sizes[700:])
+    val = tg.ValData.open(config(data_path=str(tmp_path)), rt)
+    assert val.sizes.tolist() == sizes.tolist()
+    result = tg.evaluate("test", tg.GPT(config()).nll, val, config(), rt, 32, 16)
+    assert result.bytes == sizes[1:].sum()
+    assert result.bpb == pytest.approx(result.loss * result.tokens / np.log(2) / sizes[1:].sum())
+
+
+@pytest.mark.parametrize("second, said", [(None, "cannot read shard .*val_bytes_000001"),
+                                          (np.ones(5), "holds the bytes of 5 tokens, but .* has 1,000")])
+def test_sidecars_that_do_not_fit_are_refused(corpus, config, rt, tmp_path, second, said):
+    bytes_beside(tmp_path, "000000", corpus.val[:700], np.ones(700))
+    bytes_beside(tmp_path, "000001", corpus.val[700:], second)
+    with pytest.raises(tg.UserError, match=said):
+        tg.ValData.open(config(data_path=str(tmp_path)), rt)
+
+
+def test_brackets_in_the_path_are_no_pattern(corpus, tmp_path):
+    folder = tmp_path / "[run 1]*?"
+    folder.mkdir()
+    prepare.write_shard(folder / "fineweb_val_000000.bin", corpus.val)
+    assert len(tg.TokenStream(str(folder / "fineweb_val_*.bin"), 384)) == len(corpus.val)
+
+
+def test_a_dangling_link_is_one_clear_line(tmp_path):
+    (tmp_path / "fineweb_val_000000.bin").symlink_to("gone")
+    with pytest.raises(tg.UserError, match="cannot read shard .*000000.bin: No such file"):
+        tg.TokenStream(str(tmp_path / "fineweb_val_*.bin"), 384)
+
+
+def noted(folder, tokenizer, vocab=384, **more):
+    """A data folder whose dataset.json names a tokenizer, as data/prepare.py lays them out."""
+    data = folder / "datasets" / "own"
+    data.mkdir(parents=True)
+    facts = {"name": tokenizer.name, "sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(), **more}
+    (data / "dataset.json").write_text(json.dumps({"vocab_size": vocab, "tokenizer": facts}))
+    return data
+
+
+def test_a_data_set_finds_its_tokenizer_and_vocabulary(corpus, tmp_path):
+    data = noted(tmp_path, corpus.tokenizer_path)
+    (tmp_path / "tokenizers").mkdir()
+    for name in ("a.model", "tiny.model"):
+        (tmp_path / "tokenizers" / name).write_bytes(corpus.tokenizer_path.read_bytes() if name[0] == "t" else b"x")
+    cfg = tg.settings_from({"DATA_PATH": str(data)})
+    assert (cfg.vocab_size, cfg.tokenizer_path) == (384, str(tmp_path / "tokenizers" / "tiny.model"))
+    cfg = tg.settings_from({"DATA_PATH": str(data), "TOKENIZER_PATH": "mine", "VOCAB_SIZE": "7"})
+    assert (cfg.vocab_size, cfg.tokenizer_path) == (7, "mine")
+    (tmp_path / "tokenizers" / "tiny.model").rename(tmp_path / "tokenizers" / "renamed.model")
+    assert tg.settings_from({"DATA_PATH": str(data)}).tokenizer_path.endswith("renamed.model")  # found by its contents
+
+
+def test_a_tokenizer_of_another_data_set_is_refused(corpus, config, rt, tmp_path):
+    data = noted(tmp_path, corpus.tokenizer_path, sha256="ab" * 32)
+    prepare.write_shard(data / "fineweb_val_000000.bin", corpus.val)
+    with pytest.raises(tg.UserError, match="was made with tokenizer tiny.model .*abababababab.*TOKENIZER_PATH"):
+        tg.ValData.open(config(data_path=str(data)), rt)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"tokenizer": 3}'])
+def test_a_dataset_note_that_cannot_be_understood(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(tg.UserError, match="cannot understand .*dataset.json"):
+        tg.dataset_facts(tmp_path)
+
+
 def test_rows_must_divide_among_ranks(config, tmp_path):
     with pytest.raises(tg.UserError, match="not divisible by 3 ranks"):
         tg.TrainData.open(config(), make_runtime(tmp_path, world_size=3))
@@ -79,39 +181,44 @@ def test_rows_must_divide_among_ranks(config, tmp_path):
 
 def test_counted_bytes_are_those_of_the_decoded_text(corpus, config, rt):
     """Each document by itself: what the tokens after BOS are said to weigh is what they decode to."""
-    table = tg.ValData.open(config(), rt).byte_table
-    ids = corpus.val.tolist()
+    val, ids = tg.ValData.open(config(), rt), corpus.val.tolist()
     starts = [i for i, t in enumerate(ids) if t == corpus.tokenizer.bos_id()] + [len(ids)]
     assert len(starts) > 2
     for start, end in zip(starts, starts[1:]):
-        document = torch.tensor(ids[start:end])
-        weighed = table.count(document[:-1], document[1:]).sum().item()
+        weighed = val.sizes[start + 1:end].sum().item()
         assert weighed == len(corpus.tokenizer.decode(ids[start + 1:end]).encode())
 
 
 @given(st.text(max_size=60))
 @settings(max_examples=80, deadline=None)
 def test_counted_bytes_of_any_text(corpus, text):
-    table = tg.ByteTable.of(corpus.tokenizer, 384, "cpu")
-    ids = torch.tensor([corpus.tokenizer.bos_id(), *corpus.tokenizer.encode(text)])
+    ids = np.array([corpus.tokenizer.bos_id(), *corpus.tokenizer.encode(text)])
     decoded = corpus.tokenizer.decode(ids[1:].tolist())
     if "\ufffd" not in decoded:  # bytes that are no text cannot be compared as text
-        assert table.count(ids[:-1], ids[1:]).sum().item() == len(decoded.encode())
+        assert tg.token_bytes(corpus.tokenizer, ids)[1:].sum() == len(decoded.encode())
 
 
-def test_meter_is_nats_over_bytes(corpus, config, rt):
-    val = tg.ValData.open(config(), rt)
-    meter, nll = tg.BpbMeter(val.byte_table), torch.rand(20, 3)
-    previous, target = torch.randint(384, (2, 20, 3))
-    counted = torch.rand(20, 3) < 0.7
+def test_meter_is_nats_over_bytes(rt):
+    meter, nll, weights = tg.BpbMeter("cpu"), torch.rand(20), torch.randint(1, 9, (20,))
     for part in (slice(0, 7), slice(7, 20)):
-        meter.add(nll[part], previous[part], target[part], counted[part])
+        meter.add(nll[part], weights[part])
     loss, bpb, tokens, size = meter.reduce(rt)
-    nats = sum(n for n, c in zip(nll.flatten().tolist(), counted.flatten()) if c)
-    weights = [int(val.byte_table.count(p, t))
-               for p, t, c in zip(previous.flatten(), target.flatten(), counted.flatten()) if c]
-    assert tokens == int(counted.sum()) and size == sum(weights)
+    nats = sum(nll.tolist())
+    assert tokens == 20 and size == sum(weights.tolist())
     assert loss == pytest.approx(nats / tokens) and bpb == pytest.approx(nats / np.log(2) / size)
+
+
+def test_ranks_add_up_their_sums_before_anything_is_divided(tmp_path):
+    """And a meter can be read again, with what came since."""
+    def read(rt):
+        meter, found = tg.BpbMeter("cpu"), []
+        for nats, size in (([1.0], [4]), ([0.5, 3.0, 2.0], [1, 0, 7])):
+            meter.add((1 + rt.rank) * torch.tensor(nats), torch.tensor(size, dtype=torch.int32))
+            found.append(meter.reduce(rt))
+        return found
+    wanted = [(3 / 2, 3 / np.log(2) / 8, 2, 8), (19.5 / 8, 19.5 / np.log(2) / 24, 8, 24)]
+    for found in on_ranks(tmp_path, 2, read):
+        assert [pytest.approx(one) for one in wanted] == found
 
 
 @pytest.mark.parametrize("content, said", [(None, "cannot read tokenizer"), (b"", "not a SentencePiece"),
@@ -122,6 +229,18 @@ def test_bad_tokenizers(config, tmp_path, content, said):
         path.write_bytes(content)
     with pytest.raises(tg.UserError, match=said):
         tg.open_tokenizer(config(tokenizer_path=str(path)))
+
+
+def test_a_tokenizer_without_a_space_is_refused(config, tmp_path):
+    """It would write spaces as unknown."""
+    import sentencepiece
+    path = tmp_path / "none.model"
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["abcde" * 20] * 20), model_writer=file, model_type="char", vocab_size=8,
+            add_dummy_prefix=False, minloglevel=3)
+    with pytest.raises(tg.UserError, match="none.model has no piece for a space"):
+        tg.open_tokenizer(config(tokenizer_path=str(path), vocab_size=8))
 
 
 def test_tokenizer_of_another_size(config):

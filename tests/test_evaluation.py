@@ -81,7 +81,7 @@ def test_every_token_once_and_the_bytes_of_the_text(setting, rt, mode):
     stride, changes = MODES[mode]
     result, nll = score(cfg, val, model(), stride, changes, rt)
     assert result.tokens == len(val.tokens) - 1
-    assert result.bytes == int(val.byte_table.count(val.tokens[:-1], val.tokens[1:]).sum())
+    assert result.bytes == int(val.sizes[1:].sum())
     assert result.loss == pytest.approx(nll.double().mean().item())
     assert result.bpb == pytest.approx(nll.double().sum().item() / math.log(2) / result.bytes)
 
@@ -138,7 +138,7 @@ def test_an_adapter_sees_only_scored_tokens_all_but_the_last_chunk(setting, rt, 
 def test_ttt_learns(setting, rt):
     """On text that repeats itself the adapted score must beat the plain one."""
     cfg, val, model = setting
-    again = dataclasses.replace(val, tokens=val.tokens[:400].repeat(5))
+    again = val.take(torch.arange(400).repeat(5))
     cfg = dataclasses.replace(cfg, ttt_lr=0.05, ttt_epochs=2)
     plain, adapted = (score(cfg, again, model(), 8, changes, rt)[0] for changes in (None, {}))
     assert adapted.bpb < plain.bpb - 0.05
@@ -212,7 +212,7 @@ def test_every_way_to_adapt_compiles(setting, tmp_path, monkeypatch, mode, graph
     """As on a GPU: whole graphs, few of them - windows that grow with their documents share one - and the same scores.
     The back end runs them eagerly, for want of time; what cannot be traced fails all the same."""
     cfg, val, model = setting
-    val = dataclasses.replace(val, tokens=val.tokens[:1100])
+    val = val.take(slice(1100))
     stride, changes = MODES[mode]
     cfg = dataclasses.replace(cfg, rope_train_seq_len=20, **changes or {})  # the base stretches within the windows
     counted, made = CompileCounterWithBackend("aot_eager"), torch.compile
@@ -242,3 +242,101 @@ def test_ranks_share_the_windows(setting, tmp_path, mode):
             _, _, at, counted = windows.read(val.tokens)
             scored += at[counted].tolist()
     assert sorted(scored) == list(range(len(val.tokens) - 1))
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_plans_of_all_ranks_together_score_each_target_once_and_before_its_lesson(data):
+    """Any length, window, stride, chunk, batch and number of ranks."""
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    window = draw(1, 40)
+    stride, chunk, targets, world = draw(1, window), draw(1, 90), draw(window, 400), draw(1, 5)
+    cfg = dataclasses.replace(tg.Hyperparameters(), eval_seq_len=window, ttt_chunk_tokens=chunk)
+    size, compiles, adapts = draw(1, 9), draw(0, 1), draw(0, 1)
+    ranks = [make_runtime(".", rank=rank, world_size=world, compiles=bool(compiles)) for rank in range(world)]
+    plans = [tg.plan_stream(targets, cfg, rt, stride, size, bool(adapts)) for rt in ranks]
+    assert len({len(plan) for plan in plans}) == 1 and (adapts or len(plans[0]) == 1)
+    times, tokens = torch.zeros(targets, dtype=torch.int), torch.arange(targets + 1)
+    for i, legs in enumerate(zip(*plans)):
+        assert len({(leg.lesson, leg.first, leg.progress) for leg in legs}) == 1, "the ranks learn in step"
+        for windows in (windows for leg in legs for windows in leg.batches):
+            ids, wanted, at, counted = windows.read(tokens)
+            assert ids.shape == (len(windows.low), window) and wanted.shape == (len(windows.low), windows.keep)
+            assert len(windows.low) <= size and (at[counted] >= i * chunk).all()
+            times.index_add_(0, at[counted], torch.ones_like(at[counted], dtype=torch.int))
+        lesson = legs[0].lesson
+        if lesson:
+            assert (legs[0].first, lesson) == (i * chunk, chunk)
+            assert (times[:legs[0].first + lesson] == 1).all(), "all of it is scored, by some rank, before it is learnt"
+    assert (times == 1).all() and legs[0].lesson == 0, "and the last chunk teaches nobody"
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_plans_of_documents(data):
+    """Any documents, window, chunk, batch and number of ranks: each target once, from a window that begins no earlier
+    than its document, and as late as that or its length allows."""
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    targets, window, world = draw(2, 300), draw(1, 40), draw(1, 4)
+    chunk, docs = draw(1, window), draw(1, 6)
+    starts = sorted(data.draw(st.sets(st.integers(0, targets - 1), max_size=12)) | {draw(0, targets - 1)})
+    tokens = torch.ones(targets + 1, dtype=torch.int32)
+    tokens[starts] = 0
+    val = tg.ValData(tokens, None, "", bos_id=0)
+    cfg = dataclasses.replace(tg.Hyperparameters(), eval_seq_len=window, ttt_doc_chunk_tokens=chunk,
+                              ttt_batch_docs=docs, ttt_min_doc_tokens=draw(0, 30))
+    begins = torch.tensor(sorted({0, *starts}))
+    times = torch.zeros(targets, dtype=torch.int)
+    for rank in range(world):
+        for leg in tg.plan_documents(val, cfg, make_runtime(".", rank=rank, world_size=world)):
+            for windows in leg.batches:
+                _, _, at, counted = windows.read(tokens)
+                assert len(windows.low) == docs
+                for start, row, use in zip(windows.start.tolist(), at, counted):
+                    if use.any():
+                        own = begins[torch.searchsorted(begins, row[use], right=True) - 1]
+                        assert (own == own[0]).all(), "a window scores one document"
+                        end = own[0] + ((row[use] - own[0]) // chunk + 1) * chunk
+                        assert start == max(end[0] - window, own[0])
+                times.index_add_(0, at[counted], torch.ones_like(at[counted], dtype=torch.int))
+    assert (times == 1).all()
+
+
+def test_what_is_not_scored_once_is_no_result_and_no_lesson(setting, rt):
+    _, val, _ = setting
+    val = dataclasses.replace(val, tokens=val.tokens[:21], sizes=val.sizes[:21])
+    scored = tg.Scored(val, rt)
+    scored.commit(torch.arange(12), torch.ones(12))
+    assert torch.equal(scored.lesson(4, 8), val.tokens[4:13])
+    for first, count in ((4, 9), (12, 1), (0, 20)):
+        with pytest.raises(tg.IllegalScore):
+            scored.lesson(first, count)
+    with pytest.raises(tg.IllegalScore, match="8 of 20 tokens"):
+        scored.result("test", 0.0)
+    scored.commit(torch.arange(12, 20), torch.ones(8))
+    assert scored.result("test", 0.0).tokens == 20 and len(scored.lesson(0, 20)) == 21
+    scored.commit(torch.tensor([7]), torch.ones(1))
+    for act in (lambda: scored.lesson(0, 20), lambda: scored.result("test", 0.0)):
+        with pytest.raises(tg.IllegalScore, match="1 of 20 tokens"):
+            act()
+
+
+def test_where_in_the_text_and_in_its_documents_the_nats_lie(setting, rt):
+    """Against a loop over the targets; row i of the second table is 2^i - 1 to 2^(i+1) - 2 tokens into a document."""
+    _, val, _ = setting
+    tokens = val.tokens[:700].clone()
+    tokens[tokens == val.bos_id] = val.bos_id + 7
+    tokens[[0, 40, 41, 300, 699]] = val.bos_id
+    val = dataclasses.replace(val, tokens=tokens, sizes=val.sizes[:700])
+    nll, begins, trace = torch.rand(699), 0, tg.Trace(val)
+    stream, position = torch.zeros(256, 2, dtype=torch.double), torch.zeros(32, 2, dtype=torch.double)
+    for i in range(699):  # target i is token i + 1, and a document's own BOS is the last target of the one before
+        begins = i if tokens[i] == val.bos_id else begins
+        pair = torch.tensor([nll[i].item(), val.sizes[i + 1].item()], dtype=torch.double)
+        stream[256 * i // 699] += pair
+        position[math.floor(math.log2(i - begins + 1))] += pair
+    for part in torch.arange(699).split(100):
+        trace(part, nll[part])
+    tables = trace.tables(rt)
+    torch.testing.assert_close(torch.tensor(tables["stream"], dtype=torch.double), stream)
+    torch.testing.assert_close(torch.tensor(tables["position"], dtype=torch.double), position)

@@ -130,12 +130,14 @@ def test_hash_buckets_are_the_published_ones():
 
 
 def test_rope_base_is_stretched_past_the_trained_length():
-    def base(dims, length):
-        cos, sin = tg.rope_table(length, dims, tg.Hyperparameters(), "cpu")
+    def base(dims, length, trained):
+        cos, sin = tg.rope_table(length, dims, tg.Hyperparameters(train_seq_len=trained), "cpu")
         return float(torch.atan2(sin, cos)[1, 1]) ** (-dims / 2)
-    assert base(16, 1024) == pytest.approx(10_000, rel=1e-3)
-    assert base(16, 2048) == pytest.approx(22_081.79, rel=1e-3)
-    assert base(64, 2048) == pytest.approx(20_452.23, rel=1e-3)
+    assert base(16, 512, 512) == base(16, 1024, 512) == pytest.approx(10_000, rel=1e-3)
+    assert base(64, 2048, 2048) == pytest.approx(20_452.23, rel=1e-3)
+    for length in (16, 1024, 1280, 2048):  # a window shorter than the trained length is no other model
+        assert base(16, length, 2048) == pytest.approx(22_081.79, rel=1e-3)
+    assert base(16, 4096, 2048) == base(16, 4096, 512) == pytest.approx(10_000 * 4 ** (16 / 14), rel=1e-3)
 
 
 def test_rotation_is_relative_and_leaves_the_rest():

@@ -1,6 +1,7 @@
 """The whole run as a user meets it: results, files, log lines, refusals, interruption, ranks."""
 import fcntl
 import json
+import math
 import os
 import re
 import resource
@@ -93,6 +94,152 @@ def test_over_the_limit_the_run_fails_with_the_table(run):
     assert "roundtrip" not in done.out
 
 
+def test_the_limit_at_its_very_edge(run):
+    """Code and artifact together may take exactly ARTIFACT_LIMIT_BYTES, and not one byte more."""
+    brief = {"TTT_ENABLED": 0, "EVAL_STRIDE": 0, "ITERATIONS": 1, "COMPRESS": "lzma"}
+    free = run(**brief).summary
+    assert free["total_bytes"] == free["artifact_bytes"] + free["code_bytes"] and free["code_bytes"] > 10_000
+    exact = run(**brief, ARTIFACT_LIMIT_BYTES=free["total_bytes"])
+    assert exact.code == 0 and exact.summary["total_bytes"] == exact.summary["artifact_limit_bytes"]
+    over = run(**brief, ARTIFACT_LIMIT_BYTES=free["total_bytes"] - 1)
+    assert over.code == 2 and over.err.count("\n") == 1 and f"{free['total_bytes']:,} bytes is over" in over.err
+
+
+def events_of(folder, name="tiny"):
+    return [json.loads(line) for line in (folder / f"logs/{name}.jsonl").read_text().splitlines()]
+
+
+def test_the_numbers_of_the_summary_are_those_of_the_log(run):
+    done = run(VAL_LOSS_EVERY=3, CHECKPOINT_EVERY=0)
+    s, events, lines = done.summary, events_of(done.folder), done.out.splitlines()
+    scores = {e["name"]: e for e in events if e["event"] == "evaluation"}
+    names = {"val_bpb_pre_quant": "post_average", "val_bpb_roundtrip": "final_int6_roundtrip",
+             "val_bpb_sliding": "final_int6_sliding_window", "val_bpb_ttt": "legal_ttt"}
+    assert [e["name"] for e in events if e["event"] == "evaluation"] == list(names.values())
+    assert len({s[key] for key in names}) == 4
+    for key, name in names.items():
+        score = scores[name]
+        assert s[key] == score["bpb"] and score["tokens"] == 1699
+        assert s[key] == pytest.approx(score["loss"] * score["tokens"] / math.log(2) / score["bytes"], rel=1e-9)
+        if key != "val_bpb_pre_quant":
+            assert f"{name}_exact val_loss:{score['loss']:.8f} val_bpb:{score['bpb']:.8f}" in lines
+            assert any(line.startswith(f"{name} val_loss:{score['loss']:.4f} val_bpb:{score['bpb']:.4f} ")
+                       for line in lines)
+    assert f"DIAGNOSTIC post_average val_loss:{scores['post_average']['loss']:.4f} " \
+        f"val_bpb:{s['val_bpb_pre_quant']:.4f}" in done.out
+    packed = next(e for e in events if e["event"] == "artifact")
+    assert (packed["bytes"], packed["code_bytes"]) == (s["artifact_bytes"], s["code_bytes"])
+    assert sum(row[-1] for row in packed["ledger"]) < s["artifact_bytes"] < 16_000_000 == s["artifact_limit_bytes"]
+    for kind, size in (("Serialized model int6+", s["artifact_bytes"]), ("Code size:", s["code_bytes"]),
+                       ("Total submission size int6+", s["total_bytes"])):
+        assert [line for line in lines if line.startswith(kind)][0].endswith(f" {size} bytes")
+    assert [line for line in lines if line.startswith("  total ")][0].split()[-2] == f"{s['total_bytes']:,}"
+    assert s["steps"] == max(e["step"] for e in events if e["event"] == "train") == 6
+    assert "step:6/6 val_loss" in done.out and s["tokens"] == 6 * 256
+    assert s["seconds"]["total"] >= sum(s["seconds"][key] for key in ("train", "export", "roundtrip", "sliding", "ttt"))
+    at_end = [line for line in lines if line.startswith("bits per byte")][0]
+    assert re.findall(r"\d\.\d{4}", at_end) == [f"{s[key]:.4f}" for key in names]
+    assert s["run_id"] == "tiny" and (done.folder / "logs/tiny.txt").read_text().splitlines()[-1] == lines[-1]
+
+
+def test_scores_are_those_of_the_files_on_disk(run, config, rt):
+    """The float model and the artifact, each scored here by one window at a time."""
+    done = run(ITERATIONS=8, WARMDOWN_ITERS=8, MATRIX_BITS=3, EVAL_STRIDE=16)
+    cfg = config(eval_stride=16)
+    val = tg.ValData.open(cfg, rt)
+    tokens, size = val.tokens.long(), val.sizes[1:].sum().item()
+
+    def bpb(model, stride):
+        nats, done = 0.0, 0
+        with torch.no_grad():
+            while done < len(tokens) - 1:
+                end = min(done + stride if done else 32, len(tokens) - 1)
+                nll = model.nll(tokens[None, end - 32:end], tokens[None, end - 31:end + 1])
+                nats, done = nats + nll[0, done - end:].double().sum().item(), end
+        return nats / math.log(2) / size
+    trained = tg.GPT(cfg)
+    trained.load_state_dict(torch.load(done.folder / "final_model.pt"))
+    exported = tg.GPT(cfg)
+    exported.load_state_dict(tg.unpack((done.folder / "final_model.ptz").read_bytes())[2])
+    s = done.summary
+    assert s["val_bpb_pre_quant"] == pytest.approx(bpb(trained, 32), rel=1e-6)
+    assert s["val_bpb_roundtrip"] == pytest.approx(bpb(exported, 32), rel=1e-6) != pytest.approx(bpb(trained, 32))
+    assert s["val_bpb_sliding"] == pytest.approx(bpb(exported, 16), rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", [{}, {"TTT_MODE": "lora"}, {"EVAL_STRIDE": 0}], ids=["sgd", "lora", "no sliding"])
+def test_adaptation_comes_last_and_leaves_the_other_scores_alone(run, mode):
+    with_it, without = (run(**{"ITERATIONS": 2, "TTT_LR": 0.1, "EVAL_STRIDE": 8, "COMPRESS": "lzma", **mode,
+                               "TTT_ENABLED": enabled}) for enabled in (1, 0))
+    for key in ("val_bpb_pre_quant", "val_bpb_roundtrip", "val_bpb_sliding"):
+        assert with_it.summary[key] == without.summary[key], key
+    assert without.summary["val_bpb_ttt"] is None
+    assert with_it.summary["val_bpb_ttt"] not in (None, with_it.summary["val_bpb_sliding"])
+    order = [re.match(r"(final_int6_roundtrip|final_int6_sliding_window|legal_ttt) ", line)
+             for line in with_it.out.splitlines()]
+    order = [match.group(1) for match in order if match]
+    assert order == ["final_int6_roundtrip", *["final_int6_sliding_window"] * ("EVAL_STRIDE" not in mode), "legal_ttt"]
+
+
+def test_the_running_score_ends_at_the_score(run):
+    done = run(ITERATIONS=1, COMPRESS="lzma")
+    chunks = [e for e in events_of(done.folder) if e["event"] == "ttt_chunk"]
+    assert chunks[-1]["chunk"] == chunks[-1]["chunks"] == 4
+    assert chunks[-1]["running_bpb"] == pytest.approx(done.summary["val_bpb_ttt"], rel=1e-9)
+
+
+def test_what_is_scored_is_what_lies_on_disk(run, monkeypatch):
+    """A disk that changes the artifact while it is written: the run must not score what it meant to write."""
+    write = tg.write_whole
+    monkeypatch.setattr(tg, "write_whole", lambda path, data, *rest: write(
+        path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, *rest))
+    done = run(ITERATIONS=1)
+    assert done.code == 2 and "damaged" in done.err and "roundtrip" not in done.out
+
+
+def test_a_missing_package_ends_the_run_before_training(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    done = run(COMPRESS="range")
+    assert done.code == 2 and "pip install constriction" in done.err and "train_loss" not in done.out
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(run, monkeypatch):
+    """It is said once; the scores and the artifact are there."""
+    opened, broken = open, []
+
+    def refusing(path, mode="r", *args, **kwargs):
+        if "logs/tiny." in str(path) and mode == "a" and broken:
+            raise OSError(28, "No space left on device")
+        return opened(path, mode, *args, **kwargs)
+    monkeypatch.setattr("builtins.open", refusing)
+    step = tg.Optimisers.step
+    monkeypatch.setattr(tg.Optimisers, "step", lambda *args: broken.append(1) or step(*args))
+    done = run(ITERATIONS=2, TTT_ENABLED=0)
+    assert done.code == 0 and done.summary["val_bpb_sliding"] > 0 and (done.folder / "final_model.ptz").exists()
+    assert done.err.count("is incomplete: No space left on device") == 1
+
+
+def test_exit_codes(run, monkeypatch, capsys):
+    assert tg.main(["--help"]) == tg.main(["-h"]) == 0
+    assert "MODEL_DIM" in capsys.readouterr().out
+    assert tg.main(["--train"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: no argument --train") and err.count("\n") == 1
+    assert run(ITERATIONS=1, TTT_ENABLED=0, EVAL_STRIDE=0).code == 0
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tg, "export", interrupted)
+    done = run(ITERATIONS=1)
+    assert done.code == 130 and done.err.startswith("interrupted; RESUME=1") and done.summary is None
+
+    def wrong(*args, **kwargs):
+        raise ZeroDivisionError
+    monkeypatch.setattr(tg, "export", wrong)
+    with pytest.raises(ZeroDivisionError):  # the program's own error is not dressed up as the user's
+        run(ITERATIONS=1)
+
+
 # ---- bad input: one clear line, exit code 2, nothing made
 
 @pytest.mark.parametrize("variables, said", [
@@ -141,6 +288,78 @@ def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
     assert all((tmp_path / name).read_bytes() == old for name in ("final_model.pt", "final_model.ptz"))
 
 
+def test_the_artifact_of_another_run_is_kept(run):
+    first = run(RUN_ID="first", ITERATIONS=1, TTT_ENABLED=0)
+    kept = (first.folder / "final_model.ptz").read_bytes()
+    second = run(RUN_ID="second", ITERATIONS=2, TTT_ENABLED=0)
+    assert (first.folder / "final_model.first.ptz").read_bytes() == kept and "kept as" in second.out
+    assert (first.folder / "final_model.ptz").read_bytes() != kept
+    again = run(RUN_ID="second", ITERATIONS=2, TTT_ENABLED=0, CHECKPOINT_EVERY=1)  # its log is new: nobody's file
+    assert re.search(r"kept as \S+final_model\.\d{8}-\d{6}\.ptz", again.out)
+    resumed = run(RUN_ID="second", ITERATIONS=3, TTT_ENABLED=0, RESUME=1)
+    assert resumed.code == 0 and "kept as" not in resumed.out
+
+
+def test_a_run_that_cannot_begin_leaves_no_log(run):
+    done = run(DATA_PATH="nowhere")
+    assert done.code == 2 and "bash run.sh" in done.err and not (done.folder / "logs").exists()
+
+
+@pytest.mark.parametrize("ranks, said", [
+    ({"RANK": ""}, "RANK='' is not a whole number"), ({"RANK": "3"}, "RANK=3 does not exist in WORLD_SIZE=1"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 needs MASTER_ADDR and MASTER_PORT"), ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x'")])
+def test_ranks_that_cannot_be(ranks, said):
+    with pytest.raises(tg.UserError, match=said):
+        tg.read_ranks(ranks)
+
+
+def test_a_missing_compiler_is_noticed_before_the_work(corpus, tmp_path):
+    """In a process of its own: torch remembers the compiler it found."""
+    process = start(corpus, tmp_path, COMPILE=1, CXX="/nonexistent/g++", PATH="/nonexistent",
+                    TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.startswith("error: torch.compile does not work here") and not out, err
+
+
+def test_a_warmdown_longer_than_the_run_is_warned_of(run):
+    assert "shorter than WARMDOWN_ITERS=60" in run(WARMDOWN_ITERS=60, TTT_ENABLED=0).out
+    assert "shorter than WARMDOWN_ITERS" not in run(WARMDOWN_ITERS=6, TTT_ENABLED=0).out
+
+
+def test_size_fit_with_nothing_to_round_is_refused_before_training(run):
+    done = run(SIZE_FIT=1, FP16_KEEP_NAME_PATTERNS="bank,emb,bigram,ve_shared")
+    assert done.code == 2 and "SIZE_FIT=1 has nothing to round" in done.err and "step:1" not in done.out
+
+
+def test_without_the_range_coder_auto_says_what_it_takes(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    assert "packed by lzma" in run(TTT_ENABLED=0).out
+
+
+def test_the_code_that_counts_may_be_the_built_one(run):
+    done = run(CODE_BYTES=1234, TTT_ENABLED=0)
+    assert done.summary["code_bytes"] == 1234 and "Code size: 1234 bytes" in done.out
+
+
+def test_an_evaluation_over_its_time_does_not_count(run, monkeypatch):
+    """Reading the artifact is part of it."""
+    slow = tg.load_model
+    now = [0.0]
+    monkeypatch.setattr(tg, "load_model", lambda *rest: (now.__setitem__(0, 700.0), slow(*rest))[1])
+    begin = tg.EvalClock.__init__
+    monkeypatch.setattr(tg.EvalClock, "__init__", lambda self, cfg, rt: begin(self, cfg, rt, now=lambda: now[0]))
+    done = run(EVAL_MAX_SECONDS=600)
+    assert done.code == 2 and "evaluation took 700.0 s, over EVAL_MAX_SECONDS=600: these scores do not count" in done.err
+    assert done.summary["val_bpb_sliding"] > 0
+
+
+def test_long_phases_say_how_far_they_are(run, monkeypatch):
+    monkeypatch.setattr(tg.Progress, "QUIET_SECONDS", 0.0)
+    out = run(WARMUP_STEPS=2).out
+    assert re.search(r"^final_int6_sliding_window: 1 of \d+ after \d+ s, about \d+ s to go$", out, re.M)
+    assert "warm-up: 2 steps, before the clock starts" in out and re.search(r"^packing [\d,]+ weights", out, re.M)
+
+
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(corpus, tmp_path):
     """Killed or interrupted soon after the ninth step, resumed from a checkpoint: the artifact of a run left alone."""
     settings = dict(ITERATIONS=200, WARMDOWN_ITERS=180, LATE_QAT_THRESHOLD=0.9, CHECKPOINT_EVERY=8, SWA_ENABLED=1,
@@ -187,10 +406,14 @@ def test_world_size_does_not_change_the_mathematics(corpus, tmp_path):
     losses = {ranks: [e.get("train_loss", e.get("loss")) for e in events if e["event"] in ("train", "evaluation")]
               for ranks, events in runs.items()}
     assert len(losses[1]) == 4 + 4
+    scores = {ranks: [e for e in events if e["event"] == "evaluation"] for ranks, events in runs.items()}
     for ranks in (2, 8):
         assert losses[ranks][:4] == pytest.approx(losses[1][:4], rel=1e-5), ranks
         # a code on the edge may fall to the other side after sums in another order: a little more room behind rounding
         assert losses[ranks][4:] == pytest.approx(losses[1][4:], rel=2e-4), ranks
+        for many, one in zip(scores[ranks], scores[1]):
+            assert all(many[key] == one[key] for key in ("name", "tokens", "bytes"))
+            assert many["bpb"] == pytest.approx(one["bpb"], rel=2e-4)
 
 
 def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -211,3 +434,23 @@ def test_stopwatch_leaves_out_pauses():
     with watch.paused():
         pass
     assert watch.elapsed() == 20  # started at 0, paused from 10 to 20, read at 30
+
+
+@pytest.mark.parametrize("settings, most", [
+    ({"TTT_ENABLED": 0}, 5), ({"TTT_MODE": "sgd"}, 5), ({"TTT_MODE": "sgd", "TTT_FREEZE_BLOCKS": 1}, 7),
+    ({"TTT_MODE": "lora", "HASH_EMBED_BUCKETS": 64}, 7),
+    ({"TTT_MODE": "lora", "TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_BATCH_DOCS": 2}, 7)])
+def test_a_whole_run_scores_with_few_graphs(run, monkeypatch, settings, most):
+    """Over all walks: PyTorch gives up on a function after eight. Validation's batch is another one than the final
+    scores'. Graphs are traced but not made into machine code."""
+    graphs, compiled = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(
+        function, backend=backend, **options) if function.__name__ == "nll" else function)
+    done = run(COMPILE=1, ITERATIONS=1, VAL_BATCH_SIZE=256, NUM_LAYERS=1, VE_LAYERS=0, **settings)
+    assert done.code == 0, done.err
+    assert 0 < len(graphs) <= most

@@ -58,6 +58,11 @@ def folder_bytes(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
+def note(out: Path, name: str) -> dict:
+    """What the `dataset.json` of a dataset says."""
+    return json.loads((out / "datasets" / name / "dataset.json").read_text())
+
+
 def fails(capsys, *argv: object) -> str:
     """The message of a command that must fail: one line `error: ...`, exit code 2."""
     capsys.readouterr()
@@ -340,18 +345,92 @@ def test_text_single_file_is_cut_in_two(tmp_path, model, tokenizer, capsys):
     assert 0.01 < len(val[0]) / (len(val[0]) + len(train[0])) < 0.03
 
 
+def test_text_says_what_was_held_out(jsonl, tmp_path, model, capsys):
+    """A single file is one document: its end is held out, and one is told; so is who has little to score on."""
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(f"word{i}" for i in range(20000)))
+    few = "bytes of validation text are rough"
+    for arguments, told in (((book,), ["cut in two", few]), ((book, "--val-fraction", 0.5), ["cut in two"]),
+                            ((book, "--val-file", jsonl), [few]), ((jsonl, "--val-file", book), [])):
+        printed = works(capsys, "text", *arguments, "--out", tmp_path, "--name", "d", "--tokenizer", model)
+        notes = [line for line in printed.splitlines() if line.startswith("note: ")]
+        assert len(notes) == len(told) and all(text in line for text, line in zip(told, notes))
+        assert re.search(r"^train .* \d+ document" + ("s" if arguments[0] == jsonl else "") + " ", printed, re.M)
+        assert printed.splitlines()[-1].startswith("DATA_PATH=")
+
+
+def test_text_that_begins_with_spaces_has_the_bytes_that_its_tokens_decode_to(tmp_path, capsys):
+    """Under a tokenizer that keeps every space; it is kept beside the data, where `dataset.json` leads to it."""
+    texts = [" " * (i % 4) + f"indented line {i}\n\n  and another " for i in range(200)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "own"), model_type="bpe", vocab_size=300, bos_id=1,
+        eos_id=2, unk_id=0, byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", required_chars="\u2581", minloglevel=3)
+    model = tmp_path / "own.model"
+    for taken in (b"", b"another"):
+        out = tmp_path / f"out{taken.decode()}"
+        if taken:
+            (out / "tokenizers").mkdir(parents=True)
+            (out / "tokenizers" / "own.model").write_bytes(taken)
+        works(capsys, "text", tmp_path / "d.jsonl", "--out", out, "--tokenizer", model, "--val-fraction", 0.3)
+        info = note(out, "d_sp300")
+        beside = out / "datasets" / "d_sp300" / ".." / ".." / "tokenizers" / info["tokenizer"]["name"]
+        assert beside.read_bytes() == model.read_bytes()
+        assert (out / "tokenizers" / "own.model").read_bytes() == (taken or model.read_bytes())
+        assert hashlib.sha256(beside.read_bytes()).hexdigest() == info["tokenizer"]["sha256"]
+    tokenizer = spm.SentencePieceProcessor(model_file=str(model))
+    for split in ("train", "val"):
+        decoded = [tokenizer.decode(ids) for ids in split_documents(read_tokens(shard(out, split, "d_sp300")))]
+        assert sum(len(text.encode()) for text in decoded) == info[split]["text_bytes"]
+        assert any(text.startswith("  ") for text in decoded)
+
+
 def test_text_limit_documents(jsonl, tmp_path, model, capsys):
     works(capsys, "text", jsonl, "--out", tmp_path, "--tokenizer", model, "--limit-documents", 7)
-    info = json.loads((tmp_path / "datasets" / "docs_sp1024" / "dataset.json").read_text())
-    assert info["train"]["documents"] + info["val"]["documents"] == 7 and info["val"]["documents"] >= 1
+    info = note(tmp_path, "docs_sp1024")
+    assert info["train"]["documents"] == 7 and info["val"]["documents"] == 1 and info["document_cut"]
+
+
+def divide(texts: list[str], fraction: float) -> list[tuple[str, str]]:
+    held = prepare.choose_held(iter(texts), fraction)
+    return [part for text in texts for part in held.split(text)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=1, max_size=30), st.floats(0.01, 0.9))
+def test_splits_lose_nothing_and_validation_is_never_empty(texts, fraction):
+    found = divide(texts, fraction)
+    assert "".join(text for _, text in found) == "".join(texts)
+    assert any(split == "val" for split, _ in found)
+    assert len(found) <= len(texts) + max(map(texts.count, texts))  # one document is cut, with its copies
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=2, max_size=30), st.floats(0.01, 0.9))
-def test_splits_lose_nothing_and_validation_is_never_empty(texts, fraction):
-    found = list(prepare.assign_splits(iter(texts), fraction))
-    assert sorted(text for _, text in found) == sorted(texts)
-    assert any(split == "val" for split, _ in found)
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.sampled_from([0.02, 0.1, 0.3]),
+       st.sampled_from(["xy", "x y ", "xxxxxxxx\n", "\u4e00\u4e8c"]))
+def test_the_share_held_out_is_the_one_asked_for(lengths, fraction, words):
+    """Whatever the sizes: one large file, two books, a header and then a genome, many small documents."""
+    texts = [(f"{i}:" + words * size)[:size + 4].strip() for i, size in enumerate(lengths)]
+    held = sum(len(text) for split, text in divide(texts, fraction) if split == "val")
+    total = sum(map(len, texts))
+    assert 0.6 * fraction * total - 9 <= held <= 1.6 * fraction * total + 9
+
+
+def test_copies_stay_on_one_side():
+    texts = [f"document {i % 40} " * 5 for i in range(400)]
+    sides = {}
+    for split, text in divide(texts, 0.2):
+        sides.setdefault(text, set()).add(split)
+    assert len(sides) == 40 and all(len(side) == 1 for side in sides.values())
+
+
+@pytest.mark.parametrize("text, cut", [
+    ("a b c d e\n\nf g h i j k l m n o p\nq r s t u v w x", "q r s"), ("aaaa " * 40, "aaaa aaaa"),
+    (">chr1\n" + "ACGT" * 100, "GTAC"), ("\u4e00" * 300, "\u4e00"), ("x" * 70 + " " * 30 + "y" * 70, "y")])
+def test_a_document_is_cut_where_something_ends(text, cut):
+    (_, train), (_, val) = prepare.cut_in_two(text, 0.3)
+    assert train + val == text.strip() and val.startswith(cut) and 0.29 <= len(val) / len(text.strip()) <= 0.46
 
 
 @settings(max_examples=60, deadline=None)
@@ -404,18 +483,23 @@ def test_text_cut_off_zst(jsonl, tmp_path, model, capsys):
 
 def test_text_bad_settings_are_one_line(jsonl, tmp_path, model, capsys, monkeypatch):
     out = ("--out", tmp_path / "out")
+    (tmp_path / "folder.txt").mkdir()
     noise, empty = tmp_path / "noise.model", tmp_path / "empty.model"
     noise.write_bytes(b"\x00\x01 not a model")
     empty.write_bytes(b"")
     assert "not a SentencePiece model" in fails(capsys, "text", jsonl, *out, "--tokenizer", noise)
     assert "not a SentencePiece model" in fails(capsys, "text", jsonl, *out, "--tokenizer", empty)
     assert "No such file" in fails(capsys, "text", jsonl, *out, "--tokenizer", tmp_path / "none.model")
-    assert "too high" in fails(capsys, "text", jsonl, *out, "--vocab-size", 30000)
-    assert "smaller than required" in fails(capsys, "text", jsonl, *out, "--vocab-size", 100)
+    for given, reason in ((30000, "too large for this text, which gives at most"), (100, "too small for this text")):
+        message = fails(capsys, "text", jsonl, *out, "--vocab-size", given)
+        assert f"--vocab-size {given} is {reason}" in message and "coverage" not in message
+        right = re.search(r"at (?:most|least) (\d+)", message)[1]
+        works(capsys, "text", jsonl, *out, "--vocab-size", right)
     assert "--vocab-size" in fails(capsys, "text", jsonl, *out, "--vocab-size", 70000)
     assert "--val-fraction" in fails(capsys, "text", jsonl, *out, "--val-fraction", 1)
     assert "not allowed with" in fails(capsys, "text", jsonl, *out, "--vocab-size", 300, "--tokenizer", model)
     assert "--name" in fails(capsys, "text", jsonl, *out, "--name", "../up")
+    assert "not a file" in fails(capsys, "text", tmp_path / "folder.txt", *out)
     assert "both" in fails(capsys, "text", jsonl, *out, "--val-file", jsonl)
     assert "required" in fails(capsys, "text") and "COMMAND" in fails(capsys)
     (tmp_path / "file").write_text("")
@@ -518,8 +602,15 @@ def publish(server) -> None:
     server.files["datasets/manifest.json"] = json.dumps(server.manifest).encode()
 
 
+@pytest.fixture(scope="module")
+def published_model(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("published") / "x.model"
+    prepare.train_tokenizer([f"some words to learn from, number {i} of many" for i in range(50)], path, 300)
+    return path.read_bytes()
+
+
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, published_model):
     """A running server with one published variant: three training shards, one validation shard."""
     pytest.importorskip("huggingface_hub")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library waits between its retries
@@ -527,7 +618,7 @@ def hub(monkeypatch):
     data = "datasets/datasets/fineweb10B_sp300/"
     server.files = {f"{data}fineweb_train_{i:06d}.bin": shard_bytes(1000 + i, i) for i in range(3)}
     server.files[f"{data}fineweb_val_000000.bin"] = shard_bytes(500, 9)
-    server.files["datasets/tokenizers/fineweb_300_bpe.model"] = b"a model"
+    server.files["datasets/tokenizers/fineweb_300_bpe.model"] = published_model
     server.files["datasets/tokenizers/fineweb_300_bpe.vocab"] = b"a list"
     server.manifest = {
         "datasets": [{"name": "fineweb10B_sp300", "tokenizer_name": "sp_bpe_300", "vocab_size": 300,
@@ -559,8 +650,11 @@ def test_fineweb_brings_what_the_manifest_names(hub, tmp_path, capsys):
     assert sorted(os.listdir(data)) == ["dataset.json", *names]
     for name in names:
         assert (data / name).read_bytes() == hub.files[f"datasets/datasets/fineweb10B_sp300/{name}"]
-    assert model.read_bytes() == b"a model" and model.with_suffix(".vocab").read_bytes() == b"a list"
-    assert json.loads((data / "dataset.json").read_text())["tokens"] == dict(zip(names, (1000, 1001, 500)))
+    packed = hub.files["datasets/tokenizers/fineweb_300_bpe.model"]
+    assert model.read_bytes() == packed and model.with_suffix(".vocab").read_bytes() == b"a list"
+    info = note(tmp_path, "fineweb10B_sp300")
+    assert info["tokens"] == dict(zip(names, (1000, 1001, 500))) and info["vocab_size"] == 300
+    assert info["tokenizer"] == {"name": model.name, "sha256": hashlib.sha256(packed).hexdigest()}
 
 
 def test_fineweb_fetches_only_what_is_missing_or_broken(hub, tmp_path, capsys):
@@ -622,12 +716,23 @@ def test_fineweb_without_network(hub, tmp_path, capsys):
     lambda m: m["datasets"][0].pop("vocab_size"), lambda m: m["tokenizers"][0].update(model_path=[1]),
     lambda m: m["tokenizers"][0].update(model_path="tokenizers/../../outside"),
     lambda m: m["tokenizers"][0].update(model_path="prepare.py"),
-    lambda m: m.update(tokenizers=[{"name": "sp_bpe_300"}])])
+    lambda m: m["datasets"][0].update(vocab_size=299)])
 def test_fineweb_bad_manifest(hub, tmp_path, capsys, change):
     change(hub.manifest)
     publish(hub)
     assert "bad manifest" in fails(capsys, *fineweb(hub, tmp_path))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda m: m.update(tokenizers=[{"name": "sp_bpe_300", "path": "tokenizers/x.json"}]), "no SentencePiece model"),
+    (lambda m: m["datasets"][0].update(vocab_size=65537), "has 65,537 tokens"),
+    (lambda m: m["tokenizers"][0].update(model_path="tokenizers/fineweb_300_bpe.vocab"), "not a SentencePiece model")])
+def test_fineweb_fetches_no_shard_that_could_not_be_used(hub, tmp_path, capsys, change, said):
+    change(hub.manifest)
+    publish(hub)
+    assert said in fails(capsys, *fineweb(hub, tmp_path))
+    assert not [name for name in hub.log if name.endswith(".bin")] and not list(tmp_path.rglob("tokenizers"))
 
 
 def test_fineweb_manifest_is_not_json(hub, tmp_path, capsys):

@@ -1,7 +1,6 @@
 import dataclasses
 import math
 import re
-import types
 
 import numpy as np
 import pytest
@@ -66,6 +65,16 @@ def test_the_scale_fits_the_row_without_a_coarse_floor():
     """PR 1092's floor of 1/31 would make this [3, -2, 1, 9]."""
     codes, scales = tg.quantise(torch.tensor([[0.1, -0.05, 0.02, 0.301]]), tg.QuantSpec(6, "amax"))
     assert codes.tolist() == [[10, -5, 2, 31]] and scales.item() == pytest.approx(0.0097097, rel=1e-3)
+
+
+@pytest.mark.parametrize("clip", ["percentile", "amax", "sdclip"])
+def test_a_table_of_small_numbers_has_a_grid_of_its_own(clip):
+    """Of spread 0.005, as the token table is at first: 8 bits leave errors of a few per cent of that, in all rows."""
+    weight = 0.005 * torch.randn(20, 512, generator=torch.Generator().manual_seed(0))
+    weight[7] *= 0.1
+    codes, scales = tg.quantise(weight, tg.QuantSpec(8, clip, 8.0))
+    error = (tg.dequantise(codes, scales) - weight).std(-1) / weight.std(-1)
+    assert error.max() < 0.03 and codes.abs().amax(-1).min() >= 40
 
 
 def test_rows_of_zeros_stay_zero():
@@ -139,18 +148,6 @@ def test_hardness_acts_in_a_compiled_graph_without_compiling_again(config):
     assert "hardness" not in model.state_dict()
 
 
-def test_the_average_starts_afresh_with_qat(config, rt):
-    for reset in (False, True):
-        cfg = config(ema_reset_at_qat=reset)
-        weight = torch.nn.Parameter(torch.zeros(3))
-        state = types.SimpleNamespace(qat=False, step=5, averager=tg.Averager(cfg, [weight]))
-        weight.data.fill_(1.0)
-        for _ in range(2):
-            tg.announce(rt, state, tg.StepPlan(0.1, 0.9, True, False), cfg)
-            weight.data.add_(1.0)  # a second call must not start it again
-        assert state.averager.ema[0].tolist() == [1.0 if reset else 0.0] * 3
-
-
 # ---- GPTQ
 
 def problem(matrices=2, rows=6, columns=40, seed=0):
@@ -184,10 +181,11 @@ def change(weight, codes, scales, hessian):
 NAMES = ["first", "second"]
 
 
-@pytest.mark.parametrize("block", [7, 128])
-def test_gptq_is_the_slow_and_obvious_one(monkeypatch, block):
+@pytest.mark.parametrize("block, spec", [(7, tg.QuantSpec(4, "amax")), (128, tg.QuantSpec(4, "amax")),
+                                         (7, tg.QuantSpec(5)), (128, tg.QuantSpec(6, "sdclip", 5.0, 1.3))])
+def test_gptq_is_the_slow_and_obvious_one(monkeypatch, block, spec):
     monkeypatch.setattr(tg, "GPTQ_BLOCK", block)
-    (weight, hessian), spec = problem(), tg.QuantSpec(4, "amax")
+    weight, hessian = problem()
     codes, scales = tg.gptq(weight, hessian, spec, NAMES)
     assert codes.dtype == torch.int8 and torch.equal(scales.float(), tg.row_scales(weight, spec))
     for w, h, c, s in zip(weight, hessian, codes, scales.float()):
@@ -201,18 +199,10 @@ def test_gptq_changes_the_output_much_less_than_rounding_to_nearest(spec):
     assert change(weight, *ours, hessian) < 0.5 * change(weight, *nearest, hessian)
 
 
-def test_gptq_chooses_each_rows_clip_by_what_it_does_to_the_output(monkeypatch):
-    (weight, hessian), spec = problem(columns=90), tg.QuantSpec(4)
-    chosen = tg.gptq(weight, hessian, spec, NAMES)
-    def per_row(pair):
-        error = tg.dequantise(*pair) - weight
-        return ((error @ hessian) * error).sum(-1)
-    tried = []
-    for share in tg.GPTQ_CLIPS:
-        monkeypatch.setattr(tg, "GPTQ_CLIPS", (share,))
-        tried.append(per_row(tg.gptq(weight, hessian, spec, NAMES)))
-    torch.testing.assert_close(per_row(chosen), torch.stack(tried).amin(0), rtol=1e-3, atol=0)
-    assert len(set(torch.stack(tried).argmin(0).flatten().tolist())) > 1
+@pytest.mark.parametrize("clip", ["percentile", "amax", "sdclip"])
+def test_gptq_keeps_the_scales_that_late_qat_trained_on(clip):
+    (weight, hessian), spec = problem(columns=90), tg.QuantSpec(4, clip, 4.0, 1.5)
+    assert torch.equal(tg.gptq(weight, hessian, spec, NAMES)[1].float(), tg.row_scales(weight, spec))
 
 
 def test_gptq_without_correlation_is_rounding_to_nearest():

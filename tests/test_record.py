@@ -187,7 +187,8 @@ def fold(scripts, runs, tmp_path, capsys, monkeypatch):
         options = {"log": script.parent / "logs/tiny.txt", "artifact": script.parent / "final_model.ptz",
                    "author": "A", "github-id": "a", "blurb": "Tiny.", "date": "2026-01-02",
                    "records": tmp_path, "source": scripts.readable, **changes}
-        code = record.main(["folder", "Tiny", *(x for k, v in options.items() for x in (f"--{k}", str(v)))])
+        words = {k: v if isinstance(v, list) else [v] for k, v in options.items()}
+        code = record.main(["folder", "Tiny", *(str(x) for k, v in words.items() for x in (f"--{k}", *v))])
         return code, capsys.readouterr().err
     return call
 
@@ -211,14 +212,99 @@ def test_a_run_of_the_readable_script_counts_the_built_one(fold, scripts, tmp_pa
     assert entry["bytes_code"] == os.path.getsize(scripts.built)
 
 
+@pytest.fixture
+def logs(scripts, tmp_path):
+    """`logs(seed, NAME=change)`: a copy of the run's logs as those of another seed, with texts changed by functions."""
+    def copy(seed=7, **changes):
+        for old in (scripts.built.parent / "logs").glob("tiny.*"):
+            text = old.read_text()
+            if old.suffix in (".txt", ".jsonl"):
+                text = re.sub(r'^seed:7$|"seed": 7\b', lambda m: m[0].replace("7", str(seed)), text, flags=re.M)
+            for name, change in changes.items():
+                if name in ("all", old.name.removeprefix("tiny.").partition(".json")[0]):
+                    text = change(text)
+            (tmp_path / "logs").mkdir(exist_ok=True)
+            (tmp_path / "logs" / old.name.replace("tiny", f"r{seed}")).write_text(text)
+        return tmp_path / "logs" / f"r{seed}.txt"
+    return copy
+
+
+def made(tmp_path):
+    return [path for path in tmp_path.iterdir() if path.name != "logs"]
+
+
+def test_a_record_is_of_runs_that_differ_in_their_seed_only(fold, logs, tmp_path):
+    def changed(**settings):
+        return lambda text: re.sub(rf'"({"|".join(settings)})": [^,}}]+', lambda m: f'"{m[1]}": {settings[m[1]]}', text)
+    one, two = logs(1), logs(2, jsonl=changed(run_id='"b"', artifact_dir='"b"', train_log_every=9, checkpoint_every=7))
+    assert fold(log=[one, two]) == (0, "")
+    entry = json.loads((tmp_path / "2026-01-02_Tiny" / "submission.json").read_text())
+    text = (tmp_path / "2026-01-02_Tiny" / "README.md").read_text()
+    assert entry["seeds"] == [1, 2] and "MODEL_DIM=32" in text and "SEED=" not in text and "RUN_ID=" not in text
+    shutil.rmtree(tmp_path / "2026-01-02_Tiny")
+    for name, change, said in (
+            ("jsonl", changed(model_dim=64, iterations=20), "(ITERATIONS: 6 and 20, MODEL_DIM: 32 and 64)"),
+            ("jsonl", changed(data_path='"./other"'), "DATA_PATH: "), ("jsonl", changed(ttt_lr=0.5), "TTT_LR: "),
+            ("jsonl", changed(bytes=77), "artifact_bytes is"),
+            ("jsonl", lambda text: re.sub(r'(?m)^(.*_roundtrip.*"bytes": )\d+', r"\g<1>77", text), "validation text: "),
+            ("txt", lambda text: text.replace("device:cpu", "device:cuda:0"), "device: cpu and cuda:0"),
+            ("txt", lambda text: text.replace("world_size:1", "world_size:8"), "number of processes: 1 and 8")):
+        code, error = fold(log=[one, logs(2, **{name: change})])
+        assert code == 2 and said in error and error.count("\n") == 1 and not made(tmp_path), said
+
+
+def test_a_summary_that_its_log_does_not_bear_is_refused(fold, logs, runs, tmp_path):
+    """Edited alone, or together with the log's last line, or with all lines but the clock's limit."""
+    told = runs.built[0]
+    best, size, spent = told["val_bpb_ttt"], told["artifact_bytes"], told["seconds"]["train"]
+    both = lambda old, new: {"summary": lambda text: text.replace(old, new),
+                             "txt": lambda text: re.sub(r"(?m)^summary: .*", lambda m: m[0].replace(old, new), text)}
+    train = f'"train": {spent}', '"train": 601.0'
+    limited = lambda text: text.replace('"max_wallclock_seconds": 0.0', '"max_wallclock_seconds": 300.0')
+    longer = lambda text: re.sub(r'"train_time_s": [\d.e-]+', '"train_time_s": 601.0', limited(text))
+    for changes, said in (
+            ({"summary": lambda text: text.replace(*train)}, "is not the summary that"),
+            ({"txt": lambda text: text.partition("summary: ")[0]}, "has no line summary: "),
+            (both(*train), "seconds of training is 601.0"), ({**both(*train), "jsonl": longer}, "over MAX_WALLCLOCK"),
+            (both(f'"val_bpb_ttt": {best}', '"val_bpb_ttt": 1.0'), "val_bpb_ttt is 1.0"),
+            (both(f'"val_bpb_ttt": {best}', '"val_bpb_ttt": null'), "val_bpb_ttt is None"),
+            ({**both(str(best), "1.0"), "jsonl": lambda text: text.replace(str(best), "1.0")}, "val_bpb_ttt is 1.0000"),
+            (both(f'"val_bpb_pre_quant": {told["val_bpb_pre_quant"]}', '"val_bpb_pre_quant": 1.0'), "pre_quant is 1.0"),
+            (both(f'"artifact_bytes": {size}', f'"artifact_bytes": {size - 1}'), "artifact_bytes is"),
+            ({**both(f'"artifact_bytes": {size}', f'"artifact_bytes": {size - 1}'),
+              "jsonl": lambda text: text.replace(f'"bytes": {size}', f'"bytes": {size - 1}')}, "artifact_bytes is"),
+            (both('"steps": 6', '"steps": 5'), "steps is 5"), ({"jsonl": lambda text: "[]"}, "not the .jsonl of a run"),
+            ({"jsonl": lambda text: ""}, "has no event"), ({"summary": lambda text: ""}, "is not the summary of")):
+        code, error = fold(log=logs(**changes))
+        assert code == 2 and said in error and error.count("\n") == 1 and not made(tmp_path), (said, error)
+    assert fold(log=logs(jsonl=limited)) == (0, "")
+
+
+def test_a_resumed_run_is_of_one_script_all_along(fold, logs):
+    first = lambda text: f"source:sha256:{'0' * 64} python:3.11.7 torch:2.13.0\n{text}"
+    code, error = fold(log=logs(txt=first))
+    assert code == 2 and "a run of another train_gpt.py" in error
+
+
+def test_a_run_without_its_measurements_is_refused(fold, logs):
+    log = logs()
+    log.with_suffix(".jsonl").unlink()
+    code, error = fold(log=log)
+    assert code == 2 and "cannot read" in error and "r7.jsonl" in error
+
+
 def test_an_audit_comes_along_and_must_have_passed(fold, scripts, tmp_path):
     table = scripts.built.parent / "logs/tiny.audit.json"
+    right = hashlib.sha256((scripts.built.parent / "final_model.ptz").read_bytes()).hexdigest()
     try:
         table.with_suffix(".txt").write_text("audit:pass")
-        table.write_text('{"verdict": "FAIL"}')
-        code, error = fold()
-        assert code == 2 and "is not the audit of scores that count" in error and not list(tmp_path.iterdir())
-        table.write_text('{\n "verdict": "pass"}')
+        for body, said in (({"verdict": "FAIL", "why": '"verdict": "pass"', "artifact_sha256": right}, "scores that"),
+                           ({"verdict": "pass", "artifact_sha256": right[::-1]}, "the audit of another artifact"),
+                           ({"verdict": "pass"}, "the audit of another artifact"), ([], "is not an audit")):
+            table.write_text(json.dumps(body))
+            code, error = fold()
+            assert code == 2 and said in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+        table.write_text(json.dumps({"verdict": "pass", "artifact_sha256": right}, indent=1))
         assert fold() == (0, "")
     finally:
         table.unlink()

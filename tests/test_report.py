@@ -1,6 +1,7 @@
 """Traces of the final scores, and the pictures of them."""
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -25,7 +26,7 @@ def test_a_trace_has_every_nat_where_it_belongs(setting, rt):
     stream, position, begun = torch.zeros(256, 2).double(), torch.zeros(32, 2).double(), 0
     for t, nats in enumerate(scores.nll.tolist()):
         begun = t if val.tokens[t] == val.bos_id else begun
-        size = val.byte_table.count(val.tokens[t], val.tokens[t + 1]).item()
+        size = val.sizes[t + 1].item()
         row = torch.tensor([nats, size]).double()
         stream[t * 256 // (len(val.tokens) - 1)] += row
         position[int(math.log2(t - begun + 1))] += row
@@ -60,12 +61,21 @@ def test_a_run_leaves_what_the_pictures_need(run, capsys, settings):
 
 def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "other.json").write_text('{"tokens": 3}')
-    for argv, message in (([], "no *.eval.json"), (["missing.eval.json"], "cannot read"),
-                          (["other.json"], "is not the")):
+    monkeypatch.setattr(os, "environ", {"PATH": ""})
+    (tmp_path / "folder").mkdir()
+    parts = '"roundtrip": {"stream": [1], "position": [1], "seconds": {"a": 1}}'
+    for name, text in (("other.json", '{"tokens": 3}'), ("list.json", "[1]"), ("empty.json", ""), ("log.txt", "step:1"),
+                       ("numbers.json", f'{{"tokens": 3, {parts}}}')):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    bad = [([name], "is not the RUN_ID.eval.json") for name in ("other.json", "list.json", "empty.json", "log.txt",
+                                                                "numbers.json", "binary")]
+    for argv, message in (([], "no *.eval.json in logs"), (["nope.eval.json"], "cannot read nope.eval.json: No such"),
+                          (["folder"], "cannot read folder: Is a dir"), (["--nonsense"], "unrecognized arguments"),
+                          (["RUN_ID=a", "ARTIFACT_DIR=folder"], "no a.eval.json in folder/logs"), *bad):
         assert report.main(argv) == 2
         err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1
+        assert message in err and err.count("\n") == 1 and "artifact" not in err
 
 
 def test_the_picture_s_folder_must_exist(run, capsys):

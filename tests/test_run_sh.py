@@ -21,6 +21,9 @@ STUB = r"""#!/usr/bin/env bash
 line=${*//$'\n'/ }
 echo "$line" >>"$CALLS"
 case $line in
+  "train_gpt.py --names") printf '%s\n' $NAMES ;;
+  tools/shell.py*) exec "$SHELL_PYTHON" "$@" ;;
+  tools/*.py* | data/prepare.py*) env ;;&
   *device_count*) echo "${GPUS:-0}" ;;
   *find_spec*) [ -z "${REAL_PYTHON:-}" ] || exec "$REAL_PYTHON" "$@"; exit "${LACKS_PACKAGES:-0}" ;;
   *version_info*) exit "${TOO_OLD:-0}" ;;
@@ -30,7 +33,7 @@ case $line in
   --version) echo "Python ${STUB_VERSION:-3.11.7}" ;;
   *prepare.py*embedded) mkdir -p data/datasets/embedded_sp1024 data/tokenizers
     touch data/datasets/embedded_sp1024/fineweb_val_000000.bin data/tokenizers/embedded_1024_bpe.model ;;
-  *train_gpt.py | *tools/audit.py*) env; exit "${TRAIN_STATUS:-0}" ;;
+  *train_gpt.py) [[ $line == tools/* ]] || env; exit "${TRAIN_STATUS:-0}" ;;
 esac
 """
 
@@ -39,7 +42,7 @@ esac
 def house(tmp_path):
     """A copy of the repository; `house(arguments, **environment)` runs run.sh there."""
     repo, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
-    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", ".ci/run",
+    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", ".ci/run", "tools/shell.py",
                  *(f"profiles/{profile}.env" for profile in PROFILES)):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
@@ -55,7 +58,8 @@ def house(tmp_path):
         before = len(calls.read_text().splitlines())
         done = subprocess.run([str(bin_folder / "bash"), str(repo / script), *arguments], cwd=tmp_path,
                               text=True, capture_output=True,
-                              env={"PATH": str(bin_folder), "CALLS": str(calls), **environment})
+                              env={"PATH": str(bin_folder), "CALLS": str(calls), "NAMES": " ".join(KNOWN),
+                                   "SHELL_PYTHON": sys.executable, **environment})
         env = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, env=env,
                                calls=calls.read_text().splitlines()[before:])
@@ -108,9 +112,32 @@ def test_profile_lines(house):
     assert not (house.repo / "oops").exists()
 
 
-def test_an_argument_that_is_no_setting_is_mentioned(house):
-    assert "WARMUP is not a setting" in house("smoke", "WARMUP=0").err
-    assert "is not a setting" not in house("smoke", "WARMUP_STEPS=0", "VALUE_EMBED_DIM=64").err
+@pytest.mark.parametrize("argument, meant", [
+    ("LEARNING_RATE=3", "_LR"), ("ITERATION=5", "ITERATIONS"), ("WARMUP=0", "WARMUP_STEPS"), ("A=1", None),
+    ("SEQ_LEN=3", "TRAIN_SEQ_LEN"), ("VERY_OWN_NAME=a b", None), ("N_LAYER=", "NUM_LAYERS")])
+def test_an_argument_that_is_no_setting_stops_in_one_line(house, argument, meant):
+    key = argument.partition("=")[0]
+    for command in (("smoke",), (), ("eval", "a.ptz")):
+        result = house(*command, argument, "SEED=1")
+        assert result.code == 2 and not any(call.endswith("train_gpt.py") for call in result.calls)
+        assert result.err.startswith(f"error: {key} is not a setting") and result.err.count("\n") == 1
+        assert f"{meant}" in result.err if meant else "did you mean" not in result.err
+
+
+@pytest.mark.parametrize("argument", [
+    "WARMUP_STEPS=0", "VALUE_EMBED_DIM=64", "CUDA_VISIBLE_DEVICES=0,1", "OMP_NUM_THREADS=3", "NCCL_DEBUG=INFO",
+    "PYTORCH_ALLOC_CONF=a:b", "TORCH_LOGS=+x y", "TRITON_INTERPRET=1", "PYTHONHASHSEED=0", "HF_HOME=/x",
+    "MKL_CBWR=AVX2", "GLOO_SOCKET_IFNAME=lo", "KMP_BLOCKTIME=0", "CUBLAS_WORKSPACE_CONFIG=:4096:8",
+    "MASTER_ADDR=localhost"])
+def test_settings_and_other_programs_variables_are_passed_on(house, argument):
+    result = house("smoke", argument)
+    key, _, value = argument.partition("=")
+    assert result.code == 0 and result.env[key] == value and "is not a setting" not in result.err
+
+
+def test_names_that_cannot_be_had_end_it(house):
+    result = house("smoke", "SEED=1", NAMES="")
+    assert result.code == 2 and "train_gpt.py" not in result.calls and not result.err
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -188,9 +215,34 @@ def test_embedded_text_is_built_once(house):
     assert build not in house("smoke", DATA_PATH="./elsewhere").calls
 
 
+def test_data_tokenizer_and_vocabulary_come_from_one_place(house):
+    """Who names a data folder gets the tokenizer it was made with, which train_gpt.py finds, not the profile's."""
+    three = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
+    found = lambda result: [result.env.get(key) for key in three]
+    fineweb = ["./data/datasets/fineweb10B_sp1024", "./data/tokenizers/fineweb_1024_bpe.model", "1024"]
+    assert found(house("pr1092")) == fineweb
+    assert found(house("smoke")) == [EMBEDDED, "./data/tokenizers/embedded_1024_bpe.model", None]
+    for profile in PROFILES:
+        assert found(house(profile, "DATA_PATH=./o[w]n")) == ["./o[w]n", None, None]
+        assert found(house(profile, DATA_PATH="./own")) == ["./own", None, None]
+        assert found(house(profile, "DATA_PATH=./own", "VOCAB_SIZE=9", TOKENIZER_PATH="t")) == ["./own", "t", "9"]
+    assert found(house("pr1092", TOKENIZER_PATH="t")) == [fineweb[0], "t", "1024"]
+    assert found(house(GPUS="1")) == [EMBEDDED, None, None]  # no FineWeb here
+    assert found(house(GPUS="1", TOKENIZER_PATH="t")) == [EMBEDDED, "t", None]
+
+
+def test_brackets_in_a_path_are_letters(house):
+    profile = house.repo / "profiles/default.env"
+    profile.write_text("DATA_PATH=./data/[run1]*\n")
+    assert house(GPUS="1").env["DATA_PATH"] == EMBEDDED
+    (house.repo / "data/[run1]*").mkdir(parents=True)
+    (house.repo / "data/[run1]*/fineweb_val_000000.bin").touch()
+    assert house(GPUS="1").env["DATA_PATH"] == "./data/[run1]*"
+
+
 def test_default_without_fineweb_says_so_and_runs(house):
     result = house(GPUS="1")
-    assert result.env["DATA_PATH"] == EMBEDDED and "embedded" in result.env["TOKENIZER_PATH"]
+    assert result.env["DATA_PATH"] == EMBEDDED
     assert "bash run.sh data fineweb --variant sp1024 --train-shards 80" in result.err
     # asked for: train_gpt.py says what is wrong
     assert house(GPUS="1", DATA_PATH="./mine").env["DATA_PATH"] == "./mine"
@@ -206,7 +258,7 @@ def test_the_machine_chooses_profile_and_processes(house):
     one, eight = house(GPUS="1"), house(GPUS="8")
     assert "profile default, 1 GPU" in one.err and one.calls[-1] == "train_gpt.py"
     assert "profile default, 8 GPU" in eight.err
-    assert eight.calls[-1] == "-m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py"
+    assert eight.calls[-1] == "tools/launch.py --standalone --nproc_per_node=8 train_gpt.py"
     assert int(eight.env["OMP_NUM_THREADS"]) > 1
     assert "profile smoke, CPU" in house("smoke", GPUS="8").err
     assert "profile smoke, CPU" in house("DEVICE=cpu", GPUS="8").err
@@ -226,7 +278,9 @@ def test_commands_pass_their_arguments_on(house):
     for arguments, call in ((("data", "text", "a b.txt"), "data/prepare.py text a b.txt"),
                             (("bench", "--peer", "x.py"), "tools/bench.py --peer x.py"),
                             (("parity", "folder"), "tools/parity.py folder"), (("settings",), "train_gpt.py --help")):
-        assert house(*arguments).calls[-1] == call
+        result = house(*arguments)
+        assert result.calls[-1] == call
+        assert result.env.get("RUN_SH_COMMAND") == (None if arguments == ("settings",) else f"run.sh {arguments[0]}")
 
 
 def test_ci_calls_the_test_command_of_the_readme(house):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -214,3 +215,11 @@ def test_help_and_bad_arguments(tmp_path, capsys):
     assert bench.main(["--peer", __file__, "steps"]) == 2
     assert bench.main(["--peer", __file__, "--data", str(tmp_path), "--tokenizer", __file__]) == 2
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_ranks_that_fail_leave_one_line(tmp_path):
+    """tools/launch.py: what the first rank says, and its exit code; torchrun adds forty lines."""
+    done = subprocess.run([sys.executable, ROOT / "tools" / "launch.py", "--standalone", "--nproc_per_node=2",
+                           ROOT / "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "DEVICE": "cpu", "NUM_LAYERS": "many", "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (2, "error: NUM_LAYERS='many' is not a whole number\n")

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import math
 
 import pytest
 import torch
@@ -187,8 +189,11 @@ def without_validation(monkeypatch):
     monkeypatch.setattr(tg, "train", lambda *args, validate: original(*args, validate=blank))
 
 
-def test_warm_up_leaves_no_trace(config, rt, without_validation):
-    plain, warmed = (trained(config, rt, warmup_steps=n) for n in (0, 4))
+@pytest.mark.parametrize("changes", [{}, {"normuon": True, "qat_enabled": True, "soft_round": True},
+                                     {"swa_enabled": True, "swa_every": 1}, {"lawa_enabled": True, "lawa_freq": 1}],
+                         ids=["default", "normuon and qat", "swa", "lawa"])
+def test_warm_up_leaves_no_trace(config, rt, without_validation, changes):
+    plain, warmed = (trained(config, rt, warmup_steps=n, **changes) for n in (0, 4))
     assert all(torch.equal(plain[name], warmed[name]) for name in plain)
 
 
@@ -198,6 +203,130 @@ def test_micro_batches_add_up(config, rt, without_validation):
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("changes", [
+    {"ema_decay": 0.6}, {"swa_enabled": True, "swa_every": 3, "swa_start_frac": 0.9},
+    {"lawa_enabled": True, "lawa_freq": 3, "lawa_k": 2}, {"ema_enabled": False}], ids=["ema", "swa", "lawa", "none"])
+def test_a_run_ends_with_the_average_of_its_weights(config, rt, without_validation, monkeypatch, changes):
+    """Of the weights after each step, counted from 1. The learning rate falls below 0.9 with step 4."""
+    cfg = config(iterations=10, warmdown_iters=8, late_qat_threshold=0.0, **changes)
+    torch.manual_seed(cfg.seed)
+    model, step = tg.GPT(cfg), tg.Optimisers.step
+    weights = lambda: torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    after = [weights()]
+
+    def watched(*args):
+        norm = step(*args)
+        after.append(weights())
+        return norm
+    monkeypatch.setattr(tg.Optimisers, "step", watched)
+    tg.train(cfg, rt, model, tg.TrainData.open(cfg, rt), validate=None)
+    wanted = after[10]
+    if cfg.swa_enabled or cfg.lawa_enabled:
+        wanted = (after[6] + after[9]) / 2  # step 3 has the full rate (swa), or is too long ago (lawa)
+    elif cfg.ema_enabled:
+        wanted = after[0]
+        for n in range(1, 11):
+            wanted = torch.lerp(after[n], wanted, min(0.6, (1 + n) / (10 + n)))
+    torch.testing.assert_close(weights(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_soft_rounding_hardens_during_a_run(config, rt, without_validation, monkeypatch):
+    """From nearly nothing when QAT starts to the export's rounding in its last tenth."""
+    seen, loss = [], tg.GPT.loss
+    monkeypatch.setattr(tg.GPT, "loss", lambda model, ids, targets, qat=False, dress=None: (
+        seen.append((qat, model.hardness.item())) or loss(model, ids, targets, qat, dress)))
+    trained(config, rt, soft_round=True, late_qat_threshold=0.8, iterations=24, warmdown_iters=20)
+    hard = [hardness for qat, hardness in seen if qat]
+    assert hard[0] < 0.1 and hard[-1] == 1.0 and len(hard) == 15
+    wanted = [min((0.8 - (15 - i) / 20) / 0.8 / 0.9, 1.0) for i in range(15)]
+    assert hard == pytest.approx(wanted)
+
+
 def test_late_qat_changes_the_run(config, rt, without_validation):
     off, on = (trained(config, rt, late_qat_threshold=t, attn_qat_bits=4, mlp_quant_bits=4) for t in (0.0, 0.7))
     assert not all(torch.equal(off[name], on[name]) for name in off)
+
+
+@pytest.mark.parametrize("changes, rounds", [({}, True), ({"late_qat_threshold": 0.0}, False),
+                                             ({"late_qat_threshold": 0.0, "late_qat_frac": 0.5}, True)])
+def test_warm_up_runs_every_graph_that_training_may_need(config, rt, without_validation, monkeypatch, changes, rounds):
+    """With QAT and without it, before the first step."""
+    seen, loss = [], tg.GPT.loss
+    monkeypatch.setattr(tg.GPT, "loss", lambda model, ids, targets, qat=False, dress=None: (
+        seen.append(qat) or loss(model, ids, targets, qat, dress)))
+    trained(config, rt, warmup_steps=4, iterations=1, **changes)
+    assert seen[:4] == [False, False, rounds, rounds] and not seen[4]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"clip_rule": "sdclip", "mlp_clip_sigmas": 4.0},
+                                     {"qat_enabled": True}, {"fp16_keep_name_patterns": "kv_bank,tok_emb"}],
+                         ids=["percentile", "untied", "sdclip", "from the start", "kept"])
+def test_each_step_of_qat_sees_the_weights_as_the_export_would_round_them(config, rt, without_validation, monkeypatch,
+                                                                          changes):
+    """Its loss is that of a model that wears the rounded weights of this very step, not of the first one with QAT."""
+    cfg = config(**{"late_qat_threshold": 0.9, "iterations": 7, "warmdown_iters": 6, "attn_qat_bits": 4,
+                    "mlp_quant_bits": 3, "embed_bits": 4, "matrix_lr": 0.1, **changes})
+    loss, steps = tg.GPT.loss, []
+
+    def watched(model, ids, targets, qat=False, dress=None):
+        value, rounded = loss(model, ids, targets, qat), tg.round_model(cfg, model, {})
+        plain = loss(model, ids, targets, False)
+        with tg.wearing(model, rounded), torch.no_grad():
+            worn = loss(model, ids, targets, False)
+        assert torch.equal(value, worn if qat else plain)
+        assert not steps or not torch.equal(worn, plain), "else it shows nothing"
+        steps.append((qat, {name: scales for name, (_, scales) in rounded.items()}))
+        return value
+    monkeypatch.setattr(tg.GPT, "loss", watched)
+    trained(lambda **_: cfg, rt)
+    first = 0 if cfg.qat_enabled else 2  # the scale of step 2 is 5/6
+    assert [qat for qat, _ in steps] == [step >= first for step in range(7)]
+    kept = {"kv_bank", "tok_emb.weight"} if cfg.fp16_keep_name_patterns else set()
+    assert kept.isdisjoint(steps[-1][1])
+    assert not torch.equal(steps[-1][1]["mlp_up_bank"], steps[first][1]["mlp_up_bank"]), "else it shows nothing"
+
+
+def test_the_log_shows_the_mean_loss_of_the_global_batch(run, config, corpus):
+    """Of step 1 with weights that have not moved, micro-batches or not."""
+    for variables in ({}, {"MICRO_BATCH_TOKENS": 64}):
+        done = run(ITERATIONS=1, TTT_ENABLED=0, EVAL_STRIDE=0, COMPRESS="lzma", **variables)
+        event = next(e for e in map(json.loads, (done.folder / "logs/tiny.jsonl").read_text().splitlines())
+                     if e["event"] == "train")
+        torch.manual_seed(1337)
+        model, ids = tg.GPT(config()), torch.from_numpy(corpus.train[:257].astype("int64"))
+        with torch.no_grad():
+            wanted = model.loss(ids[:-1].view(8, 32), ids[1:].view(8, 32)).item()
+        assert event["train_loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_seeds(run):
+    """One seed, one run; two seeds, two runs, from the first weights on."""
+    made = []
+    for seed in (1, 1, 2):
+        done = run(SEED=seed, ITERATIONS=2, TTT_ENABLED=0, EVAL_STRIDE=0, VAL_LOSS_EVERY=2, COMPRESS="lzma")
+        first = next(line for line in done.out.splitlines() if line.startswith("step:0/2 val_loss"))
+        assert f"seed:{seed}" in done.out.splitlines()
+        made.append(((done.folder / "final_model.ptz").read_bytes(), first.split(" train_time")[0]))
+    assert made[0] == made[1] and made[0][0] != made[2][0] and made[0][1] != made[2][1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_diverges_ends_at_once(run, monkeypatch, value):
+    loss, calls = tg.GPT.loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return loss(*args, **kwargs) * (value if len(calls) == 3 else 1.0)
+    monkeypatch.setattr(tg.GPT, "loss", broken)
+    done = run(ITERATIONS=50)
+    assert done.code == 2 and done.summary is None and len(calls) == 3
+    assert done.err == f"error: training diverged: loss {value} at step 3; lower MATRIX_LR or SCALAR_LR\n"
+    assert not (done.folder / "final_model.ptz").exists() and not (done.folder / "final_model.pt").exists()
+
+
+def test_a_diverged_run_is_not_exported_though_nothing_was_logged(run, monkeypatch):
+    loss = tg.GPT.loss
+    monkeypatch.setattr(tg.GPT, "loss", lambda *args, **kwargs: loss(*args, **kwargs) * math.nan)
+    done = run(ITERATIONS=3, TRAIN_LOG_EVERY=0)
+    assert done.code == 2 and "diverged" in done.err and done.err.count("\n") == 1
+    assert not (done.folder / "final_model.ptz").exists()

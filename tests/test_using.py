@@ -1,21 +1,26 @@
 """An artifact in use: scored again, looked into, written with."""
+import importlib
 import itertools
 import json
 import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
 
 import train_gpt as tg
-from conftest import ROOT
+from conftest import ROOT, environment
 from test_run_sh import house  # noqa: F401
 
 sys.path.append(str(ROOT / "tools"))
 import inspect_artifact  # noqa: E402
+import report  # noqa: E402
 import sample  # noqa: E402
+import shell  # noqa: E402
+import ttt_bench  # noqa: E402
 
 SCORES = ("val_bpb_roundtrip", "val_bpb_sliding", "val_bpb_ttt")
 
@@ -170,13 +175,93 @@ def test_ctrl_c_ends_quietly(made, capsys, monkeypatch):
     assert out.startswith("The") and out.endswith("\n") and not err
 
 
+# ---- settings among a tool's arguments
+
+@pytest.fixture
+def untouched(monkeypatch):
+    """What tools put into the environment is taken out again."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return os.environ
+
+
+def test_settings_are_told_from_other_arguments():
+    names = ["SEED", "TTT_LR"]
+    for arguments, settings, rest in (
+            (["a.ptz", "SEED=1", "x", "TTT_LR="], {"SEED": "1", "TTT_LR": ""}, ["a.ptz", "x"]),
+            (["SEED=1", "SEED=a=b c"], {"SEED": "a=b c"}, []),
+            (["CUDA_LAUNCH_BLOCKING=1"], {"CUDA_LAUNCH_BLOCKING": "1"}, []),
+            (["E=mc2", "x=1", "Two = 2", "THE SUM=3", "SUM= 3", "=", ""], {},
+             ["E=mc2", "x=1", "Two = 2", "THE SUM=3", "SUM= 3", "=", ""]),
+            (["SEED=1", "--", "SEED=2", "SUM=3"], {"SEED": "1"}, ["--", "SEED=2", "SUM=3"])):
+        assert shell.take_settings(arguments, names) == (settings, rest)
+    with pytest.raises(shell.UsageError, match="TTT_LRR is not a setting; did you mean TTT_LR"):
+        shell.take_settings(["a.ptz", "TTT_LRR=1"], names)
+
+
+def test_every_tool_takes_settings(made, corpus, untouched, tmp_path, capsys):
+    """An artifact is used with its tokenizer named as an argument, in an environment that names another."""
+    path = made.summary["artifact_path"]
+    untouched.update(TOKENIZER_PATH="none.model", DATA_PATH="nowhere")
+    tokenizer = f"TOKENIZER_PATH={corpus.tokenizer_path}"
+    assert sample.main([path, tokenizer, "--length", "3", "2+2=4 and"]) == 0
+    assert capsys.readouterr().out.startswith("2+2=4 and")
+    untouched["TOKENIZER_PATH"] = "none.model"
+    table = [path, "--tokens", "300", tokenizer, f"DATA_PATH={corpus.folder}", "TTT_LR=0.1,0.2", "TTT_EPOCHS=1"]
+    assert ttt_bench.main(table) == 0
+    out = capsys.readouterr().out
+    assert "| TTT_LR | TTT_EPOCHS | bpb |" in out and "| 0.2 | 1 | " in out
+    assert inspect_artifact.main([path, "SEED=3"]) == 0
+    capsys.readouterr()
+    for tool, arguments in ((sample, [path]), (ttt_bench, [path]), (inspect_artifact, [path]), (report, [])):
+        assert tool.main([*arguments, "TTT_LRR=0.1"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: TTT_LRR is not a setting; did you mean TTT_LR") and err.count("\n") == 1
+    assert ttt_bench.main([*table, "DTYPE=fp32,bf16"]) == 2  # one value only: the run's, not the evaluation's
+    assert "DTYPE='fp32,bf16' is not one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", None])
+def test_the_bench_refuses_what_is_no_model(corpus, tmp_path, untouched, capsys, content):
+    untouched.update(environment(corpus, tmp_path))
+    for name in ("a.ptz", "a.pt"):
+        (tmp_path / name).write_bytes(content) if content is not None else (tmp_path / name).mkdir()
+        assert ttt_bench.main([str(tmp_path / name)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and name in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["sample", "inspect_artifact", "report", "ttt_bench", "record", "bench", "parity"])
+def test_a_tool_calls_itself_what_run_sh_calls_it(name, untouched, monkeypatch, capsys):
+    tool = importlib.import_module(name)
+    for called, usage in (("run.sh verb", "usage: run.sh verb "), (None, "usage: tool.py ")):
+        monkeypatch.setattr(sys, "argv", ["/some/tool.py"])
+        untouched.pop("RUN_SH_COMMAND", None)
+        if called:
+            untouched["RUN_SH_COMMAND"] = called
+        with pytest.raises(SystemExit) as stop:
+            tool.main(["--help"])
+        assert stop.value.code == 0 and capsys.readouterr().out.startswith(usage)
+
+
+@pytest.mark.parametrize("body, code, out, err", [
+    ("print('x' * 99999)", 0, "x" * 10, ""), ("print('x' * 9)", 0, "x" * 9, ""), ("open('/none/a')", 2, "",
+     "error: /none/a: No such file or directory\n"), ("raise KeyboardInterrupt", 130, "", "interrupted\n")])
+def test_how_tools_end(body, code, out, err):
+    """A reader that leaves early, too. In a process of its own, whose train_gpt is a stand-in: nothing is computed."""
+    script = ("import sys, types\nsys.modules['train_gpt'] = types.SimpleNamespace(UserError=ValueError)\n"
+              f"import shell\n@shell.one_line_errors\ndef main():\n    {body}\n    return 0\nsys.exit(main())")
+    command = ["bash", "-c", 'set -o pipefail; "$0" -c "$1" | head -c 10', sys.executable, script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tools")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (code, out, err)
+
+
 # ---- run.sh
 
 def test_verbs(house):  # noqa: F811
     scored = house("eval", "a b.ptz", "smoke", "EVAL_STRIDE=32")
     assert scored.code == 0 and scored.calls[-1] == "train_gpt.py"
     assert (scored.env["EVAL_ARTIFACT"], scored.env["EVAL_STRIDE"]) == ("a b.ptz", "32")
-    assert scored.env["EVAL_SEQ_LEN"] == house("smoke").env["EVAL_SEQ_LEN"]
+    assert scored.env["EVAL_SEQ_LEN"] == house("smoke").env["EVAL_SEQ_LEN"] and "RUN_SH_COMMAND" not in scored.env
     assert house("inspect", "x.ptz", "--plot", "x.png").calls[-1] == "tools/inspect_artifact.py x.ptz --plot x.png"
     assert house("sample", "x.ptz", "two words").calls[-1] == "tools/sample.py x.ptz two words"
     assert house("record", "build").calls[-1] == "tools/record.py build"
@@ -195,8 +280,8 @@ def test_an_audit_alone_or_after_a_run(house):  # noqa: F811
     assert run.calls[-2:] == ["train_gpt.py", "tools/audit.py ./final_model.ptz"] and run.env["RUN_ID"]
     named = house("smoke", "AUDIT=1", "RUN_ID=mine", ARTIFACT_DIR="else where")
     assert named.env["RUN_ID"] == "mine" and named.calls[-1] == "tools/audit.py else where/final_model.ptz"
-    ranks = house("AUDIT=1", GPUS="2").calls[-2:]
-    assert [call.rpartition("--nproc_per_node=2 ")[2] for call in ranks] == ["train_gpt.py", "tools/audit.py ./final_model.ptz"]
+    ranks, start = house("AUDIT=1", GPUS="2").calls[-2:], "tools/launch.py --standalone --nproc_per_node=2 "
+    assert ranks == [f"{start}train_gpt.py", f"{start}tools/audit.py ./final_model.ptz"]
     assert house("eval", "x.ptz", AUDIT="1").calls[-2:] == ["train_gpt.py", "tools/audit.py x.ptz"]
     assert house("smoke", AUDIT="only", EVAL_ARTIFACT="x.ptz").calls[-1] == "tools/audit.py x.ptz"
     assert house("smoke", AUDIT="0").calls[-1] == "train_gpt.py"
@@ -204,10 +289,31 @@ def test_an_audit_alone_or_after_a_run(house):  # noqa: F811
     assert failed.code == 7 and failed.calls[-1] == "train_gpt.py"
 
 
-@pytest.mark.parametrize("value, said", [("2", "AUDIT=2 is not one of 0, 1, only"), ("only", "bash run.sh audit ARTIFACT")])
+@pytest.mark.parametrize("value, said", [("2", "AUDIT=2 is not one of 0, 1, only"), ("only", "run.sh audit ARTIFACT")])
 def test_audit_is_0_1_or_only(house, value, said):  # noqa: F811
     refused = house("smoke", AUDIT=value)
     assert refused.code == 2 and said in refused.err and "train_gpt.py" not in refused.calls
+
+
+def test_an_artifact_brings_its_tokenizer(house):  # noqa: F811
+    """No profile's is forced on it, nor text that goes with another; what the user says is passed on."""
+    three = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
+    found = lambda result: [result.env.get(key) for key in three]
+    for command in ("eval", "audit", "sweep", "sample", "inspect"):
+        for gpus in "01":
+            assert found(house(command, "a.ptz", GPUS=gpus)) == [None, None, None]
+        assert found(house(command, "a.ptz", DATA_PATH="d", TOKENIZER_PATH="t")) == ["d", "t", None]
+    assert "profile smoke, CPU" in house("sweep", "a.ptz", "DEVICE=cpu", GPUS="1").err
+    assert found(house("sweep", "a.ptz", "DATA_PATH=own"))[0] == "own"
+    own = house("eval", "a.ptz", "pr1092", "DATA_PATH=d", "TOKENIZER_PATH=t")
+    assert found(own) == ["d", "t", None] and own.env["EVAL_ARTIFACT"] == "a.ptz"
+
+
+def test_an_artifact_of_the_embedded_text_finds_it(house):  # noqa: F811
+    """As one does that a smoke run on another machine made; what builds it does not mix with the text."""
+    built = house("sample", "a.ptz")
+    assert "data/prepare.py embedded" in built.calls
+    assert "data/prepare.py embedded" not in house("eval", "a.ptz").calls
 
 
 @pytest.mark.parametrize("arguments", [(), ("SEED=1",), ("",), ("--help",)])

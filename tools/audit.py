@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import inspect
 import json
 import math
 import operator
@@ -183,12 +182,21 @@ def like(tensor: Tensor, values: Tensor) -> Tensor:
     return tensor.new_empty_strided(tensor.shape, tensor.stride()).copy_(values)
 
 
+class Run(NamedTuple):
+    """Scores of neighbouring targets in a row of a call. in_place: their row is the text up to there."""
+
+    row: int
+    column: int
+    count: int
+    in_place: bool
+
+
 class Spy:
     """Notes what one call of `final_scores` does. looks: computes each score itself as well; probes: at which calls of
     the scoring function to try the whole vocabulary."""
 
     def __init__(self, audit: Audit, tokens: Tensor, looks: bool, probes: set[int]):
-        self.audit, self.tokens, self.looks, self.probes = audit, tokens.long(), looks, probes
+        self.audit, self.tokens, self.looks, self.probes = audit, tokens.cpu().long(), looks, probes
         self.walks, self.pending, self.masses, self.last, self.random = [], [], [], None, audit.dice()
         self.count, self.ends = 0, [0]  # calls so far, and when a walk ended
 
@@ -211,12 +219,10 @@ class Spy:
     def watch(self, scored_class):
         """Patches of Scored, for a `with` each."""
         commit, result = scored_class.commit, scored_class.result
-        signature = inspect.signature(commit)
 
-        def noted_commit(scored, *args, **options):
-            given = signature.bind(scored, *args, **options).arguments
-            self.commit(self.walk(scored), given["nll"], given["at"], given["counted"])
-            return commit(scored, *args, **options)
+        def noted_commit(scored, numbers, nll):
+            self.commit(self.walk(scored), numbers.cpu(), nll.cpu())
+            return commit(scored, numbers, nll)
 
         def noted_result(scored, name, *args):
             walk = self.walk(scored)
@@ -232,34 +238,43 @@ class Spy:
         walk.strays += sum(not call.same_windows(self.last) for call in lessons)
 
     @torch.no_grad()
-    def commit(self, walk: Walk, nll: Tensor, at: Tensor, counted: Tensor) -> None:
+    def commit(self, walk: Walk, numbers: Tensor, nll: Tensor) -> None:
         """Scores on their way into the sum: the last call must have made them, from the text before their targets."""
-        walk.nll.index_add_(0, at[counted].cpu(), nll[counted].double().cpu())
-        walk.times.index_add_(0, at[counted].cpu(), torch.ones_like(nll[counted].double().cpu()))
+        walk.nll.index_add_(0, numbers, nll.double())
+        walk.times.index_add_(0, numbers, torch.ones_like(nll, dtype=torch.float64))
         calls, self.pending = self.pending, []
         walk.masses, self.masses = walk.masses + self.masses, []
         self.settle(walk, calls[:-1])
-        if not calls or calls[-1].nll.shape != nll.shape:
-            walk.altered += int(counted.sum())
-            return
-        self.last = call = calls[-1]
-        walk.altered += int((call.nll != nll)[counted].sum())
-        walk.astray += self.astray(call, at, counted)
-        walk.temperatures.append(call.temperature)
-        for gaps, model, dress in ((walk.off, self.audit.model, call.dress), (walk.foreign, self.audit.disk, None)):
-            if self.looks and counted.any():
-                gap = (own_scores(model, call, dress) - call.nll.double())[counted]
+        self.last = calls[-1] if calls else None
+        runs = self.made(self.last, numbers, nll) if calls else []
+        walk.altered += len(nll) - sum(run.count for run in runs)
+        walk.astray += sum(run.count for run in runs if not run.in_place)
+        walk.temperatures += [self.last.temperature] if calls else []
+        for gaps, model, dress in ((walk.off, self.audit.model, self.last and self.last.dress),
+                                   (walk.foreign, self.audit.disk, None)):
+            if self.looks and runs:
+                gap = (own_scores(model, self.last, dress) - self.last.nll.double()).cpu()
+                gap = torch.cat([gap[run.row, run.column:run.column + run.count] for run in runs])
                 gaps.append(Gap(gap.abs().max().item(), gap.sum().item(), len(gap), walk.calls))
         walk.calls += 1
 
-    def astray(self, call: Call, at: Tensor, counted: Tensor) -> int:
-        """Scores of a call whose target, or what stands before it in their window, is not the text's."""
-        token = lambda number: self.tokens[number.clamp(0, len(self.tokens) - 1)]
-        lead = call.ids.size(1) - call.wanted.size(1)
-        there = at[:, :1] - lead + torch.arange(call.ids.size(1), device=at.device)  # where each input has to stand
-        wrong = ((there < 0) | (token(there) != call.ids)).cumsum(1)[:, lead:] > 0   # up to the one before each target
-        wrong |= (at != there[:, lead:]) | (token(at + 1) != call.wanted)
-        return int((wrong & counted).sum())
+    def made(self, call: Call, numbers: Tensor, nll: Tensor) -> list[Run]:
+        """Where in a call the scores stand that are committed: each row may have made a run of them, in this order."""
+        runs, lead, done = [], call.ids.size(1) - call.wanted.size(1), 0
+        for row, (ids, wanted, scores) in enumerate(zip(call.ids.cpu(), call.wanted.cpu(), call.nll.cpu())):
+            best = Run(row, 0, 0, False)
+            for column in (scores == nll[done]).nonzero().flatten().tolist() if done < len(nll) else ():
+                most = min(len(scores) - column, len(nll) - done)
+                equal = scores[column:column + most] == nll[done:done + most]
+                equal &= numbers[done:done + most] == numbers[done] + torch.arange(most)
+                count, first = int(equal.cumprod(0).sum()), int(numbers[done]) - column - lead  # token of the first input
+                stop = lead + column + count
+                in_place = (first >= 0 and torch.equal(ids[:stop], self.tokens[first:first + stop])
+                            and torch.equal(wanted[column:column + count], self.tokens[first + stop - count + 1:][:count]))
+                best = max(best, Run(row, column, count, in_place), key=lambda run: (run.in_place, run.count))
+            runs += [best] * (best.count > 0)
+            done += best.count
+        return runs
 
     def mass(self, function, call: Call) -> float:
         """Probability of all words together in one place of one window of a call. Each is put there as target, and as
@@ -353,7 +368,7 @@ class Audit:
             token = int(self.whole[i])
             return self.tokenizer.is_byte(token) and 0x80 <= int(self.tokenizer.id_to_piece(token)[3:-1], 16) < 0xC0
 
-        stop = next((i for i in range(min(size + 1, len(self.whole)), 0, -1) if not inside(i)), 0)
+        self.stop = stop = next((i for i in range(min(size + 1, len(self.whole)), 0, -1) if not inside(i)), 0)
         bos, place = self.val.bos_id, next((i for i in range(stop * 2 // 5, stop) if not inside(i)), 0)
         planted = bos >= 0 and place > 1 and not (self.whole[2:stop] == bos).any()
 
@@ -529,10 +544,10 @@ class Audit:
 
     def decoded_bytes(self) -> int:
         """Bytes of the piece after its first token: those the data set tells, or the tokenizer's own decoding of each
-        document."""
+        document. A planted one adds none."""
         if self.sizes is not None:
             return int(self.sizes[1:].sum())
-        ids, decode = self.tokens.tolist(), self.tokenizer.decode
+        ids, decode = self.whole[:self.stop].tolist(), self.tokenizer.decode
         starts = [i for i, token in enumerate(ids) if token == self.val.bos_id and i] if self.val.bos_id >= 0 else []
         first = 1 if self.tokenizer.is_byte(ids[0]) else len(decode(ids[:1]).encode())
         return sum(len(decode(ids[a:b]).encode()) for a, b in zip([0, *starts], [*starts, len(ids)])) - first

@@ -208,7 +208,8 @@ def on_cpu(path: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(prog=os.environ.get("RUN_SH_COMMAND"), description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--gpu", action="store_true", help="measure on a GPU; `--gpu --help` tells of its options")
     add("--peer", type=Path, metavar="FILE", help="the published train_gpt.py")

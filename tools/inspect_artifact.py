@@ -8,7 +8,6 @@ least a packer without any context needs for its codes. Scales of all tensors ar
 """
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
-from shell import one_line_errors  # noqa: E402
+import shell  # noqa: E402
 
 LIMIT = 16_000_000  # of the competition, code included
 
@@ -59,7 +58,7 @@ def contents(blob: bytes) -> Contents:
     """What is in an artifact. Raises UserError."""
     _, tokenizer, stored = tg.read_artifact(blob)
     header = json.loads(tg.open_frame(blob)[0])
-    sizes = {name: size for name, _, size in header["streams"]}
+    sizes = {name: size for name, _, size, _ in header["streams"]}
     rows = [(s.name, s.values.shape, s.stream, s.bits, s.values.size, tg.order0_bytes(s.values)) for s in stored]
     scales = [s.scales for s in stored if s.bits]
     if scales:
@@ -68,7 +67,7 @@ def contents(blob: bytes) -> Contents:
     held = {name: sum(row[4] for row in rows if row[2] == name) for name in sizes}
     pieces = [Piece(*row, sizes[row[2]] * (row[5] / bound[row[2]] if bound[row[2]] else row[4] / held[row[2]]))
               for row in rows]
-    streams = [Stream(name, codec, held[name], size) for name, codec, size in header["streams"]]
+    streams = [Stream(name, codec, held[name], size) for name, codec, size, _ in header["streams"]]
     return Contents(header["config"], tokenizer, pieces, streams, len(blob) - sum(sizes.values()), len(blob))
 
 
@@ -116,18 +115,12 @@ def plot(found: Contents, path: Path) -> None:
         raise tg.UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def refuse(message: str):
-    """A parser's complaint as one line like any other."""
-    raise tg.UserError(f"{message} (--help says more)")
-
-
-@one_line_errors
+@shell.one_line_errors
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = refuse
+    parser = shell.Parser(__doc__)
     parser.add_argument("artifact")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart as well")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     found = contents(tg.read_file(args.artifact))
     print("\n".join(tables(found, os.path.getsize(tg.__file__))))
     if args.plot:

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -189,22 +190,22 @@ def check_steps(fixture: Fixture, cfg: ours.Hyperparameters, report: Report) -> 
     report.tensors("weights after three steps", weights, fixture.group("after3"), CLOSE_WEIGHTS, slack)
 
 
-def check_walks(fixture: Fixture, cfg: ours.Hyperparameters, report: Report, table) -> None:
+def check_walks(fixture: Fixture, cfg: ours.Hyperparameters, report: Report, tokenizer) -> None:
     """Sliding evaluation, and the same with SGD learning from each scored chunk."""
     tokens, rt = fixture.ids("eval/tokens").int(), runtime()
     if len(tokens) <= cfg.window:
         raise ours.UserError(f"eval/tokens is shorter than a window of {cfg.window}")
     rest = (len(tokens) - 1 - cfg.window) % cfg.eval_stride
     tokens = tokens[:len(tokens) - rest]  # the fixture has full windows only
-    blank = torch.zeros(cfg.vocab_size, dtype=torch.int64)
-    val = ours.ValData(tokens, table or ours.ByteTable(blank, blank.bool(), blank.bool()), "")
+    sizes = torch.from_numpy(ours.token_bytes(tokenizer, tokens.numpy())) if tokenizer else torch.ones_like(tokens)
+    val = ours.ValData(tokens, sizes, "")
     for name in ("sliding", "ttt"):
         model = fixture.model(cfg)
         adapter = ours.SgdAdapter(model, cfg, rt) if name == "ttt" else None
         result = ours.evaluate(name, model.nll, val, cfg, rt, cfg.eval_stride, cfg.eval_batch_seqs, adapter)
         nats, bpb = fixture.expected[name]
         report(f"{name}, nats", apart(result.loss, nats), CLOSE)
-        if table:
+        if tokenizer:
             report(f"{name}, bits per byte", apart(result.bpb, bpb), CLOSE)
             report(f"{name}, bytes", apart(result.bytes, fixture.expected["bytes_scored"]), 0)
         if adapter:
@@ -219,21 +220,21 @@ def runtime() -> ours.Runtime:
                         log=ours.RunLog(Path(), "parity", active=False))
 
 
-def byte_table(cfg: ours.Hyperparameters, given: Path | None, folder: Path) -> ours.ByteTable | None:
-    """Bytes of the tokens; None, with a note, where the usual tokenizer is not there or is another one."""
+def find_tokenizer(cfg: ours.Hyperparameters, given: Path | None, folder: Path):
+    """What tells the bytes of tokens; None, with a note, where the usual tokenizer is not there or is another one."""
     path = given or folder.resolve().parent.parent / "data" / "fineweb_1024_bpe.model"
     try:
-        tokenizer, _ = ours.open_tokenizer(dataclasses.replace(cfg, tokenizer_path=str(path)))
+        return ours.open_tokenizer(dataclasses.replace(cfg, tokenizer_path=str(path)))[0]
     except (ours.UserError, ImportError) as error:
         if given:
             raise ours.UserError(str(error)) from None
         print(f"note: bytes are not compared, only nats ({error}); --tokenizer names the model")
         return None
-    return ours.ByteTable.of(tokenizer, cfg.vocab_size, "cpu")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(prog=os.environ.get("RUN_SH_COMMAND"), description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where fixture.json and fixture.npz are")
     parser.add_argument("--tokenizer", type=Path, metavar="MODEL",
                         help="SentencePiece model (default: FOLDER/../../data/fineweb_1024_bpe.model)")
@@ -242,10 +243,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         fixture = Fixture(args.folder)
         cfg = fixture.settings()
-        table = byte_table(cfg, args.tokenizer, args.folder)
+        tokenizer = find_tokenizer(cfg, args.tokenizer, args.folder)
         check_model(fixture, cfg, report)
         check_steps(fixture, cfg, report)
-        check_walks(fixture, cfg, report, table)
+        check_walks(fixture, cfg, report, tokenizer)
     except ours.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,8 +11,9 @@ in tracebacks and `inspect.getsource` of functions (not of classes); its size on
 The same source gives the same bytes, with the pinned minifier and the same liblzma.
 
 `folder` writes records/DATE_NAME/ with README.md, submission.json, the built and the readable script and the
-logs. It takes a run only if its log names the sha256 of this train_gpt.py or of the file built from it. A run
-with AUDIT=1 brings its audit along; one that failed is refused.
+logs. It takes runs that differ in their seed only, each of this train_gpt.py or of the file built from it by the
+sha256 in its log, whose summary says what RUN.txt and RUN.jsonl measured. A run with AUDIT=1 brings its audit along;
+one that failed, or is of another artifact, is refused.
 """
 from __future__ import annotations
 
@@ -31,6 +32,9 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+from shell import Parser, UsageError  # noqa: E402
+
 OLDEST_PYTHON = (3, 10)
 LIMIT_BYTES = 16_000_000
 PAYLOAD = "train_gpt.min.py"  # what the unpacked text is called in tracebacks; never a file
@@ -148,31 +152,108 @@ def build_file(source: Path, out: Path) -> None:
 
 SCORES = {"val_bpb_ttt": "test-time training", "val_bpb_sliding": "sliding window",  # the best first
           "val_bpb_roundtrip": "whole windows"}
-NEEDED = {*SCORES, "val_bpb_pre_quant", "artifact_bytes", "steps", "seconds"}
+EVENTS = {"val_bpb_ttt": "legal_ttt", "val_bpb_sliding": "_sliding_window", "val_bpb_roundtrip": "_roundtrip",
+          "val_bpb_pre_quant": "post_average"}  # how the names of these evaluations end
+# Settings in which runs of one record may differ: they change neither the model nor its score.
+FREE = {"seed", "run_id", "artifact_dir", "resume", "train_log_every", "val_loss_every", "checkpoint_every"}
 
 
-def read_run(log: Path, sources: set[str]) -> dict:
-    """The summary of one run with its seed, device and settings. Raises RecordError: not a run of ours."""
-    text, beside = read_source(log), log.with_suffix(".summary.json")
+def read_events(path: Path) -> dict[str, dict]:
+    """The last event of each kind in RUN.jsonl, evaluations by their names. Raises RecordError."""
     try:
-        summary = json.loads(read_source(beside))
-    except ValueError:
-        summary = None
-    if not isinstance(summary, dict) or not NEEDED <= set(summary):
-        raise RecordError(f"{beside} is not the summary of a finished run")
+        events = [json.loads(line) for line in read_source(path).splitlines()]
+        found = {event["name"] if event["event"] == "evaluation" else event["event"]: event for event in events}
+    except (ValueError, LookupError, TypeError):
+        raise RecordError(f"{path} is not the .jsonl of a run") from None
+    missing = {"settings", "artifact", "validation"} - set(found)
+    if missing:
+        raise RecordError(f"{path} has no event {min(missing)!r}: not a finished training run")
+    return found
 
-    def find(pattern: str) -> str:
-        found = re.search(pattern, text, re.MULTILINE)
-        if found is None:
-            raise RecordError(f"{log} has no line {pattern.partition('(')[0].lstrip('^')}...")
-        return found[1]
 
-    if find(r"^source:sha256:(\w+)") not in sources:
-        raise RecordError(f"{log} is a run of another train_gpt.py: its source:sha256 is neither "
-                          "the source's nor the built file's")
-    return {**summary, "log": log, "seed": int(find(r"^seed:(\d+)")), "device": find(r"^device:(\S+)"),
-            "world_size": int(find(r"^world_size:(\d+)")), "torch": find(r"^source:.* torch:(\S+)"),
-            "settings": find(r"^settings other than the defaults: (.*)")}
+class Log:
+    """RUN.txt, RUN.jsonl and RUN.summary.json of one run, held against each other. Raises RecordError."""
+
+    def __init__(self, path: Path, sources: set[str]):
+        self.path, self.text, self.beside = path, read_source(path), path.with_suffix(".summary.json")
+        self.events = read_events(path.with_suffix(".jsonl"))
+        try:
+            self.summary = json.loads(read_source(self.beside))
+            logged = json.loads(self.line(r"^summary: (.*)$"))
+        except ValueError:
+            raise RecordError(f"{self.beside} is not the summary of a finished run") from None
+        if self.summary != logged:
+            raise RecordError(f"{self.beside} is not the summary that {path} ends with")
+        if not set(re.findall(r"^source:sha256:(\w+)", self.text, re.MULTILINE)) <= sources:
+            raise RecordError(f"{path} is a run of another train_gpt.py: its source:sha256 is neither "
+                              "the source's nor the built file's")
+
+    def line(self, pattern: str) -> str:
+        """What the last line like this says: the log of a resumed run holds what came before."""
+        found = re.findall(pattern, self.text, re.MULTILINE)
+        if not found:
+            raise RecordError(f"{self.path} has no line {pattern.partition('(')[0].lstrip('^')}...")
+        return found[-1]
+
+    def check(self) -> None:
+        """The summary says what was measured and logged. Raises RecordError."""
+        def demand(key: str, told, measured, holds=None) -> None:
+            if not (told == measured if holds is None else holds):
+                raise RecordError(f"{self.beside}: {key} is {told}, but {self.path.stem}'s log says {measured}")
+
+        for key, ending in EVENTS.items():
+            name = next((name for name in self.events if name.endswith(ending)), None)
+            measured = self.events[name]["bpb"] if name else None
+            demand(key, self.summary.get(key), measured)
+            if measured is not None and key in SCORES:
+                printed = self.line(rf"^{re.escape(name)}_exact .*val_bpb:(\S+)$")
+                demand(key, f"{measured:.8f}", printed)
+        last = self.events["validation"]
+        size = int(self.line(r"^Serialized model \S+: (\d+) bytes$"))
+        demand("artifact_bytes", self.summary["artifact_bytes"], self.events["artifact"]["bytes"])
+        demand("artifact_bytes", self.summary["artifact_bytes"], size)
+        demand("steps", self.summary["steps"], last["step"])
+        spent, seconds = self.summary["seconds"]["train"], round(last["train_time_s"], 3)
+        demand("seconds of training", spent, seconds, abs(spent - seconds) < 0.5 + 0.01 * seconds)
+        limit = self.settings["max_wallclock_seconds"]
+        if limit and spent > limit + 0.5 + 2 * spent / max(last["step"], 1):  # the last step may end after it
+            raise RecordError(f"{self.path} trained for {spent} s, over MAX_WALLCLOCK_SECONDS={limit:g}")
+
+    @property
+    def settings(self) -> dict:
+        return self.events["settings"]["all"]
+
+    def likeness(self) -> dict:
+        """What all runs of a record have in common, by the names that a person knows."""
+        fixed = {k.upper(): v for k, v in self.settings.items() if k not in FREE and not k.startswith("audit")}
+        text = next(event for name, event in self.events.items() if name.endswith("_roundtrip"))
+        return {**fixed, "validation text": f"{text['tokens']} tokens of {text['bytes']} bytes",
+                "device": self.line(r"^device:(\S+)"), "number of processes": int(self.line(r"^world_size:(\d+)")),
+                "PyTorch": self.line(r"^source:.* torch:(\S+)")}
+
+
+def read_run(path: Path, sources: set[str]) -> dict:
+    """The summary of one run with its seed, log and settings. Raises RecordError: not a run of ours, or edited."""
+    log = Log(path, sources)
+    try:
+        log.check()
+        changed = {k.upper(): v for k, v in log.events["settings"]["changed"].items() if k not in FREE}
+        return {**log.summary, "log": path, "seed": int(log.line(r"^seed:(\d+)")), "likeness": log.likeness(),
+                "settings": " ".join(f"{k}={v}" for k, v in changed.items()) or "none"}
+    except (LookupError, TypeError, AttributeError, StopIteration) as error:
+        raise RecordError(f"{path} is not the log of a finished run: it lacks {error}") from None
+
+
+def demand_alike(runs: list[dict]) -> None:
+    """One mean is of runs of one system. Raises RecordError with what differs."""
+    first = runs[0]["likeness"]
+    for run in runs[1:]:
+        other = run["likeness"]
+        keys = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
+        if keys:
+            told = ", ".join(f"{key}: {first.get(key)} and {other.get(key)}" for key in keys)
+            raise RecordError(f"{runs[0]['log']} and {run['log']} are runs of unlike settings ({told}); "
+                              "a record is of one system")
 
 
 def submission(runs: list[dict], args, code_bytes: int) -> dict:
@@ -188,22 +269,33 @@ def submission(runs: list[dict], args, code_bytes: int) -> dict:
                                 "seconds": r["seconds"]} for r in runs}
     if len(results) < len(runs):
         raise RecordError("two logs have the same seed")
+    about = runs[0]["likeness"]
     return {"author": args.author, "github_id": args.github_id, "name": args.name, "date": args.date,
             "blurb": args.blurb, "val_bpb": statistics.fmean(scores), "score": SCORES[key],
             "val_bpb_std": statistics.stdev(scores) if len(scores) > 1 else None,
             "bytes_total": code_bytes + largest, "bytes_code": code_bytes, "seeds": [r["seed"] for r in runs],
-            "seed_results": results, "hardware": f"{runs[0]['world_size']} x {runs[0]['device']}",
-            "pytorch_version": runs[0]["torch"]}
+            "seed_results": results, "hardware": f"{about['number of processes']} x {about['device']}",
+            "pytorch_version": about["PyTorch"]}
 
 
-def audits(runs: list[dict]) -> list[Path]:
-    """The signed tables beside the logs. Raises RecordError: an audit that was not passed."""
-    found = []
-    for table in (r["log"].with_suffix(".audit.json") for r in runs):
-        if table.is_file():
-            if '"verdict": "pass"' not in read_source(table):
-                raise RecordError(f"{table} is not the audit of scores that count")
-            found += [table, table.with_suffix(".txt")]
+def audits(runs: list[dict], artifact: bytes) -> list[Path]:
+    """The signed tables beside the logs. Raises RecordError: not passed, or of another artifact than the run's."""
+    found, seen = [], set()
+    for run in runs:
+        table = run["log"].with_suffix(".audit.json")
+        if not table.is_file():
+            continue
+        try:
+            body = json.loads(read_source(table))
+            verdict, audited = body["verdict"], body.get("artifact_sha256")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise RecordError(f"{table} is not an audit") from None
+        if verdict != "pass":
+            raise RecordError(f"{table} is not the audit of scores that count: its verdict is {verdict}")
+        if run["artifact_bytes"] == len(artifact) and audited != sha256(artifact) or audited in seen:
+            raise RecordError(f"{table} is the audit of another artifact than this run's (sha256 {audited})")
+        seen.add(audited)
+        found += [table, table.with_suffix(".txt")]
     return found
 
 
@@ -235,10 +327,12 @@ def make_folder(args) -> Path:
     source = read_source(args.source)
     built = build(source).encode()
     runs = [read_run(log, {sha256(source.encode()), sha256(built)}) for log in args.log]
+    demand_alike(runs)
     record = submission(runs, args, len(built))
     if not args.artifact.is_file() or args.artifact.stat().st_size not in {r["artifact_bytes"] for r in runs}:
         raise RecordError(f"{args.artifact} is not the artifact of these runs: there is none of that size")
-    record["artifact_sha256"], audited = sha256(args.artifact.read_bytes()), audits(runs)
+    artifact = args.artifact.read_bytes()
+    record["artifact_sha256"], audited = sha256(artifact), audits(runs, artifact)
     half = folder.with_name(f".{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
@@ -255,8 +349,7 @@ def make_folder(args) -> Path:
 # ---- command line ------------------------------------------------------------------------------------------
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    verbatim = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=verbatim)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("build", help="write the small, self-extracting train_gpt.py")
     make.add_argument("--out", type=Path, default=ROOT / "runs" / "train_gpt.py")
@@ -277,13 +370,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
     try:
+        args = parse(arguments)
         if args.command == "build":
             build_file(args.source, args.out)
         else:
             print(make_folder(args))
-    except (RecordError, OSError) as error:
+    except (RecordError, UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,6 +1,6 @@
 """Pictures of a run's evaluation, from logs/RUN_ID.eval.json: a PNG beside it, and the numbers as tables.
 
-    python tools/report.py                          # the newest run in logs/
+    python tools/report.py                          # the newest run in logs/; ARTIFACT_DIR=, RUN_ID= name another
     python tools/report.py logs/RUN_ID.eval.json --out picture.png
 
 Left: bits per byte along the text, with and without adaptation. Middle: what adaptation gains by position in the
@@ -8,35 +8,40 @@ document. Right: seconds that each chunk took to score and to learn from.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
-from shell import one_line_errors  # noqa: E402
+import shell  # noqa: E402
 
 NAMES = {"roundtrip": "windows side by side", "sliding": "sliding windows", "ttt": "with adaptation"}
 
 
-def newest(folder: Path) -> Path:
-    found = sorted(folder.glob("*.eval.json"), key=lambda path: path.stat().st_mtime)
+def newest(cfg: tg.Hyperparameters) -> Path:
+    """The last evaluation of RUN_ID, or of all runs. Raises UserError."""
+    folder, name = Path(cfg.artifact_dir) / "logs", f"{cfg.run_id or '*'}.eval.json"
+    found = sorted(folder.glob(name), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise tg.UserError(f"no *.eval.json in {folder}: a run writes one when its final scores are done")
+        raise tg.UserError(f"no {name} in {folder}: a run writes one when its final scores are done")
     return found[-1]
 
 
 def read(path: Path) -> dict:
     """What `train_gpt.final_scores` wrote. Raises UserError."""
     try:
-        traces = json.loads(tg.read_file(str(path)))
+        traces = json.loads(path.read_text(encoding="utf-8"))
         assert traces["tokens"] and all(traces["roundtrip"][part] for part in ("stream", "position", "seconds"))
+        tables(traces)
         return traces
-    except (ValueError, LookupError, TypeError, AssertionError):
-        raise tg.UserError(f"{path} is not the .eval.json of a run") from None
+    except OSError as error:
+        raise tg.UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError):
+        raise tg.UserError(f"{path} is not the RUN_ID.eval.json that a run writes beside its log") from None
 
 
 def bpb(rows: list) -> list[float]:
@@ -105,13 +110,13 @@ def draw(traces: dict, path: Path) -> None:
         raise tg.UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-@one_line_errors
+@shell.one_line_errors
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shell.Parser(__doc__)
     parser.add_argument("traces", nargs="?", type=Path, metavar="RUN_ID.eval.json")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: RUN_ID.eval.png)")
-    args = parser.parse_args(argv)
-    path = args.traces or newest(Path("logs"))
+    args = parser.parse(argv)
+    path = args.traces or newest(tg.Hyperparameters.from_env(os.environ))
     traces, out = read(path), args.out or path.with_suffix(".png")
     print("\n".join(tables(traces)))
     draw(traces, out)

@@ -4,8 +4,8 @@
     python tools/sample.py final_model.ptz "The meaning of" --temperature 0.6 --top-k 20 --length 400 --seed 7
     python tools/sample.py final_model.ptz                                # from the start of a document
 
-Device, tokenizer and trained length come from the settings of train_gpt.py (DEVICE, TOKENIZER_PATH,
-TRAIN_SEQ_LEN), which are environment variables; `bash run.sh sample` sets them as it does for a run.
+Device, tokenizer and trained length come from the settings of train_gpt.py (DEVICE, TOKENIZER_PATH, TRAIN_SEQ_LEN):
+environment variables, or KEY=VALUE among the arguments. `bash run.sh sample` sets the first and the last as for a run.
 """
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
-from inspect_artifact import refuse  # noqa: E402
-from shell import one_line_errors  # noqa: E402
+import shell  # noqa: E402
 
 
 def open_runtime(cfg: tg.Hyperparameters) -> tg.Runtime:
@@ -115,10 +114,9 @@ def write(args: argparse.Namespace) -> None:
         print(text, end="", flush=True)
 
 
-@one_line_errors
+@shell.one_line_errors
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = refuse
+    parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("artifact")
     add("prompt", nargs="?", default="", help="what the text begins with (default: nothing, a new document)")
@@ -130,13 +128,11 @@ def main(argv: list[str]) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character
     try:
-        write(parser.parse_args(argv))
+        write(parser.parse(argv))
         print()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the usual way to end a text that goes on
         print()
         return 130
-    except BrokenPipeError:  # the reader has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -6,9 +6,10 @@
 
 Every combination of the values is scored from the same weights; alternatives stand between commas, those of settings
 that are lists themselves between slashes (TTT_LORA_TARGETS=q,v/q,k,v,o). The gain is bits per byte against sliding
-evaluation without adaptation. All other settings - data, tokenizer, device, and for a float model (.pt) its shape -
-come from the environment. Seconds are those of the process on a CPU (which others may be using too). --speed: documents
-side by side against one at a time, in tokens a second; --doc-tokens makes them alike.
+evaluation without adaptation. Only settings of the evaluation and SEED can vary; all others - data, tokenizer, device,
+and for a float model (.pt) its shape - have one value, as KEY=VALUE or from the environment. Seconds are those of the
+process on a CPU (which others may be using too). --speed: documents side by side against one at a time, in tokens a
+second; --doc-tokens makes them alike.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -26,19 +28,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
-from shell import one_line_errors  # noqa: E402
+import shell  # noqa: E402
 
 LISTS = ("TTT_LORA_TARGETS", "TTT_LORA_LAYERS", "TTT_LORA_LAYER_RATES", "VE_LAYERS")
-MODEL_FIELDS = [f.name for f in tg.settings_by_section()["Model"]]
+VARIES = {"SEED", *(name for f in tg.settings_by_section()["Evaluation"] for name in tg.env_names(f))}
 
 
 def read_grid(pairs: list[str]) -> list[dict[str, str]]:
-    """KEY=a,b … as every combination of values, the last key changing fastest. Raises UserError."""
+    """KEY=a,b … as every combination of values, the last key changing fastest."""
     axes = []
     for pair in pairs:
-        key, equals, values = pair.partition("=")
-        if not equals:
-            raise tg.UserError(f"{pair!r} is not KEY=VALUE[,VALUE…]")
+        key, _, values = pair.partition("=")
         if "/" in values:
             values = values.split("/")
         else:
@@ -58,37 +58,38 @@ def load(path: Path, rt: tg.Runtime, val: tg.ValData, cfg: tg.Hyperparameters) -
     model = tg.GPT(dataclasses.replace(cfg, mtp_num_heads=0), rt.attend, rt.dtype)
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
+    except (RuntimeError, ValueError, LookupError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or ["it is no state of a model"])[-1].strip()
         raise tg.UserError(f"{path} does not fit the settings of the environment: {reason}") from None
     return model.to(rt.device).eval()
 
 
-def cut_documents(val: tg.ValData, most: int) -> torch.Tensor:
+def cut_documents(val: tg.ValData, most: int) -> tg.ValData:
     """The text with all but the first `most` tokens of each document left out, and shorter documents altogether."""
     starts = (val.tokens == val.bos_id).nonzero().flatten().tolist()
     spans = [(first, stop) for first, stop in zip(starts, starts[1:]) if stop - first >= most]
-    return torch.cat([val.tokens[first:first + most] for first, _ in spans])
+    if not spans:
+        raise tg.UserError(f"--doc-tokens {most}: no document is that long")
+    return val.take(torch.cat([torch.arange(first, first + most) for first, _ in spans]))
 
 
 class Bench:
     """One model, one slice of text, and a score for each set of settings."""
 
     def __init__(self, args: argparse.Namespace):
-        self.base = tg.Hyperparameters.from_env({**os.environ, "TTT_ENABLED": "0"})
+        # an artifact knows its shape and its tokenizer; the float weights of a run do not
+        self.environ = {**os.environ, **({"EVAL_ARTIFACT": str(args.model)} if args.model.suffix == ".ptz" else {})}
+        self.base = tg.settings_from({**self.environ, "TTT_ENABLED": "0"})
         self.rt = dataclasses.replace(tg.Runtime.open(self.base), log=tg.RunLog(Path("."), "", active=False))
         val = tg.ValData.open(self.base, self.rt)
-        tokens = cut_documents(val, args.doc_tokens) if args.doc_tokens else val.tokens
-        self.val = dataclasses.replace(val, tokens=tokens[args.start:args.start + args.tokens + 1])
+        text = cut_documents(val, args.doc_tokens) if args.doc_tokens else val
+        self.val = text.take(slice(args.start, args.start + args.tokens + 1))
         self.model = load(args.model, self.rt, val, self.base)
         self.weights = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
         self.plain = {}  # (window, stride) -> bpb without adaptation
 
     def settings(self, changes: dict[str, str]) -> tg.Hyperparameters:
-        shape = {name.upper(): getattr(self.model.cfg, name) for name in MODEL_FIELDS}
-        shape = {name: str(int(value) if isinstance(value, bool) else value) for name, value in shape.items()}
-        fixed = {"EVAL_MAX_SECONDS": "0", "TTT_ENABLED": "1"}
-        cfg = tg.Hyperparameters.from_env({**os.environ, **shape, **changes, **fixed})
+        cfg = tg.settings_from({**self.environ, **changes, "EVAL_MAX_SECONDS": "0", "TTT_ENABLED": "1"})
         if len(self.val.tokens) <= cfg.window:
             raise tg.UserError(f"--tokens {len(self.val.tokens) - 1} is less than a window of {cfg.window}")
         return cfg
@@ -136,8 +137,8 @@ def line(row: dict, keys: list[str]) -> str:
     return "| " + " | ".join([row["settings"].get(key, "") for key in keys] + cells) + " |"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> shell.Parser:
+    parser = shell.Parser(__doc__, epilog="KEY=a,b,c: settings and their values")
     parser.add_argument("model", type=Path, metavar="MODEL", help="final_model.ptz or final_model.pt")
     parser.add_argument("--tokens", type=int, default=100_000, metavar="N",
                         help="targets to score (default: %(default)s)")
@@ -146,14 +147,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--doc-tokens", type=int, default=0, metavar="N",
                         help="cut documents to N tokens, drop shorter ones")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers there as JSON, after every row")
-    parser.add_argument("settings", nargs="*", metavar="KEY=a,b,c", help="settings and their values")
     return parser
 
 
-@one_line_errors
+@shell.one_line_errors
 def main(argv: list[str]) -> int:
-    args = build_parser().parse_intermixed_args(argv)
-    grid = read_grid(args.settings)
+    args, settings = build_parser().split(argv)
+    for name, least in (("tokens", 1), ("start", 0), ("doc_tokens", 0)):
+        if getattr(args, name) < least:
+            raise tg.UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: {least} or more")
+    os.environ.update({key: value for key, value in settings.items() if key not in VARIES})
+    grid = read_grid([f"{key}={values}" for key, values in settings.items() if key in VARIES])
     bench = Bench(args)
     for changes in grid:
         bench.settings(changes)  # a bad combination is refused before the first hour is spent

@@ -1,0 +1,91 @@
+"""A forward and a backward pass of every architecture option in a few numbers, so that drift is noticed.
+
+What the model should compute is test_reference_model.py's to say. If the architecture is to change:
+
+    python tests/test_golden.py        # computes the numbers anew and writes them into this file
+"""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tg
+from test_reference_model import BASE, OPTIONS, rows_of
+
+NUMBERS = ("loss", "loss under QAT", "a logit", "norm of the banks' gradient", "norm of the other gradients",
+           "sum of the gradients, with weights")
+GOLDEN = {
+    "default": (3.655597, 3.642948, 0.1475404, 7.529662, 3.771671, 0.00891443),
+    "no bigram": (4.038876, 3.972695, -1.438749, 16.22581, 7.88083, -7.979114),
+    "trigram": (3.933372, 3.896599, 0.2383684, 16.52343, 6.824206, -6.851789),
+    "tables of the stream's width": (4.045254, 4.048202, -0.2409353, 5.962792, 5.056434, 2.965551),
+    "no value embedding": (3.661567, 3.644037, -0.07296637, 8.886678, 4.66788, -1.895041),
+    "value embedding at the ends": (3.659366, 3.664483, -0.2277769, 8.980279, 4.409161, 3.285032),
+    "value residual": (3.409671, 3.397701, -0.6774247, 7.936004, 3.190183, -4.742676),
+    "value residual, XSA everywhere": (3.209103, 3.202709, 0.7182471, 12.02893, 5.615861, -1.797797),
+    "gated attention": (4.180106, 4.190851, 1.010437, 14.17702, 5.334375, -2.736077),
+    "gated blocks": (4.404355, 4.434463, 0.1288785, 13.58779, 5.399387, 4.387573),
+    "no XSA": (3.977141, 3.978162, 1.161333, 6.90831, 3.363159, 0.0066939),
+    "XSA once": (3.754547, 3.764565, 0.317515, 9.705866, 4.642612, 0.3077809),
+    "XSA more often than layers": (4.174896, 4.166587, 0.02276643, 8.184313, 5.727579, 7.130594),
+    "no LN scale": (3.51562, 3.521666, 0.5908582, 23.18647, 10.0859, 6.276953),
+    "untied": (4.084185, 4.077888, 0.4976899, 10.59607, 4.902298, 0.664885),
+    "low cap": (3.408125, 3.4113, 0.1472745, 5.052309, 2.782014, 0.04710633),
+    "one layer": (4.597718, 4.576664, -1.708339, 6.281144, 5.005578, -5.171163),
+    "five layers": (3.863854, 3.891542, -3.002848, 11.91235, 6.299224, -1.783827),
+    "six layers": (3.721935, 3.745224, -0.4766678, 8.83501, 3.665171, -1.021558),
+    "all dimensions rotate": (3.671991, 3.650072, 0.3066703, 8.809998, 4.005802, -1.133596),
+    "two rotate": (3.613178, 3.626119, 0.4986703, 6.482318, 3.356977, -0.4978047),
+    "stretched base": (3.654835, 3.64216, 0.1492761, 7.474741, 3.749241, -0.01688831),
+    "small base": (3.611777, 3.599123, 0.4324226, 5.943997, 3.204037, -0.4987197),
+    "plain heads": (4.106928, 4.102782, -2.578349, 6.05629, 3.338006, 3.029675),
+    "one key head": (3.908386, 3.967021, -0.4216431, 7.799659, 3.207841, 1.612766),
+    "ReLU": (3.755226, 3.762661, 0.297328, 5.439543, 3.08362, 3.211832),
+    "slope": (3.701836, 3.711955, 0.2301101, 5.232046, 3.017393, 2.077877),
+    "heads ahead": (6.263011, 6.233822, 0.1475404, 7.094509, 3.893526, -1.226556),
+    "everything": (4.617099, 4.623307, 0.6488327, 4.862802, 3.588154, -3.661932),
+}
+
+
+def wave(shape, phase):
+    """Values in -1..1 that need no random numbers, which differ between versions and machines."""
+    return torch.from_numpy(np.sin(1.37 * np.arange(int(np.prod(shape))) ** 1.1 + phase)).float().reshape(shape)
+
+
+def numbers_of(changes):
+    cfg = tg.Hyperparameters(**{**BASE, **changes})
+    names = [name for name, _ in tg.GPT(cfg).named_parameters()]
+    model, rows = tg.GPT(cfg, qat_specs=tg.quant_specs(cfg, names)), rows_of(cfg)
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            p.copy_(0.4 * wave(p.shape, i) + ("scale" in name))
+    model.refresh_scales()
+    loss = model.loss(rows[:, :-1], rows[:, 1:])
+    loss.backward()
+    with torch.no_grad():
+        rounded = model.loss(rows[:, :-1], rows[:, 1:], True)
+        logit = model.logits(model.hidden(rows[:, :-1]))[1, 5, 2]
+    grads = {name: p.grad for name, p in model.named_parameters() if p.numel()}
+    banks = torch.stack([g.norm() for name, g in grads.items() if name.endswith("_bank")]).norm()
+    others = torch.stack([g.norm() for name, g in grads.items() if not name.endswith("_bank")]).norm()
+    signed = sum((g * wave(g.shape, 7 * i)).sum() for i, g in enumerate(grads.values()))
+    return [x.item() for x in (loss, rounded, logit, banks, others, signed)]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_numbers_are_those_of_before(name):
+    assert name in GOLDEN, f"`python {Path(__file__).name}` adds an option's numbers"
+    for what, got, wanted in zip(NUMBERS, numbers_of(OPTIONS[name]), GOLDEN[name], strict=True):
+        assert got == pytest.approx(wanted, rel=2e-4, abs=1e-3), what
+
+
+def test_every_golden_line_is_an_option():
+    assert set(GOLDEN) == set(OPTIONS)
+
+
+if __name__ == "__main__":
+    text = Path(__file__).read_text()
+    before, _, rest = text.partition("\nGOLDEN = {\n")
+    lines = [f'    "{name}": ({", ".join(f"{x:.7g}" for x in numbers_of(changes))}),'
+             for name, changes in OPTIONS.items()]
+    Path(__file__).write_text("\n".join([before, "GOLDEN = {", *lines, rest[rest.index("}\n"):]]))
