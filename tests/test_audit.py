@@ -1,5 +1,4 @@
 """The audit: it passes for every way to adapt, and each planted cheat fails it at the check that is there for it."""
-import copy
 import dataclasses
 import hashlib
 import json
@@ -29,8 +28,8 @@ import record  # noqa: E402
 OF_ALL = {"artifact is the only source of weights", "nothing else was read", "the text is the whole text",
           "score before update"}
 OF_A_WALK = {"each token scored once", "the sum is that of the scores", "bytes are the decoded text's",
-             "bits per byte are nats / ln 2 / bytes", "scores are -log softmax of the logits", "causality", "repeatable",
-             "full-vocabulary normalisation"}
+             "bits per byte are nats / ln 2 / bytes", "scores are -log softmax of the logits", "causality",
+             "repeatable", "full-vocabulary normalisation"}
 OWN = {"roundtrip": "all scores are the artifact's own", "sliding": "all scores are the artifact's own",
        "ttt": "first batch is the artifact's own"}
 COUNT = len(OF_ALL) + 3 * (len(OF_A_WALK) + 1)
@@ -40,7 +39,8 @@ COUNT = len(OF_ALL) + 3 * (len(OF_A_WALK) + 1)
 def audit(config, tmp_path):
     """Runs the audit of a scrambled model's artifact with some settings; returns the findings."""
     def start(positions=2, dtype=torch.float32, compiles=False, **changes):
-        cfg = config(**{"num_layers": 2, "ve_layers": "1", "ttt_batch_seqs": 2, "ttt_chunk_tokens": 128, "eval_batch_seqs": 32, **changes})
+        cfg = config(**{"num_layers": 2, "ve_layers": "1", "ttt_batch_seqs": 2, "ttt_chunk_tokens": 128,
+                        "eval_batch_seqs": 32, **changes})
         tg.check_combinations(cfg)
         rt, path = make_runtime(tmp_path, dtype=dtype, compiles=compiles), tmp_path / "model.ptz"
         val = tg.ValData.open(cfg, rt)
@@ -246,18 +246,17 @@ def adapter_knows_something(monkeypatch):
 
 def adapter_remembers(monkeypatch):
     """What one walk learnt, the next one begins with."""
-    honest, kept = tg.adapter_for, []
+    kept = []
 
-    def cheat(model, cfg, rt):
-        if kept:
-            with torch.no_grad():
-                model.qo_bank.copy_(kept[0].qo_bank)
-        kept[:] = [model]
-        return honest(model, cfg, rt)
-    monkeypatch.setattr(tg, "adapter_for", cheat)
-    stolen = tg.GPT.load_state_dict
-    monkeypatch.setattr(tg.GPT, "load_state_dict", lambda self, weights: (
-        kept and kept[0] is self and kept.__setitem__(0, copy.deepcopy(self)), stolen(self, weights))[1])
+    def change(walk, score_fn, val, cfg, adapter):
+        if not adapter:
+            return walk()
+        for tensor, before in zip(adapter.moving, kept):
+            tensor.data.copy_(before)
+        result = walk()
+        kept[:] = [tensor.detach().clone() for tensor in adapter.moving]
+        return result
+    around(monkeypatch, change)
 
 
 def sliding_after_adaptation(monkeypatch):
@@ -303,7 +302,7 @@ def half_the_script_scores(monkeypatch):
     monkeypatch.setattr(tg, "scorer", lambda model, rt, adapter=None: model.nll)
 
 
-DOCUMENT = {**LORA, "ttt_reset": "document", "ttt_batch_docs": 3, "ttt_doc_chunk_tokens": 16}
+DOCUMENT = {**LORA, "ttt_reset": "document", "ttt_batch_docs": 8, "ttt_doc_chunk_tokens": 16}
 CHEATS = [
     (train_before_score, {}, "causality"),
     (lesson_too_long, {}, "causality"),
@@ -460,7 +459,7 @@ STRONG = {"ttt_lr": 0.3, "ttt_epochs": 3}
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_honest_noise_passes(audit, monkeypatch, changes, dtype):
     noisy_gradients(monkeypatch)
-    found = audit(dtype=dtype, positions=4, **changes)
+    found = audit(dtype=dtype, positions=3, **changes)
     assert not failed(found), found
 
 
@@ -570,7 +569,7 @@ def test_the_signed_table(here, artifact, tmp_path, corpus):
     found = check_signed(tmp_path / "logs/some", done, artifact, ROOT / "train_gpt.py", corpus)
     assert len(found["findings"]) == COUNT and found["world_size"] == 1 and found["text_tokens"] == 321
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["some.audit.json", "some.audit.txt"]
-    longer = here(artifact, "--tokens", 400, "--out", tmp_path / "mine", "RUN_ID=no", "TTT_ENABLED=0", AUDIT_POSITIONS=1)
+    longer = here(artifact, "--tokens", 400, "--out", tmp_path / "mine", "TTT_ENABLED=0", AUDIT_POSITIONS=1)
     assert longer.code == 0
     found = check_signed(tmp_path / "mine", longer, artifact, ROOT / "train_gpt.py", corpus)
     assert found["text_tokens"] == 401 and found["settings"]["ttt_enabled"] is False
@@ -581,14 +580,14 @@ def test_the_signed_table(here, artifact, tmp_path, corpus):
 def test_a_built_script_and_a_failed_audit(here, artifact, tmp_path, corpus):
     """The self-extracting script is audited as well; one that lies has a signed FAIL, and one line says so."""
     source = (ROOT / "train_gpt.py").read_text()
-    lie = source.replace("nats / math.log(2) / max(size, 1), int(tokens)", "nats / math.log(2.1) / max(size, 1), int(tokens)")
+    lie = source.replace("nats / math.log(2) / max(size, 1), int(tokens)", "nats / 0.7 / max(size, 1), int(tokens)")
     for name, text in (("honest", source), ("lying", lie)):
         (tmp_path / f"{name}.py").write_text(record.build(text))
         done = here(artifact, "--script", tmp_path / f"{name}.py", "AUDIT_POSITIONS=1", "TTT_ENABLED=0")
         found = check_signed(tmp_path / "logs/some", done, artifact, tmp_path / f"{name}.py", corpus)
         assert done.code == (0 if name == "honest" else 2) and (found["verdict"] == "pass") == (name == "honest")
-    assert done.err == ("error: the audit failed: bits per byte are nats / ln 2 / bytes (roundtrip), bits per byte are nats / ln 2 "
-                        "/ bytes (sliding); such a score does not count\n")
+    assert done.err == "error: the audit failed: {0} (roundtrip), {0} (sliding); such a score does not count\n".format(
+        "bits per byte are nats / ln 2 / bytes")
 
 
 def test_ranks_audit_together(corpus, tmp_path, artifact):
@@ -626,8 +625,9 @@ def test_compiled_graphs_are_audited(corpus, tmp_path, artifact):
     (["ARTIFACT", "--tokens", "20"], "AUDIT_TOKENS=20: the audit needs more than a window of 32 tokens"),
     (["ARTIFACT", "AUDIT_POSITIONS=0"], "AUDIT_POSITIONS=0 is not a whole number from 1 on"),
     (["ARTIFACT", "--tokens", "many"], "AUDIT_TOKENS=many is not a whole number from 0 on"),
-    (["ARTIFACT", "LEARNING_RATE=3"], "LEARNING_RATE is not a setting"), (["ARTIFACT", "smoke"], "'smoke' is not KEY=VALUE"),
-    (["ARTIFACT", "TTT_EPOCHS=-1"], "TTT_EPOCHS=-1 is out of range"), (["ARTIFACT", "--nosuch"], "unrecognized arguments"),
+    (["ARTIFACT", "LEARNING_RATE=3"], "LEARNING_RATE is not a setting"),
+    (["ARTIFACT", "smoke"], "'smoke' is not KEY=VALUE"), (["ARTIFACT", "--nosuch"], "unrecognized arguments"),
+    (["ARTIFACT", "TTT_EPOCHS=-1"], "TTT_EPOCHS=-1 is out of range"),
     (["ARTIFACT", "--script", "none.py"], "cannot read script none.py"),
     (["ARTIFACT", "--script", "ARTIFACT"], "cannot import script"),
     (["ARTIFACT", "--script", record.__file__], "is no train_gpt.py that this audit knows: it has no UserError"),

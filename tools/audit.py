@@ -11,8 +11,8 @@ it then says of them it computes itself. Out of its sight: what a script does on
 
 Settings are those of train_gpt.py, from the environment or as KEY=VALUE; AUDIT_TOKENS=, AUDIT_POSITIONS=, AUDIT_SCRIPT=
 and AUDIT_OUT= are the options. The table goes to PREFIX.audit.txt, with all it depends on to PREFIX.audit.json, whose
-digest signs it. PREFIX is --out, else logs/RUN_ID or logs/ARTIFACT in ARTIFACT_DIR. Exit code 0: all checks pass; 2: one
-line says which do not.
+digest signs it. PREFIX is --out, else logs/RUN_ID or logs/ARTIFACT in ARTIFACT_DIR. Exit code 0: all checks pass; 2:
+one line says which do not.
 """
 from __future__ import annotations
 
@@ -44,19 +44,23 @@ import torch.distributed as dist
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from shell import AUDIT, Parser, UsageError, take_settings
+
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("UserError", "IllegalScore", "Runtime", "RunLog", "Scored", "ValData", "load_model", "settings_from",
           "final_scores", "write_whole", "Hyperparameters", "env_names")
 SHARD_HEADER_BYTES = 1024
 EXACT = 1e-4          # nats, or probability: what the same arithmetic may be off
-FUSED = 0.5, 2e-3     # nats, of one score and of their mean: a graph compiled for half precision against plain operations
+FUSED = 0.5, 2e-3     # nats, of one score and of their mean: compiled graphs in half precision against plain operations
 NOISE_FACTOR = 4      # how much more than three equal walks differ another text may move the scores before it
-FLIPS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02)}      # nats, at most and root mean square: what a
-UNSTEADY = {torch.float32: (0.02, 2e-3), torch.bfloat16: (0.25, 0.03)}  # walk may always move if weights differ; too much
+# Nats, at most and root mean square: what a walk may move in any case if equal walks leave unequal weights, since a
+# rounding may flip in one of ten; and noise that could hide a cheat.
+FLIPS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02)}
+UNSTEADY = {torch.float32: (0.02, 2e-3), torch.bfloat16: (0.25, 0.03)}
 
 
-class AuditError(Exception):
-    """Printed as one line; exit code 2."""
+class AuditError(UsageError):
+    """The audit cannot be done, or failed. Printed as one line, exit code 2."""
 
 
 def digest(data: bytes) -> str:
@@ -267,10 +271,10 @@ class Spy:
                 most = min(len(scores) - column, len(nll) - done)
                 equal = scores[column:column + most] == nll[done:done + most]
                 equal &= numbers[done:done + most] == numbers[done] + torch.arange(most)
-                count, first = int(equal.cumprod(0).sum()), int(numbers[done]) - column - lead  # token of the first input
-                stop = lead + column + count
-                in_place = (first >= 0 and torch.equal(ids[:stop], self.tokens[first:first + stop])
-                            and torch.equal(wanted[column:column + count], self.tokens[first + stop - count + 1:][:count]))
+                count, first = int(equal.cumprod(0).sum()), int(numbers[done]) - column - lead  # first: the window's
+                stop, text = lead + column + count, self.tokens[max(first, 0):]
+                in_place = (first >= 0 and torch.equal(ids[:stop], text[:stop])
+                            and torch.equal(wanted[column:column + count], text[stop - count + 1:stop + 1]))
                 best = max(best, Run(row, column, count, in_place), key=lambda run: (run.in_place, run.count))
             runs += [best] * (best.count > 0)
             done += best.count
@@ -325,8 +329,7 @@ def lent_to_all(dress, row: int):
 
 
 # ---- the audit -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One row of the table."""
 
     walk: str
@@ -343,7 +346,8 @@ class Audit:
         chunk = min(cfg.ttt_chunk_tokens, max(4 * cfg.train_seq_len, stride))
         size = tokens or max(chunk * 5 // 2, cfg.window + 2 * stride)
         self.script, self.opened, self.path, self.positions, self.findings = script, opened, path, positions, []
-        self.blob, self.val = rt.share_bytes(read_artifact(path) if rt.rank == 0 else None), script.ValData.open(cfg, rt)
+        self.blob = rt.share_bytes(read_artifact(path) if rt.rank == 0 else None)
+        self.val = script.ValData.open(cfg, rt)
         self.tokenizer = SentencePieceProcessor(model_file=cfg.tokenizer_path)
         self.whole, sizes, self.shards = read_shards(cfg.data_path)
         self.same_text = np.array_equal(self.val.tokens.cpu().numpy(), self.whole)
@@ -399,8 +403,9 @@ class Audit:
         self.model.load_state_dict(self.weights)
         self.model.requires_grad_(True)  # as it was read: another state could need another compiled graph
         self.spy = Spy(self, tokens, looks, set(probes))
+        val = dataclasses.replace(self.val, tokens=tokens)
         with self.spy.watch(self.script.Scored):
-            results = self.script.final_scores(self.cfg, self.rt, self.model, dataclasses.replace(self.val, tokens=tokens))
+            results = self.script.final_scores(self.cfg, self.rt, self.model, val)
         ranks = everyone(self.rt, [walk for _, walk in self.spy.walks])
         walks = [Walk.joined(parts) for parts in zip(*ranks)]
         return results, {key: [walk for walk in walks if walk.name == r.name] for key, r in results.items()}
@@ -441,15 +446,15 @@ class Audit:
         other = [name for name in {**kept, **self.weights} if name not in kept or name not in self.weights
                  or not torch.equal(kept[name], self.weights[name])]
         self.find("all", "artifact is the only source of weights", not other,
-                  f"{len(kept)} tensors bit for bit those of the file with sha256 {digest(self.blob)}" if not other else
-                  f"not the file's: {', '.join(other[:5])}")
+                  f"not the file's: {', '.join(other[:5])}" if other else
+                  f"{len(kept)} tensors bit for bit those of the file with sha256 {digest(self.blob)}")
 
     def files_are_known(self) -> None:
         own = [self.path, self.script.__file__, __file__, self.cfg.tokenizer_path, *self.shards,
                os.path.join(self.cfg.data_path, "dataset.json")]
         foreign = sorted({name for names in everyone(self.rt, self.opened.foreign(own)) for name in names})
-        self.find("all", "nothing else was read", not foreign, f"of {len(self.opened.read)} files all are the artifact, the "
-                  "script, the validation text, the tokenizer or the system's" if not foreign else ", ".join(foreign[:5]))
+        self.find("all", "nothing else was read", not foreign, ", ".join(foreign[:5]) or f"{len(self.opened.read)} "
+                  "files: the artifact, the script, the validation text, the tokenizer, the system's")
 
     def text_is_whole(self) -> None:
         self.find("all", "the text is the whole text", self.same_text,
@@ -472,8 +477,8 @@ class Audit:
         targets, twice = len(walk.times), int((walk.times != 1).sum())
         self.find(key, "each token scored once", not (twice or walk.strays or walk.astray) and len(walks) == 1
                   and result.tokens == targets,
-                  f"{int(walk.times.sum())} scores of {targets} targets in {len(walks)} walk(s), {twice} of them not once, "
-                  f"{walk.astray} out of place; {walk.strays} further calls of the scoring function")
+                  f"{int(walk.times.sum())} scores of {targets} targets in {len(walks)} walk(s), {twice} of them not "
+                  f"once, {walk.astray} out of place; {walk.strays} further calls of the scoring function")
         total = walk.nll.sum().item()
         self.find(key, "the sum is that of the scores", not walk.altered and math.isclose(
             result.loss * result.tokens, total, rel_tol=1e-9), f"{result.loss * result.tokens:.6f} nats, single scores "
@@ -498,12 +503,12 @@ class Audit:
         self.find(key, "scores are -log softmax of the logits", holds,
                   f"{how}, at temperature {', '.join(f'{t:g}' for t in temperatures)}")
         holds, how = close([gap for gap in walk.foreign if key != "ttt" or gap.call == 0])
-        self.find(key, "first batch is the artifact's own" if key == "ttt" else "all scores are the artifact's own", holds,
-                  f"{how}, a model just read from disk against {'the first' if key == 'ttt' else 'all'}")
+        self.find(key, f"{'first batch is' if key == 'ttt' else 'all scores are'} the artifact's own", holds,
+                  f"{how}, from a model just read from disk")
         masses = probed[-1].masses if probed else []
         worst = max((abs(mass - 1) for mass in masses), default=math.nan)
-        self.find(key, "full-vocabulary normalisation", worst <= EXACT, f"the {self.cfg.vocab_size} tokens in one place have "
-                  f"probability 1 together, {worst:.1e} off at most in {len(masses)} places")
+        self.find(key, "full-vocabulary normalisation", worst <= EXACT, f"probabilities of the {self.cfg.vocab_size} "
+                  f"tokens in one place are 1 together, {worst:.1e} off at most in {len(masses)} places")
 
     def noise_and_causality(self, key: str, equal: list[Walk], positions: list[int], others: list[Tensor]) -> None:
         """Of three walks over the same text, and one for each position from which on another text was walked over."""
@@ -512,19 +517,21 @@ class Audit:
         nll, dtype = equal[0].nll, self.rt.dtype
         noise = torch.stack([apart(a.nll, b.nll) for a, b in zip(equal, equal[1:] + equal[:1])]).amax(0)
         steady = all(walk.left == equal[0].left for walk in equal) and not noise.any()
-        self.find(key, "repeatable", (noise <= noise.new_tensor(UNSTEADY[dtype])).all(), f"three equal walks differ by {noise[0]:.1e} nats at most, "
-                  f"{noise[1]:.1e} root mean square" + "; weights differ too" * (not steady))
+        said = lambda apart: "{:.1e} nats at most, {:.1e} root mean square".format(*apart)
+        self.find(key, "repeatable", (noise <= noise.new_tensor(UNSTEADY[dtype])).all(),
+                  f"three equal walks differ by {said(noise)}" + "; weights differ too" * (not steady))
         limit = noise if steady else (NOISE_FACTOR * noise).maximum(noise.new_tensor(FLIPS[dtype]))
-        worst = torch.stack([apart(other[:t - 1], nll[:t - 1]) for t, other in zip(positions, others)]).amax(0)
-        deaf = sum(torch.equal(other[t - 1:], nll[t - 1:]) for t, other in zip(positions, others))  # token t: target t - 1
-        how = "bit-identical" if not worst.any() else f"{worst[0]:.1e} nats off at most, {worst[1]:.1e} root mean square"
-        self.find(key, "causality", bool((worst <= limit).all()) and not deaf,
-                  f"text changed from {', '.join(map(str, positions))} on: scores before are {how}"
+        pairs = list(zip(positions, others))  # token t is target t - 1
+        worst = torch.stack([apart(other[:t - 1], nll[:t - 1]) for t, other in pairs]).amax(0)
+        deaf = sum(torch.equal(other[t - 1:], nll[t - 1:]) for t, other in pairs)
+        self.find(key, "causality", (worst <= limit).all() and not deaf,
+                  f"text changed from {', '.join(map(str, positions))} on: scores before are "
+                  + (f"off by {said(worst)}" if worst.any() else "bit-identical")
                   + f"; {deaf} changes did not show after it either" * bool(deaf))
 
     def where_to_change(self) -> list[int]:
-        """Positions for other text: next to borders of chunks and documents, where a lesson that is a few tokens too long
-        would show, and anywhere."""
+        """Positions for other text: next to borders of chunks and documents, where a lesson that is a few tokens too
+        long would show, and anywhere."""
         documents, last = self.cfg.ttt_enabled and self.cfg.ttt_reset == "document", len(self.tokens) - 1
         starts = (self.tokens[2:] == self.val.bos_id).nonzero().flatten().add(2).tolist()
         longest = max(zip([0, *starts], [*starts, last]), key=lambda span: span[1] - span[0])[0]
@@ -552,31 +559,30 @@ class Audit:
         first = 1 if self.tokenizer.is_byte(ids[0]) else len(decode(ids[:1]).encode())
         return sum(len(decode(ids[a:b]).encode()) for a, b in zip([0, *starts], [*starts, len(ids)])) - first
 
-    # -- report
-    def signed(self, prefix: Path, seconds: float) -> list[str]:
-        """Write PREFIX.audit.json and .txt; return the table."""
+    def report(self, prefix: Path, seconds: float) -> None:
+        """Print the table; write it to PREFIX.audit.txt and what it depends on to PREFIX.audit.json."""
         failed, rt = [f for f in self.findings if not f.holds], self.rt
         verdict, piece = "FAIL" if failed else "pass", self.tokens.cpu().numpy().astype("<u2").tobytes()
         body = json.dumps({
-            "verdict": verdict, "findings": [dataclasses.asdict(f) for f in self.findings],
+            "verdict": verdict, "findings": [f._asdict() for f in self.findings],
             "artifact_sha256": digest(self.blob), "code_sha256": digest(Path(self.script.__file__).read_bytes()),
             "tokenizer_sha256": digest(Path(self.cfg.tokenizer_path).read_bytes()),
             "whole_text_tokens": len(self.whole), "whole_text_sha256": digest(self.whole.tobytes()),
             "text_tokens": len(self.tokens), "text_sha256": digest(piece), "settings": self.cfg.non_defaults(),
             "world_size": rt.world_size, "device": str(rt.device), "dtype": str(rt.dtype), "compile": rt.compiles,
             "torch": torch.__version__, "seconds": round(seconds, 1)}, indent=1, default=str).encode()
-        wide = [max(len(getattr(f, name)) for f in self.findings) for name in ("walk", "check")]
+        wide = [max(len(finding[i]) for finding in self.findings) for i in (0, 1)]
         files = [prefix.with_name(f"{prefix.name}.audit{kind}") for kind in (".json", ".txt")]
-        table = [f"audit of {self.path} by {self.script.__file__}: the first {len(self.tokens):,} of {len(self.whole):,} "
-                 f"tokens, chunks of {self.cfg.ttt_chunk_tokens:,}, world size {rt.world_size}",
-                 *(f"  {'pass' if f.holds else 'FAIL'}  {f.walk:<{wide[0]}}  {f.check:<{wide[1]}}  {f.evidence}"
-                   for f in self.findings),
-                 f"audit:{verdict} checks:{len(self.findings)} failed:{len(failed)} "
-                 f"signed:sha256:{digest(body)} of {files[0]}"]
+        table = [f"audit of {self.path} by {self.script.__file__}: the first {len(self.tokens):,} of "
+                 f"{len(self.whole):,} tokens, chunks of {self.cfg.ttt_chunk_tokens:,}, world size {rt.world_size}"]
+        table += [f"  {'pass' if f.holds else 'FAIL'}  {f.walk:<{wide[0]}}  {f.check:<{wide[1]}}  {f.evidence}"
+                  for f in self.findings]
+        table += [f"audit:{verdict} checks:{len(self.findings)} failed:{len(failed)} "
+                  f"signed:sha256:{digest(body)} of {files[0]}"]
         if rt.rank == 0:
             self.script.write_whole(files[0], body)
             self.script.write_whole(files[1], "\n".join([*table, ""]).encode())
-        return table
+            print("\n".join(table), flush=True)
 
 
 def everyone(rt, value) -> list:
@@ -595,15 +601,10 @@ def read_artifact(path: str) -> bytes:
         raise AuditError(f"cannot read artifact {path}: {error.strerror}") from None
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
-def refuse(message: str):
-    raise AuditError(f"{message} (--help says more)")
-
-
-def parse(argv: list[str], environ: dict) -> tuple[argparse.Namespace, dict]:
-    """(options, variables). Raises AuditError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+# ---- command line ------------------------------------------------------------------------------------------------
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Raises UsageError."""
+    parser = Parser(__doc__)
     parser.add_argument("artifact", metavar="ARTIFACT")
     parser.add_argument("--script", metavar="FILE", help="what scores it (default: the repository's train_gpt.py)")
     parser.add_argument("--tokens", metavar="N", help="length of the piece; 0, the default: two and a half chunks")
@@ -611,67 +612,62 @@ def parse(argv: list[str], environ: dict) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--out", metavar="PREFIX", help="of the two files")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_intermixed_args(argv)
-    for pair in args.settings:
-        if "=" not in pair:
-            refuse(f"{pair!r} is not KEY=VALUE")
-    environ = {**environ, **dict(pair.split("=", 1) for pair in args.settings), "EVAL_ARTIFACT": args.artifact}
+    environ = {**os.environ, **dict(pair.split("=", 1) for pair in args.settings if "=" in pair)}
     for name, default, least in (("script", ROOT / "train_gpt.py", None), ("out", "", None), ("tokens", 0, 0),
                                  ("positions", 6, 1)):
         text = getattr(args, name) or environ.get(f"AUDIT_{name.upper()}") or str(default)
         if least is not None and not (text.isdecimal() and int(text) >= least):
-            refuse(f"AUDIT_{name.upper()}={text} is not a whole number from {least} on")
+            raise UsageError(f"AUDIT_{name.upper()}={text} is not a whole number from {least} on")
         setattr(args, name, text if least is None else int(text))
-    return args, environ
+    return args
 
 
-def known_settings(script, pairs: list[str]) -> None:
-    """Raises AuditError: an argument that sets nothing."""
-    names = {name for f in dataclasses.fields(script.Hyperparameters) for name in script.env_names(f)}
-    unknown = [key for key in (pair.partition("=")[0] for pair in pairs) if key not in names and key[:6] != "AUDIT_"]
-    if unknown:
-        refuse(f"{unknown[0]} is not a setting")
+def settings_of(script, args: argparse.Namespace):
+    """The settings that the audited script would score the artifact with. Raises UsageError and the script's own."""
+    names = [name for f in dataclasses.fields(script.Hyperparameters) for name in script.env_names(f)]
+    settings, rest = take_settings(args.settings, [*names, *AUDIT])
+    if rest:
+        raise UsageError(f"{rest[0]!r} is not KEY=VALUE")
+    return script.settings_from({**os.environ, **settings, "EVAL_ARTIFACT": args.artifact})
 
 
-def audit(args: argparse.Namespace, script, environ: dict, opened: Opened) -> int:
-    """The audit from settings to files. Raises the script's UserError and AuditError."""
-    begun, cfg = time.perf_counter(), script.settings_from(environ)
+def audit(args: argparse.Namespace, script, opened: Opened) -> None:
+    """From settings to files. Raises AuditError if a check fails."""
+    begun, cfg = time.perf_counter(), settings_of(script, args)
     prefix = Path(args.out or Path(cfg.artifact_dir) / "logs" / (cfg.run_id or Path(args.artifact).stem))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # for the logs of the script
         rt = script.Runtime.open(dataclasses.replace(cfg, artifact_dir=folder, run_id="audit", resume=False))
         try:
-            if rt.device.type == "cuda":  # the fewer walks differ from each other, the more the audit sees
+            if rt.device.type == "cuda":  # the less equal walks differ, the more the audit sees
                 warnings.filterwarnings("ignore", message=".*deterministic")
                 torch.use_deterministic_algorithms(True, warn_only=True)
                 torch.utils.deterministic.fill_uninitialized_memory = False
             auditor = Audit(script, cfg, rt, args.artifact, opened, args.tokens, args.positions)
             failed = [f"{f.check} ({f.walk})" for f in auditor.run() if not f.holds]
-            table = auditor.signed(prefix, time.perf_counter() - begun)
-            if rt.rank == 0:
-                print("\n".join(table), flush=True)
+            auditor.report(prefix, time.perf_counter() - begun)
             rt.agree(0.0)  # no rank leaves before the first has written its files
         finally:
             rt.close()
     if failed:
         raise AuditError(f"the audit failed: {', '.join(failed)}; such a score does not count")
-    return 0
 
 
 def main(argv: list[str]) -> int:
-    script, opened = types.SimpleNamespace(UserError=AuditError), Opened()
+    script, opened = types.SimpleNamespace(UserError=UsageError), Opened()
     try:
-        args, environ = parse(argv, dict(os.environ))
+        args = parse(argv)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, before CUDA starts
         with opened:
             script = import_script(Path(args.script))
-            known_settings(script, args.settings)
-            return audit(args, script, environ, opened)
-    except (AuditError, script.UserError) as error:
+            audit(args, script, opened)
+    except (UsageError, script.UserError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    return 0
 
 
 if __name__ == "__main__":
