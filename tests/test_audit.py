@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,6 +114,12 @@ def smear_looks_ahead(monkeypatch):
     """Each position takes a share of its successor."""
     monkeypatch.setattr(tg.SmearGate, "forward", lambda self, x: torch.lerp(
         x, F.pad(x, (0, 0, 0, 1))[:, 1:], torch.sigmoid(self.gate)))
+
+
+def smear_looks_two_ahead(monkeypatch):
+    """At the token after the one to predict: the nearest that no score may know."""
+    monkeypatch.setattr(tg.SmearGate, "forward", lambda self, x: torch.lerp(
+        x, F.pad(x, (0, 0, 0, 2))[:, 2:], torch.sigmoid(self.gate)))
 
 
 def target_keyed_cache(monkeypatch):
@@ -311,6 +318,7 @@ CHEATS = [
     (second_pass_counts, {**LORA, "hash_embed_buckets": 64}, "causality"),
     (smear_looks_ahead, {}, "full-vocabulary normalisation"),
     (smear_looks_ahead, DOCUMENT, "full-vocabulary normalisation"),
+    (smear_looks_two_ahead, {}, "causality"),
     (target_keyed_cache, {}, "full-vocabulary normalisation"),
     (cache_of_seen_pairs, {}, "full-vocabulary normalisation"),
     (a_little_too_likely, {"dtype": torch.bfloat16}, "full-vocabulary normalisation"),
@@ -338,7 +346,7 @@ CHEATS = [
 ]
 
 
-@pytest.mark.parametrize("cheat, changes, check", CHEATS, ids=[f"{c[0].__name__}-{i}" for i, c in enumerate(CHEATS)])
+@pytest.mark.parametrize("cheat, changes, check", CHEATS, ids=[f"{c[0].__name__}: {c[2]}" for c in CHEATS])
 def test_planted_cheats_are_caught(audit, monkeypatch, cheat, changes, check):
     cheat(monkeypatch)
     found = audit(**changes)
@@ -416,6 +424,14 @@ def test_files_made_here_and_the_system_s_are_fine_others_are_not(tmp_path, monk
         os.listdir(tmp_path)
     (tmp_path / "later").read_text()
     assert opened.foreign([tmp_path / "known"]) == [str(tmp_path / "before"), str(tmp_path / "later")]
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no shared memory")
+def test_memory_that_looks_like_a_device_is_a_file():
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file, tool.Opened() as opened:
+        open(file.name).close()
+        open("/dev/null").close()
+    assert opened.foreign([]) == [file.name]
 
 
 def test_hard_documents_dropped_from_the_text_show(audit, monkeypatch, corpus):
