@@ -138,8 +138,10 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
+built_size() { "$python" tools/record.py build >/dev/null 2>&1 && wc -c <runs/train_gpt.py || echo 0; }  # 0: unknown
 run() {  # [PROFILE] KEY=VALUE...
   ready "$@"
+  export CODE_BYTES=${CODE_BYTES:-$(built_size)}  # what is submitted is the built script, not the readable one
   [ "$gpus" -gt 1 ] || exec "$python" train_gpt.py
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
   exec "$python" tools/launch.py --standalone --nproc_per_node="$gpus" train_gpt.py
@@ -170,7 +172,8 @@ case $command in
     choose_python torch numpy sentencepiece pytest hypothesis
     where=tests
     for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # somebody names the tests to run
-    exec "$python" -m pytest ${where:+tests} "$@" ;;
+    workers=$("$python" -c 'import xdist' 2>/dev/null && echo '-n 2') || true
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$python" -m pytest ${where:+tests $workers} "$@" ;;
   data) shift; to_run; tool data/prepare.py "$@" ;;
   bench | parity | record | report) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
