@@ -15,7 +15,8 @@ usage() {
   cat <<'EOF'
 bash run.sh [PROFILE] [KEY=VALUE...]   set up and run train_gpt.py; without PROFILE: default with GPUs, smoke without
 bash run.sh eval ARTIFACT [PROFILE] [KEY=VALUE...]   score an artifact without training; model settings are its own
-bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text that its scores are legal
+bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text that its scores are legal (tools/audit.py);
+                                       AUDIT=1 bash run.sh ... does it after a run
 bash run.sh inspect ARTIFACT [--plot FILE.png] [KEY=VALUE...]     where its bytes are (tools/inspect_artifact.py)
 bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS] [KEY=VALUE...]   text from it (tools/sample.py)
 bash run.sh sweep ARTIFACT KEY=a,b,c... [KEY=VALUE...]   settings of test-time training as a table (tools/ttt_bench.py)
@@ -139,12 +140,22 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
 built_size() { "$python" tools/record.py build >/dev/null 2>&1 && wc -c <runs/train_gpt.py || echo 0; }  # 0: unknown
-run() {  # [PROFILE] KEY=VALUE...
+run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was scored, AUDIT=only: that alone
   ready "$@"
   export CODE_BYTES=${CODE_BYTES:-$(built_size)}  # what is submitted is the built script, not the readable one
-  [ "$gpus" -gt 1 ] || exec "$python" train_gpt.py
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
-  exec "$python" tools/launch.py --standalone --nproc_per_node="$gpus" train_gpt.py
+  local launch=("$python") audit=${AUDIT:-0} of=${EVAL_ARTIFACT:-}
+  [[ $audit =~ ^(0|1|only)$ ]] || die "AUDIT=$audit is not one of 0, 1, only"
+  [ "$audit" != only ] || [ "$of" ] || die "AUDIT=only looks at an artifact: bash run.sh audit ARTIFACT"
+  if [ "$gpus" -gt 1 ]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
+    launch+=(tools/launch.py --standalone --nproc_per_node="$gpus")
+  fi
+  [ "$audit" != 0 ] || exec "${launch[@]}" train_gpt.py
+  if [ "$audit" = 1 ]; then
+    export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}  # the audit's files go beside the log
+    "${launch[@]}" train_gpt.py
+  fi
+  exec "${launch[@]}" tools/audit.py "${of:-${ARTIFACT_DIR:-${OUT_DIR:-.}}/final_model.ptz}"
 }
 
 # ---- 6 commands
@@ -180,7 +191,7 @@ case $command in
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     artifact=1
     export EVAL_ARTIFACT=$2
-    [ "$command" = eval ] || export AUDIT=only
+    [ "$command" = eval ] || AUDIT=only
     run "${@:3}" ;;
   inspect) shift; to_run; tool tools/inspect_artifact.py "$@" ;;
   sample) shift; artifact_tool tools/sample.py "$@" ;;

@@ -3,34 +3,53 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+from types import SimpleNamespace
 
+import numpy as np
+import prepare
 import pytest
+import sentencepiece
 import torch
 import train_gpt as tg
-from conftest import ROOT, environment, scrambled
+from conftest import ROOT, environment, make_runtime, scrambled
 from test_evaluation import LORA, MODES, setting  # noqa: F401  (a fixture)
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-CHECKS = {"each token scored once", "the sum is that of the scores", "bytes are the decoded text's", "causality",
-          "first batch is the artifact's own", "repeatable", "full-vocabulary normalisation"}
+sys.path.insert(0, str(ROOT / "tools"))
+import audit as tool  # noqa: E402
+import record  # noqa: E402
+
+OF_ALL = {"artifact is the only source of weights", "nothing else was read", "the text is the whole text",
+          "score before update"}
+OF_A_WALK = {"each token scored once", "the sum is that of the scores", "bytes are the decoded text's",
+             "bits per byte are nats / ln 2 / bytes", "scores are -log softmax of the logits", "causality",
+             "repeatable", "full-vocabulary normalisation"}
+OWN = {"roundtrip": "all scores are the artifact's own", "sliding": "all scores are the artifact's own",
+       "ttt": "first batch is the artifact's own"}
+COUNT = len(OF_ALL) + 3 * (len(OF_A_WALK) + 1)
 
 
 @pytest.fixture
-def audit(config, rt, tmp_path):
+def audit(config, tmp_path):
     """Runs the audit of a scrambled model's artifact with some settings; returns the findings."""
-    def start(cheat_on_weights=False, **changes):
-        cfg = config(ttt_batch_seqs=2, ttt_chunk_tokens=128, audit_positions=4, eval_batch_seqs=8, **changes)
+    def start(positions=2, dtype=torch.float32, compiles=False, **changes):
+        cfg = config(**{"num_layers": 2, "ve_layers": "1", "ttt_batch_seqs": 2, "ttt_chunk_tokens": 128,
+                        "eval_batch_seqs": 32, **changes})
         tg.check_combinations(cfg)
-        val, path = tg.ValData.open(cfg, rt), tmp_path / "model.ptz"
+        rt, path = make_runtime(tmp_path, dtype=dtype, compiles=compiles), tmp_path / "model.ptz"
+        val = tg.ValData.open(cfg, rt)
         torch.manual_seed(0)
         path.write_bytes(tg.pack(cfg, scrambled(tg.GPT(cfg)), val.tokenizer_sha256).blob)
-        model = tg.load_model(path.read_bytes(), rt, val.tokenizer_sha256)
-        if cheat_on_weights:
-            with torch.no_grad():
-                model.tok_emb.weight[3, 5] += 1e-6
-        return tg.Audit(cfg, rt, val, model, path).run()
+        with tool.Opened() as opened:
+            start.audit = tool.Audit(tg, cfg, rt, str(path), opened, 0, positions)
+            return start.audit.run()
     return start
 
 
@@ -44,27 +63,36 @@ def test_every_mode_passes(audit, mode):
     findings = audit(eval_stride=stride if stride < 32 else 0, ttt_enabled=changes is not None, **(changes or {}))
     assert not failed(findings), [f for f in findings if not f.holds]
     walks = {"roundtrip"} | ({"sliding"} if stride < 32 else set()) | ({"ttt"} if changes is not None else set())
-    assert {(f.walk, f.check) for f in findings} == {(w, c) for w in walks for c in CHECKS} | {
-        ("all", "artifact is the only source of weights"), ("all", "score before update")}
+    assert {(f.walk, f.check) for f in findings} == {
+        (w, c) for w in walks for c in OF_A_WALK | {OWN[w]}} | {("all", c) for c in OF_ALL}
 
 
-def test_without_documents_and_with_temperature(audit, monkeypatch):
-    opened = tg.ValData.open.__func__
-    monkeypatch.setattr(tg.ValData, "open", classmethod(
-        lambda cls, cfg, rt: dataclasses.replace(opened(cls, cfg, rt), bos_id=-1)))
-    assert not failed(audit(ttt_temp=0.9))
-
-
-# ---- cheats: how each is planted, and a check of the adapted walk that must fail for it
-def train_before_score(monkeypatch):
-    """Each chunk is learnt from before it is scored; the guard stands in the way, so the thief goes around it."""
+# ---- cheats: how each is planted, and a check of a walk that must fail for it
+def around(monkeypatch, change):
+    """`change(honest, name, score_fn, val, cfg, adapter, rest)` instead of each walk; honest(score_fn, val) walks."""
     honest = tg.evaluate
 
-    def cheat(name, score_fn, val, cfg, rt, stride, size, adapter=None, clock=None, observe=None):
+    def cheat(name, score_fn, val, cfg, rt, stride, size, adapter=None, *rest, **options):
+        def walk(score_fn=score_fn, val=val):
+            return honest(name, score_fn, val, cfg, rt, stride, size, adapter, *rest, **options)
+        return change(walk, score_fn, val, cfg, adapter)
+    monkeypatch.setattr(tg, "evaluate", cheat)
+
+
+def train_before_score(monkeypatch):
+    """Each chunk is learnt from before it is scored; the guard stands in the way, so the thief goes around it."""
+    def cheat(walk, score_fn, val, cfg, adapter):
         if adapter and not adapter.rows:
             adapter.learn(val.tokens[:-1 - (len(val.tokens) - 2) % cfg.train_seq_len], 0.0, 1)
-        return honest(name, score_fn, val, cfg, rt, stride, size, adapter, clock, observe)
-    monkeypatch.setattr(tg, "evaluate", cheat)
+        return walk()
+    around(monkeypatch, cheat)
+
+
+def lesson_too_long(monkeypatch):
+    """The first lesson has a few tokens of the next chunk in it, past the guard: seen only next to that border."""
+    honest = tg.Scored.lesson
+    monkeypatch.setattr(tg.Scored, "lesson", lambda self, first, count: (
+        honest(self, first, count), self.tokens[first + 2 * (first == 0):][:count + 1])[1])
 
 
 def unscored_lesson(monkeypatch):
@@ -79,19 +107,19 @@ def unscored_lesson(monkeypatch):
 
 def second_pass_counts(monkeypatch):
     """Two passes over the text with one adapter; the second one's scores are reported (PR 1254)."""
-    honest = tg.evaluate
-
-    def cheat(name, score_fn, val, cfg, rt, stride, size, adapter=None, clock=None, observe=None):
-        if adapter:
-            honest(name, score_fn, val, cfg, rt, stride, size, adapter)
-        return honest(name, score_fn, val, cfg, rt, stride, size, adapter, clock, observe)
-    monkeypatch.setattr(tg, "evaluate", cheat)
+    around(monkeypatch, lambda walk, score_fn, val, cfg, adapter: (adapter and walk(), walk())[1])
 
 
 def smear_looks_ahead(monkeypatch):
     """Each position takes a share of its successor."""
     monkeypatch.setattr(tg.SmearGate, "forward", lambda self, x: torch.lerp(
         x, F.pad(x, (0, 0, 0, 1))[:, 1:], torch.sigmoid(self.gate)))
+
+
+def smear_looks_two_ahead(monkeypatch):
+    """At the token after the one to predict: the nearest that no score may know."""
+    monkeypatch.setattr(tg.SmearGate, "forward", lambda self, x: torch.lerp(
+        x, F.pad(x, (0, 0, 0, 2))[:, 2:], torch.sigmoid(self.gate)))
 
 
 def target_keyed_cache(monkeypatch):
@@ -113,6 +141,12 @@ def cache_of_seen_pairs(monkeypatch):
     monkeypatch.setattr(tg.GPT, "nll", cheat)
 
 
+def a_little_too_likely(monkeypatch):
+    """All probabilities are 1.009 times too high: what half precision could be taken to blur."""
+    honest = tg.GPT.nll
+    monkeypatch.setattr(tg.GPT, "nll", lambda self, *rest: honest(self, *rest) - 0.009)
+
+
 def tail_scored_again(monkeypatch):
     """The last windows are cut at the end of the text and score its tail once more (the published scripts)."""
     honest = tg.Windows.sliding.__func__
@@ -125,7 +159,23 @@ def tail_scored_again(monkeypatch):
     monkeypatch.setattr(tg.Windows, "sliding", classmethod(cheat))
 
 
-def best_of_two(monkeypatch):
+def tail_without_guard(monkeypatch):
+    tail_scored_again(monkeypatch)
+    monkeypatch.setattr(tg.Scored, "demand", lambda self, times: None)
+
+
+def hard_documents_left_out(monkeypatch):
+    """Documents that are hard to predict get no score, here those of odd length; nobody demands one."""
+    honest = tg.Windows.read
+
+    def cheat(self, tokens):
+        ids, wanted, at, counted = honest(self, tokens)
+        return ids, wanted, at, counted & (at // 300 % 2 == 0)
+    monkeypatch.setattr(tg.Windows, "read", cheat)
+    monkeypatch.setattr(tg.Scored, "demand", lambda self, times: None)
+
+
+def sum_of_less(monkeypatch):
     """Without a word, the sum takes 3 % off each score."""
     honest = tg.BpbMeter.add
     monkeypatch.setattr(tg.BpbMeter, "add", lambda self, nll, *rest: honest(self, nll * 0.97, *rest))
@@ -133,14 +183,60 @@ def best_of_two(monkeypatch):
 
 def scores_touched_up(monkeypatch):
     """The walk takes 3 % off what the model says, before anyone sees it."""
-    honest = tg.evaluate
-    monkeypatch.setattr(tg, "evaluate", lambda name, score_fn, *rest: honest(
-        name, lambda *batch: 0.97 * score_fn(*batch), *rest))
+    around(monkeypatch, lambda walk, score_fn, *_: walk(lambda *batch: 0.97 * score_fn(*batch)))
+
+
+def lower_of_two_temperatures(monkeypatch):
+    """Each token has the better one of two scores."""
+    around(monkeypatch, lambda walk, score_fn, *_: walk(lambda ids, wanted, temperature, dress: torch.minimum(
+        score_fn(ids, wanted, temperature, dress), score_fn(ids, wanted, 1.2, dress))))
+
+
+def lower_of_two_in_the_model(monkeypatch):
+    honest = tg.GPT.nll
+    monkeypatch.setattr(tg.GPT, "nll", lambda self, ids, targets, temperature=1.0, dress=None: torch.minimum(
+        honest(self, ids, targets, temperature, dress), honest(self, ids, targets, 1.2, dress)))
+
+
+def better_batch_of_two(monkeypatch):
+    """Each batch is scored at two temperatures, the better one counts: these are scores that one call made."""
+    def change(walk, score_fn, *_):
+        def scores(ids, wanted, temperature, dress):
+            return min((score_fn(ids, wanted, t, dress) for t in (1.2, temperature)), key=lambda nll: nll.sum().item())
+        return walk(scores)
+    around(monkeypatch, change)
+
+
+def another_temperature(monkeypatch):
+    """One that was not announced."""
+    around(monkeypatch, lambda walk, score_fn, *_: walk(
+        lambda ids, wanted, temperature, dress: score_fn(ids, wanted, 1.1 * temperature, dress)))
+
+
+def longer_context_than_the_text(monkeypatch):
+    """The model reads something else than the text before the target: here, its own guess at what stands there."""
+    around(monkeypatch, lambda walk, score_fn, *_: walk(
+        lambda ids, wanted, *rest: score_fn(F.pad(ids[:, 1:-1], (1, 1), value=5), wanted, *rest)))
 
 
 def bytes_counted_twice(monkeypatch):
-    honest = tg.ByteTable.count
-    monkeypatch.setattr(tg.ByteTable, "count", lambda self, previous, target: honest(self, previous, target) + 1)
+    honest = tg.token_bytes
+    monkeypatch.setattr(tg, "token_bytes", lambda *given: honest(*given) + 1)
+
+
+def bpb_scaled(monkeypatch):
+    """The sums are right, what is made of them is not."""
+    honest = tg.BpbMeter.reduce
+
+    def cheat(self, rt):
+        loss, bpb, *counts = honest(self, rt)
+        return loss, 0.99 * bpb, *counts
+    monkeypatch.setattr(tg.BpbMeter, "reduce", cheat)
+
+
+def loss_scaled(monkeypatch):
+    honest = tg.BpbMeter.reduce
+    monkeypatch.setattr(tg.BpbMeter, "reduce", lambda self, rt: (0.99 * honest(self, rt)[0], *honest(self, rt)[1:]))
 
 
 def adapter_knows_something(monkeypatch):
@@ -155,52 +251,112 @@ def adapter_knows_something(monkeypatch):
     monkeypatch.setattr(tg.LoraAdapter, "__init__", cheat)
 
 
+def adapter_remembers(monkeypatch):
+    """What one walk learnt, the next one begins with."""
+    kept = []
+
+    def change(walk, score_fn, val, cfg, adapter):
+        if not adapter:
+            return walk()
+        for tensor, before in zip(adapter.moving, kept):
+            tensor.data.copy_(before)
+        result = walk()
+        kept[:] = [tensor.detach().clone() for tensor in adapter.moving]
+        return result
+    around(monkeypatch, change)
+
+
+def sliding_after_adaptation(monkeypatch):
+    """The sliding score is made with weights that have learnt from the whole text."""
+    honest = tg.final_walks
+    monkeypatch.setattr(tg, "final_walks", lambda cfg: dict(
+        sorted(honest(cfg).items(), key=lambda walk: ["roundtrip", "ttt", "sliding"].index(walk[0]))))
+
+
 def whole_document_at_once(monkeypatch):
     """Documents are learnt from as a whole before their later chunks are scored."""
     honest = tg.LoraAdapter.reset
 
-    def watch_texts(name, score_fn, val, cfg, rt, stride, size, adapter=None, clock=None, observe=None):
+    def watch_texts(walk, score_fn, val, cfg, adapter):
         if adapter:
             adapter.text = val.tokens
-        return walk(name, score_fn, val, cfg, rt, stride, size, adapter, clock, observe)
+        return walk()
 
     def cheat(self):
         honest(self)
         with torch.no_grad():
             for _, b in self.pairs.values():
                 b += 1e-3 * self.text[-40:].float().std()
-    walk = tg.evaluate
-    monkeypatch.setattr(tg, "evaluate", watch_texts)
+    around(monkeypatch, watch_texts)
     monkeypatch.setattr(tg.LoraAdapter, "reset", cheat)
 
 
-DOCUMENT = {**LORA, "ttt_reset": "document", "ttt_batch_docs": 3, "ttt_doc_chunk_tokens": 16}
+def walk_is_deaf(monkeypatch):
+    """Whatever the text, the scores are those of the first one."""
+    texts = []
+    around(monkeypatch, lambda walk, score_fn, val, *_: (texts.append(val), walk(val=texts[0]))[1])
+
+
+def dice_in_the_scores(monkeypatch):
+    """Every walk comes out differently: nobody could tell what else differs."""
+    honest = tg.GPT.nll
+    monkeypatch.setattr(tg.GPT, "logits", lambda self, *args, honest=tg.GPT.logits, **options: honest(
+        self, *args, **options) * (1 + 0.3 * random.random()))
+
+
+def half_the_script_scores(monkeypatch):
+    """Scores that the scoring function has not made at all."""
+    monkeypatch.setattr(tg, "scorer", lambda model, rt, adapter=None: model.nll)
+
+
+DOCUMENT = {**LORA, "ttt_reset": "document", "ttt_batch_docs": 8, "ttt_doc_chunk_tokens": 16}
 CHEATS = [
     (train_before_score, {}, "causality"),
-    (unscored_lesson, {}, "score before update"),
+    (lesson_too_long, {}, "causality"),
     (second_pass_counts, {}, "causality"),
+    (second_pass_counts, {}, "each token scored once"),
     (second_pass_counts, {**LORA, "hash_embed_buckets": 64}, "causality"),
     (smear_looks_ahead, {}, "full-vocabulary normalisation"),
     (smear_looks_ahead, DOCUMENT, "full-vocabulary normalisation"),
+    (smear_looks_two_ahead, {}, "causality"),
     (target_keyed_cache, {}, "full-vocabulary normalisation"),
     (cache_of_seen_pairs, {}, "full-vocabulary normalisation"),
-    (tail_scored_again, {}, "score before update"),
-    (best_of_two, {}, "the sum is that of the scores"),
+    (a_little_too_likely, {"dtype": torch.bfloat16}, "full-vocabulary normalisation"),
+    (a_little_too_likely, {"dtype": torch.bfloat16, **DOCUMENT}, "full-vocabulary normalisation"),
+    (a_little_too_likely, {"dtype": torch.bfloat16}, "scores are -log softmax of the logits"),
+    (tail_without_guard, {}, "each token scored once"),
+    (hard_documents_left_out, {}, "each token scored once"),
+    (sum_of_less, {}, "the sum is that of the scores"),
     (scores_touched_up, {}, "the sum is that of the scores"),
+    (lower_of_two_temperatures, {}, "the sum is that of the scores"),
+    (lower_of_two_temperatures, {}, "each token scored once"),
+    (lower_of_two_in_the_model, {}, "scores are -log softmax of the logits"),
+    (better_batch_of_two, {}, "each token scored once"),
+    (another_temperature, {"ttt_temp": 0.9}, "scores are -log softmax of the logits"),
+    (longer_context_than_the_text, {}, "each token scored once"),
+    (half_the_script_scores, {}, "the sum is that of the scores"),
     (bytes_counted_twice, {}, "bytes are the decoded text's"),
+    (bpb_scaled, {}, "bits per byte are nats / ln 2 / bytes"),
+    (loss_scaled, {}, "the sum is that of the scores"),
     (adapter_knows_something, LORA, "first batch is the artifact's own"),
+    (adapter_remembers, {}, "repeatable"),
+    (dice_in_the_scores, {}, "repeatable"),
     (whole_document_at_once, DOCUMENT, "causality"),
+    (walk_is_deaf, {}, "causality"),
 ]
 
 
-@pytest.mark.parametrize("cheat, changes, check", CHEATS, ids=[f"{c[0].__name__}-{i}" for i, c in enumerate(CHEATS)])
+@pytest.mark.parametrize("cheat, changes, check", CHEATS, ids=[f"{c[0].__name__}: {c[2]}" for c in CHEATS])
 def test_planted_cheats_are_caught(audit, monkeypatch, cheat, changes, check):
     cheat(monkeypatch)
-    assert ("ttt", check) in failed(audit(**changes))
+    found = audit(**changes)
+    assert ("ttt", check) in failed(found), found
 
 
-def test_a_weight_from_elsewhere_is_caught(audit):
-    assert ("all", "artifact is the only source of weights") in failed(audit(cheat_on_weights=True))
+@pytest.mark.parametrize("cheat", [unscored_lesson, tail_scored_again])
+def test_what_the_guard_of_the_walk_stops(audit, monkeypatch, cheat):
+    cheat(monkeypatch)
+    assert failed(audit()) == {("all", "score before update")}
 
 
 def test_a_guard_that_sleeps_is_caught(audit, monkeypatch):
@@ -208,52 +364,290 @@ def test_a_guard_that_sleeps_is_caught(audit, monkeypatch):
     assert failed(audit(ttt_enabled=False)) == {("all", "score before update")}
 
 
-def test_re_scored_tail_is_caught_without_the_guard(audit, monkeypatch):
-    tail_scored_again(monkeypatch)
-    monkeypatch.setattr(tg.Scored, "demand", lambda self, times: None)
-    assert ("sliding", "each token scored once") in failed(audit(ttt_enabled=False))
+def test_sliding_scores_of_adapted_weights_are_caught(audit, monkeypatch):
+    sliding_after_adaptation(monkeypatch)
+    assert ("sliding", "all scores are the artifact's own") in failed(audit())
 
 
-def test_a_run_writes_the_signed_table(run):
-    done = run(AUDIT=1, AUDIT_POSITIONS=2)
-    assert done.code == 0 and "audit:pass checks:23 failed:0" in done.out, done.err
-    body = (done.folder / "logs" / "tiny.audit.json").read_bytes()
-    table = (done.folder / "logs" / "tiny.audit.txt").read_text()
-    found = json.loads(body)
-    assert f"signed:sha256:{hashlib.sha256(body).hexdigest()}" in table and found["verdict"] == "pass"
-    without = run(EVAL_ARTIFACT=done.folder / "final_model.ptz", RUN_ID="without", AUDIT=0)
-    assert all(without.summary[key] == done.summary[key]  # looking changes nothing
-               for key in ("val_bpb_roundtrip", "val_bpb_sliding", "val_bpb_ttt"))
-    artifact = (done.folder / "final_model.ptz").read_bytes()
-    assert found["artifact_sha256"] == hashlib.sha256(artifact).hexdigest()
-    assert len(found["findings"]) == 23 and all(f["holds"] for f in found["findings"])
-    alone = run(AUDIT="only", AUDIT_POSITIONS=2, EVAL_ARTIFACT=done.folder / "final_model.ptz", RUN_ID="alone")
-    assert alone.code == 0 and "audit:pass checks:23" in alone.out
-    assert "val_bpb:" not in alone.out.replace("val_bpb:e", "")
+def test_a_weight_from_elsewhere_is_caught(audit, monkeypatch):
+    honest, loads = tg.load_model, []
+
+    def cheat(*args):
+        model = honest(*args)
+        with torch.no_grad():
+            model.tok_emb.weight[3, 5] += 1e-6 * (not loads)
+        loads.append(model)
+        return model
+    monkeypatch.setattr(tg, "load_model", cheat)
+    assert ("all", "artifact is the only source of weights") in failed(audit(ttt_enabled=False))
 
 
-def test_ranks_audit_together(run, corpus, tmp_path):
+def test_weights_from_a_second_file_are_caught(audit, monkeypatch, tmp_path):
+    """However often the model is read, they are there again; but the file is opened."""
+    torch.save(torch.ones(32), tmp_path / "more.pt")
+    honest = tg.load_model
+
+    def cheat(*args):
+        model = honest(*args)
+        with torch.no_grad():
+            model.tok_emb.weight[3] += torch.load(tmp_path / "more.pt")
+        return model
+    monkeypatch.setattr(tg, "load_model", cheat)
+    found = audit(ttt_enabled=False)
+    assert failed(found) == {("all", "nothing else was read")}
+    assert str(tmp_path / "more.pt") in str(found)
+
+
+def test_a_call_for_help_is_caught(audit, monkeypatch):
+    def ask(walk, *_):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.connect(("192.0.2.7", 9))  # sends nothing
+        return walk()
+    around(monkeypatch, ask)
+    found = audit(ttt_enabled=False)
+    assert failed(found) == {("all", "nothing else was read")} and "192.0.2.7" in str(found)
+
+
+def test_files_made_here_and_the_system_s_are_fine_others_are_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    for name in ("known", "before", "cache/kernel.so", "later"):
+        (tmp_path / name).write_text("1")
+    with tool.Opened() as opened:
+        for name in ("known", "before", "cache/kernel.so"):
+            (tmp_path / name).read_bytes()
+        (tmp_path / "made").write_text("2")
+        (tmp_path / "made").read_text()
+        with open(tmp_path / "later", "a+") as file:
+            file.read()
+        open(json.__file__).close()
+        os.listdir(tmp_path)
+    (tmp_path / "later").read_text()
+    assert opened.foreign([tmp_path / "known"]) == [str(tmp_path / "before"), str(tmp_path / "later")]
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no shared memory")
+def test_memory_that_looks_like_a_device_is_a_file():
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file, tool.Opened() as opened:
+        open(file.name).close()
+        open("/dev/null").close()
+    assert opened.foreign([]) == [file.name]
+
+
+def test_hard_documents_dropped_from_the_text_show(audit, monkeypatch, corpus):
+    """From the script's reading, or from the data: then the signed hash is another."""
+    honest = tg.ValData.open.__func__
+
+    def cheat(cls, cfg, rt):
+        val = honest(cls, cfg, rt)
+        return val.take(slice(-200))
+    monkeypatch.setattr(tg.ValData, "open", classmethod(cheat))
+    assert failed(audit(ttt_enabled=False)) == {("all", "the text is the whole text")}
+    whole = hashlib.sha256(corpus.val.astype("<u2").tobytes()).hexdigest()
+    assert len(audit.audit.whole) == 1700 and hashlib.sha256(audit.audit.whole.tobytes()).hexdigest() == whole
+
+
+# ---- honest runs that are not as simple
+
+def test_without_documents_and_with_temperature(audit, monkeypatch):
+    opened = tg.ValData.open.__func__
+    monkeypatch.setattr(tg.ValData, "open", classmethod(
+        lambda cls, cfg, rt: dataclasses.replace(opened(cls, cfg, rt), bos_id=-1)))
+    assert not failed(audit(ttt_temp=0.9))
+
+
+def noisy_gradients(monkeypatch):
+    """As a GPU's atomic additions: each time a little different."""
+    honest, generator = tg.Adapter.step, torch.Generator()
+    generator.seed()
+
+    def step(self):
+        for grad in (t.grad for t in self.moving if t.grad is not None):
+            grad *= 1 + 1e-7 * torch.randn(grad.shape, generator=generator)
+        honest(self)
+    monkeypatch.setattr(tg.Adapter, "step", step)
+
+
+STRONG = {"ttt_lr": 0.3, "ttt_epochs": 3}
+
+
+@pytest.mark.parametrize("changes", [STRONG, {"ttt_lr": 0.01}, DOCUMENT], ids=["strong", "weak", "document"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_honest_noise_passes(audit, monkeypatch, changes, dtype):
+    noisy_gradients(monkeypatch)
+    found = audit(dtype=dtype, positions=3, **changes)
+    assert not failed(found), found
+
+
+def test_noise_hides_no_cheat(audit, monkeypatch):
+    noisy_gradients(monkeypatch)
+    train_before_score(monkeypatch)
+    assert ("ttt", "causality") in failed(audit(dtype=torch.bfloat16, **STRONG))
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory):
+    """A tokenizer that knows few words and takes the rest for bytes."""
+    path = tmp_path_factory.mktemp("bytes") / "tokenizer.model"
+    prepare.train_tokenizer(["the cat sat on the mat and the dog ran to the cat " * 20] * 20, path, 290)
+    return path, sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_the_piece_is_cut_and_divided_between_characters(config, rt, tmp_path, byte_tokenizer, seed):
+    """Of mixed text without documents, wherever it ends: the bytes of the piece stay countable."""
+    path, tokenizer = byte_tokenizer
+    dice, folder = random.Random(seed), tmp_path / "mixed"
+    words = ["the cat", "猫が座った", "собака", "😀🎉", "naïve", "of the mat", "ไทย"]
+    ids = tokenizer.encode(" ".join(dice.choice(words) for _ in range(120)))[:200 + seed]
+    folder.mkdir()
+    prepare.write_shard(folder / "fineweb_val_000000.bin", np.array(ids, dtype=np.uint16))
+    cfg = config(data_path=str(folder), tokenizer_path=str(path), vocab_size=tokenizer.vocab_size(), ttt_enabled=False)
+    model = tmp_path / "model.ptz"
+    val = tg.ValData.open(cfg, rt)
+    model.write_bytes(tg.pack(cfg, tg.GPT(cfg), val.tokenizer_sha256).blob)
+    audit = tool.Audit(tg, cfg, rt, str(model), tool.Opened(), 100 + seed)
+    tokens = audit.tokens.long()
+    assert (tokens == tokenizer.bos_id()).sum() == 1 and 98 + seed <= len(tokens) <= 102 + seed
+    assert audit.decoded_bytes() == int(audit.val.sizes[1:].sum()) == int(val.sizes[1:audit.stop].sum())
+
+
+def test_bytes_told_by_the_data_set_count(config, rt, tmp_path, corpus):
+    """Their sum over the piece, whatever the tokenizer decodes; a planted document adds none."""
+    folder = tmp_path / "told"
+    folder.mkdir()
+    tokens = corpus.val[corpus.val != corpus.tokenizer.bos_id()][:700]
+    sizes = np.random.default_rng(0).integers(0, 9, len(tokens)).astype(np.uint16)
+    prepare.write_shard(folder / "fineweb_val_000000.bin", tokens)
+    prepare.write_shard(folder / "fineweb_val_bytes_000000.bin", sizes)
+    cfg, model = config(data_path=str(folder), ttt_enabled=False), tmp_path / "model.ptz"
+    val = tg.ValData.open(cfg, rt)
+    model.write_bytes(tg.pack(cfg, tg.GPT(cfg), val.tokenizer_sha256).blob)
+    audit = tool.Audit(tg, cfg, rt, str(model), tool.Opened(), 300)
+    assert len(audit.tokens) == 302 and audit.decoded_bytes() == sizes[1:301].sum()
+
+
+# ---- from the shell
+
+def shell(corpus, folder, *arguments, launch=(), **variables):
+    """A process of the tool with tiny settings; returns exit code, output and error."""
+    settings = environment(corpus, folder, TTT_CHUNK_TOKENS=128, NUM_LAYERS=2, VE_LAYERS=1, **variables)
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run([sys.executable, *launch, str(ROOT / "tools/audit.py"), *map(str, arguments)], text=True,
+                          env={**clean, "OMP_NUM_THREADS": "1", **settings}, capture_output=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def artifact(corpus, tmp_path_factory):
+    """An untrained model's."""
+    folder = tmp_path_factory.mktemp("artifact")
+    cfg = tg.Hyperparameters.from_env(environment(corpus, folder, NUM_LAYERS=2, VE_LAYERS=1))
+    torch.manual_seed(0)
+    (folder / "some.ptz").write_bytes(tg.pack(cfg, scrambled(tg.GPT(cfg)), tg.open_tokenizer(cfg)[1]).blob)
+    return folder / "some.ptz"
+
+
+def check_signed(prefix, done, artifact, script, corpus):
+    """The table, the file and the output say the same; returns what the file says."""
+    body, table = (prefix.with_name(prefix.name + kind) for kind in (".audit.json", ".audit.txt"))
+    found, lines = json.loads(body.read_bytes()), table.read_text()
+    assert lines == done.out and f"signed:sha256:{hashlib.sha256(body.read_bytes()).hexdigest()}" in lines
+    bad = [f for f in found["findings"] if not f["holds"]]
+    assert found["verdict"] == ("FAIL" if bad else "pass") and f"audit:{found['verdict']} " in lines
+    assert f"checks:{len(found['findings'])} failed:{len(bad)} " in lines
+    assert found["artifact_sha256"] == hashlib.sha256(artifact.read_bytes()).hexdigest()
+    assert found["code_sha256"] == hashlib.sha256(script.read_bytes()).hexdigest()
+    assert found["whole_text_tokens"] == 1700
+    assert found["whole_text_sha256"] == hashlib.sha256(corpus.val.astype("<u2").tobytes()).hexdigest()
+    piece = corpus.val[:found["text_tokens"]].astype("<u2").tobytes()
+    assert found["text_sha256"] == hashlib.sha256(piece).hexdigest()
+    return found
+
+
+@pytest.fixture
+def here(corpus, tmp_path, monkeypatch, capsys):
+    """The tool in this process."""
+    def start(*arguments, **variables):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        settings = environment(corpus, tmp_path, TTT_CHUNK_TOKENS=128, NUM_LAYERS=2, VE_LAYERS=1, **variables)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("RUN_ID")
+        code = tool.main([str(argument) for argument in arguments])
+        return SimpleNamespace(code=code, **dict(zip(("out", "err"), capsys.readouterr())))
+    return start
+
+
+def test_the_signed_table(here, artifact, tmp_path, corpus):
+    done = here(artifact, "AUDIT_POSITIONS=2")
+    assert done.code == 0, done.err
+    found = check_signed(tmp_path / "logs/some", done, artifact, ROOT / "train_gpt.py", corpus)
+    assert len(found["findings"]) == COUNT and found["world_size"] == 1 and found["text_tokens"] == 321
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["some.audit.json", "some.audit.txt"]
+    longer = here(artifact, "--tokens", 400, "--out", tmp_path / "mine", "TTT_ENABLED=0", AUDIT_POSITIONS=1)
+    assert longer.code == 0
+    found = check_signed(tmp_path / "mine", longer, artifact, ROOT / "train_gpt.py", corpus)
+    assert found["text_tokens"] == 401 and found["settings"]["ttt_enabled"] is False
+    assert here(artifact, "RUN_ID=run", "TTT_ENABLED=0", "EVAL_STRIDE=0", "AUDIT_POSITIONS=1").code == 0
+    assert (tmp_path / "logs/run.audit.json").exists()
+
+
+def test_a_built_script_and_a_failed_audit(here, artifact, tmp_path, corpus):
+    """The self-extracting script is audited as well; one that lies has a signed FAIL, and one line says so."""
+    source = (ROOT / "train_gpt.py").read_text()
+    lie = source.replace("nats / math.log(2) / max(size, 1), int(tokens)", "nats / 0.7 / max(size, 1), int(tokens)")
+    for name, text in (("honest", source), ("lying", lie)):
+        (tmp_path / f"{name}.py").write_text(record.build(text))
+        done = here(artifact, "--script", tmp_path / f"{name}.py", "AUDIT_POSITIONS=1", "TTT_ENABLED=0")
+        found = check_signed(tmp_path / "logs/some", done, artifact, tmp_path / f"{name}.py", corpus)
+        assert done.code == (0 if name == "honest" else 2) and (found["verdict"] == "pass") == (name == "honest")
+    assert done.err == "error: the audit failed: {0} (roundtrip), {0} (sliding); such a score does not count\n".format(
+        "bits per byte are nats / ln 2 / bytes")
+
+
+def test_ranks_audit_together(corpus, tmp_path, artifact):
     """Two ranks see each other's scores and come to the findings of one."""
-    assert run(ITERATIONS=2, TTT_ENABLED=0).code == 0
-    settings = environment(corpus, tmp_path, AUDIT="only", EVAL_ARTIFACT=tmp_path / "final_model.ptz", RUN_ID="two",
-                           AUDIT_POSITIONS=2, TTT_CHUNK_TOKENS=128, TTT_ENABLED=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, str(ROOT / "train_gpt.py")], env={**os.environ, "OMP_NUM_THREADS": "1", **settings},
-                          capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and "audit:pass checks:23" in done.stdout, done.stdout + done.stderr
+    done = shell(corpus, tmp_path, artifact, "--positions", 2, RUN_ID="two",
+                 launch=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    assert done.returncode == 0 and f"audit:pass checks:{COUNT}" in done.stdout, done.stdout + done.stderr
     assert json.loads((tmp_path / "logs" / "two.audit.json").read_text())["world_size"] == 2
 
 
-def test_a_failed_audit_ends_the_run(run, monkeypatch):
-    target_keyed_cache(monkeypatch)
-    done = run(AUDIT=1, AUDIT_POSITIONS=1)
-    assert done.code == 2 and "legal_ttt val_loss" not in done.out
-    assert "audit failed: full-vocabulary normalisation" in done.err and done.err.count("\n") == 1
+@pytest.mark.parametrize("mode, more", [("sliding", 0), ("sgd", 0), ("lora", 0), ("document", 1)])
+def test_the_audit_adds_no_graphs(audit, monkeypatch, mode, more):
+    """Probes and walks over other texts use those of the first evaluation; of growing windows torch makes one more when
+    it meets a second adapter. The back end runs them eagerly, for want of time."""
+    counted, made, honest, graphs = CompileCounterWithBackend("eager"), torch.compile, tg.final_scores, []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: made(function, backend=counted, **options))
+    monkeypatch.setattr(tg, "final_scores", lambda *args: (honest(*args), graphs.append(counted.frame_count))[0])
+    torch._dynamo.reset()
+    stride, changes = MODES[mode]
+    found = audit(compiles=True, eval_stride=stride, ttt_enabled=changes is not None, **(changes or {}))
+    assert not failed(found), found
+    assert graphs[-1] <= graphs[0] + more and len(graphs) == 5
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"AUDIT": "only"}, "EVAL_ARTIFACT names it"), ({"AUDIT": "2"}, "AUDIT"),
-    ({"AUDIT": "1", "AUDIT_TOKENS": "20"}, "AUDIT_TOKENS=20: the audit needs more than a window of 32 tokens")])
-def test_bad_settings(run, settings, message):
-    done = run(**settings)
-    assert done.code == 2 and message in done.err and done.err.count("\n") == 1
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+def test_compiled_graphs_are_audited(corpus, tmp_path, artifact):
+    done = shell(corpus, tmp_path, artifact, "--positions", 1, COMPILE=1, EVAL_STRIDE=0, TTT_MODE="lora",
+                 TTT_LORA_TARGETS="q")
+    assert done.returncode == 0 and "audit:pass" in done.stdout, done.stdout + done.stderr
+    assert json.loads((tmp_path / "logs/tiny.audit.json").read_text())["compile"] is True
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the following arguments are required: ARTIFACT"), (["none.ptz"], "cannot read artifact none.ptz"),
+    (["ARTIFACT", "--tokens", "20"], "AUDIT_TOKENS=20: the audit needs more than a window of 32 tokens"),
+    (["ARTIFACT", "AUDIT_POSITIONS=0"], "AUDIT_POSITIONS=0 is not a whole number from 1 on"),
+    (["ARTIFACT", "--tokens", "many"], "AUDIT_TOKENS=many is not a whole number from 0 on"),
+    (["ARTIFACT", "LEARNING_RATE=3"], "LEARNING_RATE is not a setting"),
+    (["ARTIFACT", "smoke"], "'smoke' is not KEY=VALUE"), (["ARTIFACT", "--nosuch"], "unrecognized arguments"),
+    (["ARTIFACT", "TTT_EPOCHS=-1"], "TTT_EPOCHS=-1 is out of range"),
+    (["ARTIFACT", "--script", "none.py"], "cannot read script none.py"),
+    (["ARTIFACT", "--script", "ARTIFACT"], "cannot import script"),
+    (["ARTIFACT", "--script", record.__file__], "is no train_gpt.py that this audit knows: it has no UserError"),
+    (["ARTIFACT", "--out", "/dev/null/x", "TTT_ENABLED=0", "EVAL_STRIDE=0", "AUDIT_POSITIONS=1"], "cannot write")])
+def test_mistakes_are_one_line(here, artifact, arguments, message):
+    done = here(*(artifact if word == "ARTIFACT" else word for word in arguments))
+    assert done.code == 2 and done.err.startswith("error: ") and message in done.err and done.err.count("\n") == 1

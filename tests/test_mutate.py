@@ -72,4 +72,4 @@ def test_the_list_of_the_repository_can_be_read_and_rooms_have_tests():
     assert len(mutants) >= 30 and len({m.name for m in mutants}) == len(mutants)
     text = (ROOT / "train_gpt.py").read_text()
     rooms = mutate.re.findall(r"^# -{20,} (\w+)$", text, mutate.re.M)
-    assert set(rooms) <= {*mutate.NEAREST, "AUDIT"}
+    assert set(rooms) <= set(mutate.NEAREST)

@@ -50,7 +50,7 @@ def house(tmp_path):
         shutil.copy(ROOT / name, repo / name)
     bin_folder.mkdir()
     calls.touch()
-    for tool in ("bash", "env", "dirname", "basename", "cat", "cp", "grep", "mkdir", "sed", "touch", "wc"):
+    for tool in ("bash", "env", "dirname", "basename", "cat", "cp", "date", "grep", "mkdir", "sed", "touch", "wc"):
         (bin_folder / tool).symlink_to(shutil.which(tool))
     for name in ("python3", "nvidia-smi"):
         (bin_folder / name).write_text(STUB)

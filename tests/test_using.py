@@ -265,13 +265,34 @@ def test_verbs(house):  # noqa: F811
     assert house("inspect", "x.ptz", "--plot", "x.png").calls[-1] == "tools/inspect_artifact.py x.ptz --plot x.png"
     assert house("sample", "x.ptz", "two words").calls[-1] == "tools/sample.py x.ptz two words"
     assert house("record", "build").calls[-1] == "tools/record.py build"
-    audited = house("audit", "a.ptz", "SEED=2")
-    assert audited.calls[-1] == "train_gpt.py" and audited.env["EVAL_ARTIFACT"] == "a.ptz"
-    assert (audited.env["AUDIT"], audited.env["SEED"]) == ("only", "2")
     assert house("report", "x.eval.json").calls[-1] == "tools/report.py x.eval.json"
     assert house("sweep", "x.ptz", "TTT_LR=0.1,0.2").calls[-1] == "tools/ttt_bench.py x.ptz TTT_LR=0.1,0.2"
     assert all(f"bash run.sh {verb} " in house("help").out
                for verb in ("eval", "audit", "inspect", "sample", "sweep", "report", "record"))
+
+
+def test_an_audit_alone_or_after_a_run(house):  # noqa: F811
+    alone = house("audit", "a b.ptz", "smoke", "SEED=2", "AUDIT_TOKENS=500")
+    assert "train_gpt.py" not in alone.calls and alone.calls[-1] == "tools/audit.py a b.ptz"
+    assert (alone.env["SEED"], alone.env["AUDIT_TOKENS"]) == ("2", "500") and "not a setting" not in alone.err
+    assert alone.env["EVAL_SEQ_LEN"] == house("smoke").env["EVAL_SEQ_LEN"] and "RUN_ID" not in alone.env
+    run = house("smoke", AUDIT="1")
+    assert run.calls[-2:] == ["train_gpt.py", "tools/audit.py ./final_model.ptz"] and run.env["RUN_ID"]
+    named = house("smoke", "AUDIT=1", "RUN_ID=mine", ARTIFACT_DIR="else where")
+    assert named.env["RUN_ID"] == "mine" and named.calls[-1] == "tools/audit.py else where/final_model.ptz"
+    ranks, start = house("AUDIT=1", GPUS="2").calls[-2:], "tools/launch.py --standalone --nproc_per_node=2 "
+    assert ranks == [f"{start}train_gpt.py", f"{start}tools/audit.py ./final_model.ptz"]
+    assert house("eval", "x.ptz", AUDIT="1").calls[-2:] == ["train_gpt.py", "tools/audit.py x.ptz"]
+    assert house("smoke", AUDIT="only", EVAL_ARTIFACT="x.ptz").calls[-1] == "tools/audit.py x.ptz"
+    assert house("smoke", AUDIT="0").calls[-1] == "train_gpt.py"
+    failed = house("smoke", AUDIT="1", TRAIN_STATUS="7")
+    assert failed.code == 7 and failed.calls[-1] == "train_gpt.py"
+
+
+@pytest.mark.parametrize("value, said", [("2", "AUDIT=2 is not one of 0, 1, only"), ("only", "run.sh audit ARTIFACT")])
+def test_audit_is_0_1_or_only(house, value, said):  # noqa: F811
+    refused = house("smoke", AUDIT=value)
+    assert refused.code == 2 and said in refused.err and "train_gpt.py" not in refused.calls
 
 
 def test_an_artifact_brings_its_tokenizer(house):  # noqa: F811

@@ -1,0 +1,674 @@
+"""Shows on a piece of the validation text that the scores of an artifact are legal.
+
+    python tools/audit.py final_model.ptz                              # as the repository's train_gpt.py makes them
+    python tools/audit.py final_model.ptz --script runs/train_gpt.py   # as a built one does
+    python tools/audit.py final_model.ptz --tokens 20000 --positions 12 --out logs/mine TTT_EPOCHS=1
+
+The script is looked at from outside: its own `final_scores` makes all scores of the piece, and of changed ones, while
+the audit notes every call of the scoring function, every score that enters a sum and every file that is opened. What
+it then says of them it computes itself. Out of its sight: what a script does only on texts longer than the piece
+(--tokens) or when it notices an audit, files that a library opens without Python, other programs.
+
+Settings are those of train_gpt.py, from the environment or as KEY=VALUE; AUDIT_TOKENS=, AUDIT_POSITIONS=, AUDIT_SCRIPT=
+and AUDIT_OUT= are the options. The table goes to PREFIX.audit.txt, with all it depends on to PREFIX.audit.json, whose
+digest signs it. PREFIX is --out, else logs/RUN_ID or logs/ARTIFACT in ARTIFACT_DIR. Exit code 0: all checks pass; 2:
+one line says which do not.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import math
+import operator
+import os
+import site
+import sys
+import sysconfig
+import tempfile
+import time
+import types
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+from shell import AUDIT, Parser, UsageError, take_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ("UserError", "IllegalScore", "Runtime", "RunLog", "Scored", "ValData", "load_model", "settings_from",
+          "final_scores", "write_whole", "Hyperparameters", "env_names")
+SHARD_HEADER_BYTES = 1024
+EXACT = 1e-4          # nats, or probability: what the same arithmetic may be off
+FUSED = 0.5, 2e-3     # nats, of one score and of their mean: compiled graphs in half precision against plain operations
+NOISE_FACTOR = 4      # how much more than three equal walks differ another text may move the scores before it
+# Nats, at most and root mean square: what a walk may move in any case if equal walks leave unequal weights, since a
+# rounding may flip in one of ten; and noise that could hide a cheat.
+FLIPS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02)}
+UNSTEADY = {torch.float32: (0.02, 2e-3), torch.bfloat16: (0.25, 0.03)}
+
+
+class AuditError(UsageError):
+    """The audit cannot be done, or failed. Printed as one line, exit code 2."""
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+class Opened:
+    """The files that Python opens for reading, and the hosts it calls, inside a `with`."""
+
+    watching, hooked = None, False
+
+    def __init__(self):
+        self.read, self.made_here = set(), set()
+
+    def __enter__(self) -> Opened:
+        if not Opened.hooked:
+            sys.addaudithook(lambda event, args: Opened.watching and Opened.watching.note(event, args))
+            Opened.hooked = True
+        Opened.watching = self
+        return self
+
+    def __exit__(self, *_) -> None:
+        Opened.watching = None
+
+    def note(self, event: str, args: tuple) -> None:
+        if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in ("127.0.0.1", "::1"):
+            self.read.add(f"network {args[1][0]}")
+        if event != "open" or isinstance(args[0], int):
+            return
+        path, flags = os.path.realpath(os.fsdecode(args[0])), args[2]
+        if flags & (os.O_TRUNC | os.O_EXCL):
+            self.made_here.add(path)
+        elif flags & os.O_ACCMODE != os.O_WRONLY and os.path.exists(path) and not os.path.isdir(path):
+            self.read.add(path)
+
+    def foreign(self, known: list) -> list[str]:
+        """What was read besides the `known` files, Python's, the system's, and what compilers keep."""
+        parts = [*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages(), "/lib", "/lib64",
+                 "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share", "/usr/include", "/usr/local/cuda", "/etc",
+                 "/proc", "/sys", "/dev", os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton"]
+        graphs = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "torchinductor_")
+        roots = (*(os.path.join(os.path.realpath(part), "") for part in parts), os.path.realpath(graphs))
+        fine = self.made_here | {os.path.realpath(path) for path in known}
+        return sorted(path for path in self.read - fine if path.startswith("/dev/shm/") or not path.startswith(roots))
+
+
+def import_script(path: Path) -> types.ModuleType:
+    """A module of exactly the bytes of a file; a built script unpacks itself. Raises AuditError."""
+    module = types.ModuleType("audited_script")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look for it there
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    except OSError as error:
+        raise AuditError(f"cannot read script {path}: {error.strerror}") from None
+    except (Exception, SystemExit) as error:
+        raise AuditError(f"cannot import script {path}: {type(error).__name__}: {error}") from None
+    missing = [name for name in NEEDED if not hasattr(module, name)]
+    if missing:
+        raise AuditError(f"script {path} is no train_gpt.py that this audit knows: it has no {', '.join(missing)}")
+    return module
+
+
+def read_shards(data_path: str) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """The whole validation text, the bytes of each of its tokens where the data set tells them, and the files."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(data_path), "fineweb_val_*.bin")))
+    kinds = [[path for path in paths if ("_bytes_" in os.path.basename(path)) == told] for told in (False, True)]
+    tokens, sizes = (np.concatenate([np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES) for path in kind])
+                     if kind else None for kind in kinds)
+    return tokens, sizes, paths
+
+
+# ---- what a walk does -----------------------------------------------------------------------------------------------
+class Call(NamedTuple):
+    """One call of the scoring function."""
+
+    ids: Tensor
+    wanted: Tensor
+    temperature: float
+    dress: object
+    nll: Tensor
+
+    def same_windows(self, other: Call | None) -> bool:
+        return other is not None and torch.equal(self.ids, other.ids) and torch.equal(self.wanted, other.wanted)
+
+
+@dataclass
+class Walk:
+    """What one walk over the text did on this rank; `joined`: on all."""
+
+    nll: Tensor       # float64 [targets], on the CPU; zero where this rank gave no score
+    times: Tensor     # float64 [targets]: how often it gave one
+    name: str = ""
+    calls: int = 0    # that were committed
+    strays: int = 0   # that were neither committed nor a lesson on what was committed last
+    altered: int = 0  # scores that are not what the call before made
+    astray: int = 0   # scores of another token than the text's, or with another context
+    temperatures: list = field(default_factory=list)
+    off: list = field(default_factory=list)      # nats between a call's scores and what its logits say, as `Gap`
+    foreign: list = field(default_factory=list)  # and what the artifact's own weights say
+    masses: list = field(default_factory=list)   # of the whole vocabulary together, at the places that were tried
+    left: list = field(default_factory=list)     # sums of all weights, additions included, when the walk ended
+
+    @classmethod
+    def joined(cls, parts: list[Walk]) -> Walk:
+        values = {f.name: functools.reduce(operator.add, (getattr(part, f.name) for part in parts))
+                  for f in dataclasses.fields(cls)}
+        return cls(**values | {"name": parts[0].name})
+
+
+class Gap(NamedTuple):
+    """Of one call's scores."""
+
+    most: float
+    total: float
+    count: int
+    call: int  # its number in the walk
+
+
+def like(tensor: Tensor, values: Tensor) -> Tensor:
+    """`values` in a new tensor of the same layout: another one could need another compiled graph."""
+    return tensor.new_empty_strided(tensor.shape, tensor.stride()).copy_(values)
+
+
+class Run(NamedTuple):
+    """Scores of neighbouring targets in a row of a call. in_place: their row is the text up to there."""
+
+    row: int
+    column: int
+    count: int
+    in_place: bool
+
+
+class Spy:
+    """Notes what one call of `final_scores` does. looks: computes each score itself as well; probes: at which calls of
+    the scoring function to try the whole vocabulary."""
+
+    def __init__(self, audit: Audit, tokens: Tensor, looks: bool, probes: set[int]):
+        self.audit, self.tokens, self.looks, self.probes = audit, tokens.cpu().long(), looks, probes
+        self.walks, self.pending, self.masses, self.last, self.random = [], [], [], None, audit.dice()
+        self.count, self.ends = 0, [0]  # calls so far, and when a walk ended
+
+    def scoring(self, function):
+        def call(ids, wanted, temperature=1.0, dress=None):
+            nll = function(ids, wanted, temperature, dress)
+            self.pending.append(Call(ids, wanted, temperature, dress, nll.detach().clone()))
+            if self.count in self.probes:
+                self.masses.append(self.mass(function, self.pending[-1]))
+            self.count += 1
+            return nll
+        return call
+
+    def walk(self, scored) -> Walk:
+        if not self.walks or self.walks[-1][0] is not scored:
+            self.walks.append((scored, Walk(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))))
+            self.last = None
+        return self.walks[-1][1]
+
+    def watch(self, scored_class):
+        """Patches of Scored, for a `with` each."""
+        commit, result = scored_class.commit, scored_class.result
+
+        def noted_commit(scored, numbers, nll):
+            self.commit(self.walk(scored), numbers.cpu(), nll.cpu())
+            return commit(scored, numbers, nll)
+
+        def noted_result(scored, name, *args):
+            walk = self.walk(scored)
+            self.settle(walk, self.pending)
+            walk.name, walk.masses, self.pending, self.masses = name, walk.masses + self.masses, [], []
+            moving = getattr(getattr(self.last and self.last.dress, "__self__", None), "moving", [])
+            walk.left = [t.detach().double().sum().item() for t in (*self.audit.model.parameters(), *moving)]
+            self.ends.append(self.count)
+            return result(scored, name, *args)
+        return mock.patch.multiple(scored_class, commit=noted_commit, result=noted_result)
+
+    def settle(self, walk: Walk, lessons: list[Call]) -> None:
+        walk.strays += sum(not call.same_windows(self.last) for call in lessons)
+
+    @torch.no_grad()
+    def commit(self, walk: Walk, numbers: Tensor, nll: Tensor) -> None:
+        """Scores on their way into the sum: the last call must have made them, from the text before their targets."""
+        walk.nll.index_add_(0, numbers, nll.double())
+        walk.times.index_add_(0, numbers, torch.ones_like(nll, dtype=torch.float64))
+        calls, self.pending = self.pending, []
+        walk.masses, self.masses = walk.masses + self.masses, []
+        self.settle(walk, calls[:-1])
+        self.last = calls[-1] if calls else None
+        runs = self.made(self.last, numbers, nll) if calls else []
+        walk.altered += len(nll) - sum(run.count for run in runs)
+        walk.astray += sum(run.count for run in runs if not run.in_place)
+        walk.temperatures += [self.last.temperature] if calls else []
+        for gaps, model, dress in ((walk.off, self.audit.model, self.last and self.last.dress),
+                                   (walk.foreign, self.audit.disk, None)):
+            if self.looks and runs:
+                gap = (own_scores(model, self.last, dress) - self.last.nll.double()).cpu()
+                gap = torch.cat([gap[run.row, run.column:run.column + run.count] for run in runs])
+                gaps.append(Gap(gap.abs().max().item(), gap.sum().item(), len(gap), walk.calls))
+        walk.calls += 1
+
+    def made(self, call: Call, numbers: Tensor, nll: Tensor) -> list[Run]:
+        """Where in a call the scores stand that are committed: each row may have made a run of them, in this order."""
+        runs, lead, done = [], call.ids.size(1) - call.wanted.size(1), 0
+        for row, (ids, wanted, scores) in enumerate(zip(call.ids.cpu(), call.wanted.cpu(), call.nll.cpu())):
+            best = Run(row, 0, 0, False)
+            for column in (scores == nll[done]).nonzero().flatten().tolist() if done < len(nll) else ():
+                most = min(len(scores) - column, len(nll) - done)
+                equal = scores[column:column + most] == nll[done:done + most]
+                equal &= numbers[done:done + most] == numbers[done] + torch.arange(most)
+                count, first = int(equal.cumprod(0).sum()), int(numbers[done]) - column - lead  # first: the window's
+                stop, text = lead + column + count, self.tokens[max(first, 0):]
+                in_place = (first >= 0 and torch.equal(ids[:stop], text[:stop])
+                            and torch.equal(wanted[column:column + count], text[stop - count + 1:stop + 1]))
+                best = max(best, Run(row, column, count, in_place), key=lambda run: (run.in_place, run.count))
+            runs += [best] * (best.count > 0)
+            done += best.count
+        return runs
+
+    def mass(self, function, call: Call) -> float:
+        """Probability of all words together in one place of one window of a call. Each is put there as target, and as
+        input if a later target is scored; were a score made with knowledge of its token, they would not be 1 together.
+
+        Every other time the place is the one whose predecessor stood in the window most often before: there a cache of
+        what has been seen would know most. Only rows of the batch that score alike to the last bit are compared.
+        """
+        keep, lead = call.wanted.size(1), call.ids.size(1) - call.wanted.size(1)
+        row, place = (int(torch.randint(n, (1,), generator=self.random)) for n in (len(call.ids), max(keep - 1, 1)))
+        if self.count % 2 == 0:
+            text = call.ids[row]
+            place = int((text[lead:, None] == text).tril(lead - 1).sum(1)[:max(keep - 1, 1)].argmax())
+        ids, wanted = like(call.ids, call.ids[row]), like(call.wanted, call.wanted[row])
+        with lent_to_all(call.dress, row):
+            nll = function(ids, wanted, call.temperature, call.dress).detach()
+            alike, total = (nll == nll[row]).all(1), 0.0
+            alike[row] = True
+            alike = alike.nonzero().flatten()
+            for words in torch.arange(self.audit.cfg.vocab_size, device=ids.device).split(len(alike)):
+                rows = alike[:len(words)]
+                wanted[rows, place] = words
+                if place + 1 < keep:
+                    ids[rows, lead + place + 1] = words
+                nll = function(ids, wanted, call.temperature, call.dress).detach()
+                total += nll[rows, place].double().neg().exp().sum().item()
+        return total
+
+
+def own_scores(model, call: Call, dress) -> Tensor:
+    """-log p of a call's targets in float64, from the logits of a model over the whole vocabulary."""
+    logits = model.logits(model.hidden(call.ids, keep=call.wanted.size(1), dress=dress), dress=dress) / call.temperature
+    return torch.stack([-row.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+                        for row, targets in zip(logits, call.wanted)])
+
+
+@contextlib.contextmanager
+def lent_to_all(dress, row: int):
+    """Inside, every row of a batch has the additions of one, if an adapter keeps some for each."""
+    adapter = getattr(dress, "__self__", None)
+    moving = [t.data for t in adapter.moving] if getattr(adapter, "rows", 0) else []  # .data: a graph may wait for them
+    kept = [t.clone() for t in moving]
+    for tensor, before in zip(moving, kept):
+        tensor.copy_(before[row].expand_as(tensor))
+    yield
+    for tensor, before in zip(moving, kept):
+        tensor.copy_(before)
+
+
+# ---- the audit -------------------------------------------------------------------------------------------------------
+class Finding(NamedTuple):
+    """One row of the table."""
+
+    walk: str
+    check: str
+    holds: bool
+    evidence: str
+
+
+class Audit:
+    """All checks of one artifact by one script. `opened` has watched since before the script was imported."""
+
+    def __init__(self, script, cfg, rt, path: str, opened: Opened, tokens: int = 0, positions: int = 6):
+        stride = cfg.eval_stride or cfg.window
+        chunk = min(cfg.ttt_chunk_tokens, max(4 * cfg.train_seq_len, stride))
+        size = tokens or max(chunk * 5 // 2, cfg.window + 2 * stride)
+        self.script, self.opened, self.path, self.positions, self.findings = script, opened, path, positions, []
+        self.blob = rt.share_bytes(read_artifact(path) if rt.rank == 0 else None)
+        self.val = script.ValData.open(cfg, rt)
+        self.tokenizer = SentencePieceProcessor(model_file=cfg.tokenizer_path)
+        self.whole, sizes, self.shards = read_shards(cfg.data_path)
+        self.same_text = np.array_equal(self.val.tokens.cpu().numpy(), self.whole)
+        self.take_piece(size, sizes)
+        if len(self.tokens) <= cfg.window + 1:
+            raise AuditError(f"AUDIT_TOKENS={size}: the audit needs more than a window of {cfg.window} tokens of text")
+        self.cfg = dataclasses.replace(  # small chunks, so that many borders cost little; no clock, for it adapts less
+            cfg, eval_max_seconds=0.0, ttt_chunk_tokens=chunk,
+            ttt_doc_chunk_tokens=min(cfg.ttt_doc_chunk_tokens, max(len(self.tokens) // 8, 1)))
+        self.model, self.disk = (script.load_model(self.blob, rt, self.val.tokenizer_sha256) for _ in range(2))
+        self.weights = {name: tensor.clone() for name, tensor in self.disk.state_dict().items()}
+        self.random, self.rt = self.dice(), self.watched(rt)
+
+    def dice(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.cfg.seed)
+
+    def take_piece(self, size: int, sizes: np.ndarray | None) -> None:
+        """The first `size` targets, cut between characters; without a document in them, one begins at two fifths."""
+        def inside(i: int) -> bool:  # a character?
+            if i == len(self.whole):
+                return self.tokenizer.is_byte(int(self.whole[-1]))
+            token = int(self.whole[i])
+            return self.tokenizer.is_byte(token) and 0x80 <= int(self.tokenizer.id_to_piece(token)[3:-1], 16) < 0xC0
+
+        self.stop = stop = next((i for i in range(min(size + 1, len(self.whole)), 0, -1) if not inside(i)), 0)
+        bos, place = self.val.bos_id, next((i for i in range(stop * 2 // 5, stop) if not inside(i)), 0)
+        planted = bos >= 0 and place > 1 and not (self.whole[2:stop] == bos).any()
+
+        def piece(tensor: Tensor, value: int) -> Tensor:
+            parts = (tensor[:place], tensor.new_tensor([value]), tensor[place:stop]) if planted else (tensor[:stop],)
+            return torch.cat(parts)
+        n, device = len(self.val.tokens), self.val.tokens.device
+        self.tokens = piece(torch.from_numpy(self.whole.astype(np.int32)), bos).to(device)
+        self.sizes = None if sizes is None else piece(torch.from_numpy(sizes.astype(np.int64)), 0)
+        told = {f.name: getattr(self.val, f.name) for f in dataclasses.fields(self.val)}  # whatever goes by token
+        told = {name: piece(value, 0) for name, value in told.items() if isinstance(value, Tensor) and len(value) == n}
+        self.val = dataclasses.replace(self.val, **told | {"tokens": self.tokens})
+
+    def watched(self, rt):
+        """The runtime, silent, with a spy before the scoring function."""
+        audit = self
+
+        class Watched(type(rt)):
+            def compiled(self, function, *args, **options):
+                made = super().compiled(function, *args, **options)
+                return audit.spy.scoring(made) if function == audit.model.nll else made
+        given = {f.name: getattr(rt, f.name) for f in dataclasses.fields(rt)}
+        return Watched(**given | {"log": self.script.RunLog(rt.folder, "audit", active=False)})
+
+    # -- walks
+    def scores(self, tokens: Tensor, looks: bool = False, probes=()) -> tuple[dict, dict[str, list[Walk]]]:
+        """Results of `final_scores` over a text with the artifact's weights, and the walks that reported each."""
+        self.model.load_state_dict(self.weights)
+        self.model.requires_grad_(True)  # as it was read: another state could need another compiled graph
+        self.spy = Spy(self, tokens, looks, set(probes))
+        val = dataclasses.replace(self.val, tokens=tokens)
+        with self.spy.watch(self.script.Scored):
+            results = self.script.final_scores(self.cfg, self.rt, self.model, val)
+        ranks = everyone(self.rt, [walk for _, walk in self.spy.walks])
+        walks = [Walk.joined(parts) for parts in zip(*ranks)]
+        return results, {key: [walk for walk in walks if walk.name == r.name] for key, r in results.items()}
+
+    def run(self) -> list[Finding]:
+        try:
+            self.all_checks()
+        except self.script.IllegalScore as error:
+            self.find("all", "score before update", False, str(error))
+        self.files_are_known()
+        return self.findings
+
+    def all_checks(self) -> None:
+        self.weights_are_the_artifact_s()
+        self.text_is_whole()
+        self.guard()
+        results, walks = self.scores(self.tokens, looks=True)
+        starts = [min(a + 1, b - 1) for a, b in zip(self.spy.ends, self.spy.ends[1:])]  # the first has but one window
+        probes = [a + (b - a) * share // 5 for a, b in zip(starts, self.spy.ends[1:]) for share in (1, 2, 4)]
+        again = [self.scores(self.tokens, probes=probes)[1], self.scores(self.tokens)[1]]
+        size = self.decoded_bytes()
+        for key, result in results.items():
+            self.sums(key, result, walks[key], size)
+            if walks[key]:
+                self.single_scores(key, walks[key][-1], again[0][key])
+        equal = [walks, *again]
+        positions = self.where_to_change()
+        others = [self.scores(self.other_text(t))[1] for t in positions]
+        for key in [key for key in results if all(w[key] for w in (*equal, *others))]:
+            self.noise_and_causality(key, [w[key][-1] for w in equal], positions, [w[key][-1].nll for w in others])
+
+    # -- checks
+    def find(self, walk: str, check: str, holds: bool, evidence: str) -> None:
+        self.findings.append(Finding(walk, check, bool(holds), evidence))
+
+    def weights_are_the_artifact_s(self) -> None:
+        kept = self.model.state_dict()
+        other = [name for name in {**kept, **self.weights} if name not in kept or name not in self.weights
+                 or not torch.equal(kept[name], self.weights[name])]
+        self.find("all", "artifact is the only source of weights", not other,
+                  f"not the file's: {', '.join(other[:5])}" if other else
+                  f"{len(kept)} tensors bit for bit those of the file with sha256 {digest(self.blob)}")
+
+    def files_are_known(self) -> None:
+        own = [self.path, self.script.__file__, __file__, self.cfg.tokenizer_path, *self.shards,
+               os.path.join(self.cfg.data_path, "dataset.json")]
+        foreign = sorted({name for names in everyone(self.rt, self.opened.foreign(own)) for name in names})
+        self.find("all", "nothing else was read", not foreign, ", ".join(foreign[:5]) or f"{len(self.opened.read)} "
+                  "files: the artifact, the script, the validation text, the tokenizer, the system's")
+
+    def text_is_whole(self) -> None:
+        self.find("all", "the text is the whole text", self.same_text,
+                  f"{len(self.whole):,} tokens in {len(self.shards)} shards with sha256 {digest(self.whole.tobytes())}"
+                  + "; the script reads others" * (not self.same_text))
+
+    def guard(self) -> None:
+        scored, refused = self.script.Scored(self.val, self.rt), False
+        scored.times[1:] = self.rt.rank == 0
+        try:
+            scored.lesson(0, len(scored.times))
+        except self.script.IllegalScore:
+            refused = True
+        self.find("all", "score before update", refused,
+                  "the guard that a walk takes its lessons from refuses one with a single unscored token")
+
+    def sums(self, key: str, result, walks: list[Walk], size: int) -> None:
+        """Of a result and the walks that reported it: one is right."""
+        walk = walks[-1] if walks else Walk(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))
+        targets, twice = len(walk.times), int((walk.times != 1).sum())
+        self.find(key, "each token scored once", not (twice or walk.strays or walk.astray) and len(walks) == 1
+                  and result.tokens == targets,
+                  f"{int(walk.times.sum())} scores of {targets} targets in {len(walks)} walk(s), {twice} of them not "
+                  f"once, {walk.astray} out of place; {walk.strays} further calls of the scoring function")
+        total = walk.nll.sum().item()
+        self.find(key, "the sum is that of the scores", not walk.altered and math.isclose(
+            result.loss * result.tokens, total, rel_tol=1e-9), f"{result.loss * result.tokens:.6f} nats, single scores "
+            f"{total:.6f}, {walk.altered} of them not as the scoring function made them")
+        self.find(key, "bytes are the decoded text's", result.bytes == size, f"{result.bytes} counted, {size} decoded")
+        bpb = total / math.log(2) / size
+        self.find(key, "bits per byte are nats / ln 2 / bytes", math.isclose(result.bpb, bpb, rel_tol=1e-9),
+                  f"{result.bpb:.8f} reported, {bpb:.8f} computed")
+
+    def single_scores(self, key: str, walk: Walk, probed: list[Walk]) -> None:
+        exact = not self.rt.compiles or self.rt.device.type == "cpu" and self.rt.dtype == torch.float32
+        limits = (EXACT, EXACT) if exact else FUSED
+
+        def close(gaps: list[Gap]) -> tuple[bool, str]:
+            most, count = max((gap.most for gap in gaps), default=math.nan), max(sum(gap.count for gap in gaps), 1)
+            mean = sum(gap.total for gap in gaps) / count
+            return (most <= limits[0] and abs(mean) <= limits[1] + (0 if exact else 0.1 * count ** -0.5),
+                    f"{most:.1e} nats apart at most, {mean:+.1e} on average")
+        holds, how = close(walk.off)
+        temperatures = sorted(set(walk.temperatures))
+        holds = holds and temperatures == [self.cfg.ttt_temp if key == "ttt" else 1.0]
+        self.find(key, "scores are -log softmax of the logits", holds,
+                  f"{how}, at temperature {', '.join(f'{t:g}' for t in temperatures)}")
+        holds, how = close([gap for gap in walk.foreign if key != "ttt" or gap.call == 0])
+        self.find(key, f"{'first batch is' if key == 'ttt' else 'all scores are'} the artifact's own", holds,
+                  f"{how}, from a model just read from disk")
+        masses = probed[-1].masses if probed else []
+        worst = max((abs(mass - 1) for mass in masses), default=math.nan)
+        self.find(key, "full-vocabulary normalisation", worst <= EXACT, f"probabilities of the {self.cfg.vocab_size} "
+                  f"tokens in one place are 1 together, {worst:.1e} off at most in {len(masses)} places")
+
+    def noise_and_causality(self, key: str, equal: list[Walk], positions: list[int], others: list[Tensor]) -> None:
+        """Of three walks over the same text, and one for each position from which on another text was walked over."""
+        def apart(a: Tensor, b: Tensor) -> Tensor:
+            return torch.stack(((a - b).abs().max(), (a - b).square().mean().sqrt()))
+        nll, dtype = equal[0].nll, self.rt.dtype
+        noise = torch.stack([apart(a.nll, b.nll) for a, b in zip(equal, equal[1:] + equal[:1])]).amax(0)
+        steady = all(walk.left == equal[0].left for walk in equal) and not noise.any()
+        said = lambda apart: "{:.1e} nats at most, {:.1e} root mean square".format(*apart)
+        self.find(key, "repeatable", (noise <= noise.new_tensor(UNSTEADY[dtype])).all(),
+                  f"three equal walks differ by {said(noise)}" + "; weights differ too" * (not steady))
+        limit = noise if steady else (NOISE_FACTOR * noise).maximum(noise.new_tensor(FLIPS[dtype]))
+        pairs = list(zip(positions, others))  # token t is target t - 1
+        worst = torch.stack([apart(other[:t - 1], nll[:t - 1]) for t, other in pairs]).amax(0)
+        deaf = sum(torch.equal(other[t - 1:], nll[t - 1:]) for t, other in pairs)
+        self.find(key, "causality", (worst <= limit).all() and not deaf,
+                  f"text changed from {', '.join(map(str, positions))} on: scores before are "
+                  + (f"off by {said(worst)}" if worst.any() else "bit-identical")
+                  + f"; {deaf} changes did not show after it either" * bool(deaf))
+
+    def where_to_change(self) -> list[int]:
+        """Positions for other text: next to borders of chunks and documents, where a lesson that is a few tokens too
+        long would show, and anywhere."""
+        documents, last = self.cfg.ttt_enabled and self.cfg.ttt_reset == "document", len(self.tokens) - 1
+        starts = (self.tokens[2:] == self.val.bos_id).nonzero().flatten().add(2).tolist()
+        longest = max(zip([0, *starts], [*starts, last]), key=lambda span: span[1] - span[0])[0]
+        chunk = longest + self.cfg.ttt_doc_chunk_tokens if documents else self.cfg.ttt_chunk_tokens
+        near = [border + more for more in (2, 0) for border in (chunk, *starts[:1], 2 * chunk)]
+        anywhere = torch.randint(2, last, (self.positions,), generator=self.random).tolist()
+        picked = [*near[:(self.positions + 1) // 2], *anywhere][:self.positions]
+        return sorted({min(max(t, 2), last - 1) for t in picked})
+
+    def other_text(self, t: int) -> Tensor:
+        """The text with every token from position t on another one; documents may end anywhere."""
+        tokens, size = self.tokens.clone(), self.cfg.vocab_size
+        tokens[t:] = (tokens[t:] + torch.randint(1, size, (len(tokens) - t,), generator=self.random).to(tokens)) % size
+        if self.val.bos_id >= 0:
+            tokens[t + 7::97] = self.val.bos_id
+        return tokens
+
+    def decoded_bytes(self) -> int:
+        """Bytes of the piece after its first token: those the data set tells, or the tokenizer's own decoding of each
+        document. A planted one adds none."""
+        if self.sizes is not None:
+            return int(self.sizes[1:].sum())
+        ids, decode = self.whole[:self.stop].tolist(), self.tokenizer.decode
+        starts = [i for i, token in enumerate(ids) if token == self.val.bos_id and i] if self.val.bos_id >= 0 else []
+        first = 1 if self.tokenizer.is_byte(ids[0]) else len(decode(ids[:1]).encode())
+        return sum(len(decode(ids[a:b]).encode()) for a, b in zip([0, *starts], [*starts, len(ids)])) - first
+
+    def report(self, prefix: Path, seconds: float) -> None:
+        """Print the table; write it to PREFIX.audit.txt and what it depends on to PREFIX.audit.json."""
+        failed, rt = [f for f in self.findings if not f.holds], self.rt
+        verdict, piece = "FAIL" if failed else "pass", self.tokens.cpu().numpy().astype("<u2").tobytes()
+        body = json.dumps({
+            "verdict": verdict, "findings": [f._asdict() for f in self.findings],
+            "artifact_sha256": digest(self.blob), "code_sha256": digest(Path(self.script.__file__).read_bytes()),
+            "tokenizer_sha256": digest(Path(self.cfg.tokenizer_path).read_bytes()),
+            "whole_text_tokens": len(self.whole), "whole_text_sha256": digest(self.whole.tobytes()),
+            "text_tokens": len(self.tokens), "text_sha256": digest(piece), "settings": self.cfg.non_defaults(),
+            "world_size": rt.world_size, "device": str(rt.device), "dtype": str(rt.dtype), "compile": rt.compiles,
+            "torch": torch.__version__, "seconds": round(seconds, 1)}, indent=1, default=str).encode()
+        wide = [max(len(finding[i]) for finding in self.findings) for i in (0, 1)]
+        files = [prefix.with_name(f"{prefix.name}.audit{kind}") for kind in (".json", ".txt")]
+        table = [f"audit of {self.path} by {self.script.__file__}: the first {len(self.tokens):,} of "
+                 f"{len(self.whole):,} tokens, chunks of {self.cfg.ttt_chunk_tokens:,}, world size {rt.world_size}"]
+        table += [f"  {'pass' if f.holds else 'FAIL'}  {f.walk:<{wide[0]}}  {f.check:<{wide[1]}}  {f.evidence}"
+                  for f in self.findings]
+        table += [f"audit:{verdict} checks:{len(self.findings)} failed:{len(failed)} "
+                  f"signed:sha256:{digest(body)} of {files[0]}"]
+        if rt.rank == 0:
+            self.script.write_whole(files[0], body)
+            self.script.write_whole(files[1], "\n".join([*table, ""]).encode())
+            print("\n".join(table), flush=True)
+
+
+def everyone(rt, value) -> list:
+    """Every rank's value, on every rank."""
+    if rt.world_size == 1:
+        return [value]
+    values = [None] * rt.world_size
+    dist.all_gather_object(values, value, group=rt.groups["cpu"])
+    return values
+
+
+def read_artifact(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise AuditError(f"cannot read artifact {path}: {error.strerror}") from None
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Raises UsageError."""
+    parser = Parser(__doc__)
+    parser.add_argument("artifact", metavar="ARTIFACT")
+    parser.add_argument("--script", metavar="FILE", help="what scores it (default: the repository's train_gpt.py)")
+    parser.add_argument("--tokens", metavar="N", help="length of the piece; 0, the default: two and a half chunks")
+    parser.add_argument("--positions", metavar="N", help="from how many positions on to change it (default: 6)")
+    parser.add_argument("--out", metavar="PREFIX", help="of the two files")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    args = parser.parse_intermixed_args(argv)
+    environ = {**os.environ, **dict(pair.split("=", 1) for pair in args.settings if "=" in pair)}
+    for name, default, least in (("script", ROOT / "train_gpt.py", None), ("out", "", None), ("tokens", 0, 0),
+                                 ("positions", 6, 1)):
+        text = getattr(args, name) or environ.get(f"AUDIT_{name.upper()}") or str(default)
+        if least is not None and not (text.isdecimal() and int(text) >= least):
+            raise UsageError(f"AUDIT_{name.upper()}={text} is not a whole number from {least} on")
+        setattr(args, name, text if least is None else int(text))
+    return args
+
+
+def settings_of(script, args: argparse.Namespace):
+    """The settings that the audited script would score the artifact with. Raises UsageError and the script's own."""
+    names = [name for f in dataclasses.fields(script.Hyperparameters) for name in script.env_names(f)]
+    settings, rest = take_settings(args.settings, [*names, *AUDIT])
+    if rest:
+        raise UsageError(f"{rest[0]!r} is not KEY=VALUE")
+    return script.settings_from({**os.environ, **settings, "EVAL_ARTIFACT": args.artifact})
+
+
+def audit(args: argparse.Namespace, script, opened: Opened) -> None:
+    """From settings to files. Raises AuditError if a check fails."""
+    begun, cfg = time.perf_counter(), settings_of(script, args)
+    prefix = Path(args.out or Path(cfg.artifact_dir) / "logs" / (cfg.run_id or Path(args.artifact).stem))
+    with tempfile.TemporaryDirectory() as folder:  # for the logs of the script
+        rt = script.Runtime.open(dataclasses.replace(cfg, artifact_dir=folder, run_id="audit", resume=False))
+        try:
+            if rt.device.type == "cuda":  # the less equal walks differ, the more the audit sees
+                warnings.filterwarnings("ignore", message=".*deterministic")
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                torch.utils.deterministic.fill_uninitialized_memory = False
+            auditor = Audit(script, cfg, rt, args.artifact, opened, args.tokens, args.positions)
+            failed = [f"{f.check} ({f.walk})" for f in auditor.run() if not f.holds]
+            auditor.report(prefix, time.perf_counter() - begun)
+            rt.agree(0.0)  # no rank leaves before the first has written its files
+        finally:
+            rt.close()
+    if failed:
+        raise AuditError(f"the audit failed: {', '.join(failed)}; such a score does not count")
+
+
+def main(argv: list[str]) -> int:
+    script, opened = types.SimpleNamespace(UserError=UsageError), Opened()
+    try:
+        args = parse(argv)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, before CUDA starts
+        with opened:
+            script = import_script(Path(args.script))
+            audit(args, script, opened)
+    except (UsageError, script.UserError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
