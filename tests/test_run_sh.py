@@ -25,6 +25,8 @@ case $line in
   tools/shell.py*) exec "$SHELL_PYTHON" "$@" ;;
   tools/*.py* | data/prepare.py*) env ;;&
   *device_count*) echo "${GPUS:-0}" ;;
+  "-c import xdist") exit "${LACKS_XDIST:-0}" ;;
+  "tools/record.py build") [ -z "${BUILT:-}" ] || { mkdir -p runs && printf '%s' "$BUILT" >runs/train_gpt.py; } ;;
   *find_spec*) [ -z "${REAL_PYTHON:-}" ] || exec "$REAL_PYTHON" "$@"; exit "${LACKS_PACKAGES:-0}" ;;
   *version_info*) exit "${TOO_OLD:-0}" ;;
   *ensurepip*) exit "${LACKS_VENV:-0}" ;;
@@ -48,7 +50,7 @@ def house(tmp_path):
         shutil.copy(ROOT / name, repo / name)
     bin_folder.mkdir()
     calls.touch()
-    for tool in ("bash", "env", "dirname", "basename", "cat", "cp", "date", "grep", "mkdir", "sed", "touch"):
+    for tool in ("bash", "env", "dirname", "basename", "cat", "cp", "date", "grep", "mkdir", "sed", "touch", "wc"):
         (bin_folder / tool).symlink_to(shutil.which(tool))
     for name in ("python3", "nvidia-smi"):
         (bin_folder / name).write_text(STUB)
@@ -168,7 +170,7 @@ def test_the_second_run_installs_nothing(house):
     assert first.code == 0 and installs(first) == 1 and "-m venv --clear .venv" in first.calls
     assert ".venv/bin/python" in first.err
     second = house("smoke", LACKS_PACKAGES="1")
-    assert second.code == 0 and second.calls == ["--version", "train_gpt.py"]
+    assert second.code == 0 and second.calls == ["--version", "tools/record.py build", "train_gpt.py"]
     assert installs(house("test", LACKS_PACKAGES="1")) == 0
 
 
@@ -264,13 +266,20 @@ def test_the_machine_chooses_profile_and_processes(house):
     assert "profile smoke, CPU" in house("DEVICE=cpu", GPUS="8").err
 
 
+def test_the_size_of_the_built_script_counts(house):
+    assert house("smoke").env["CODE_BYTES"] == "0"  # it could not be built
+    assert house("smoke", BUILT="12345").env["CODE_BYTES"] == "5"
+    assert house("smoke", "CODE_BYTES=7", BUILT="12345").env["CODE_BYTES"] == "7"
+
+
 def test_exit_code_passes_through(house):
     assert house("smoke", TRAIN_STATUS="7").code == 7
 
 
 def test_test_command(house):
     (house.repo / "tests" / "test_one.py").touch()
-    assert house("test", "-x", "-k", "one").calls[-1] == "-m pytest tests -x -k one"
+    assert house("test", "-x", "-k", "one").calls[-1] == "-m pytest tests -n 2 -x -k one"
+    assert house("test", LACKS_XDIST="1").calls[-1] == "-m pytest tests"
     assert house("test", "tests/test_one.py::test_it").calls[-1] == "-m pytest tests/test_one.py::test_it"
 
 
@@ -286,4 +295,4 @@ def test_commands_pass_their_arguments_on(house):
 def test_ci_calls_the_test_command_of_the_readme(house):
     assert "\nbash run.sh test " in (ROOT / "README.md").read_text(encoding="utf-8")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert house(script=".ci/run").calls[-1] == "-m pytest tests"
+    assert house(script=".ci/run").calls[-1] == "-m pytest tests -n 2"
