@@ -139,8 +139,10 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
+built_size() { "$python" tools/record.py build >/dev/null 2>&1 && wc -c <runs/train_gpt.py || echo 0; }  # 0: unknown
 run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was scored, AUDIT=only: that alone
   ready "$@"
+  export CODE_BYTES=${CODE_BYTES:-$(built_size)}  # what is submitted is the built script, not the readable one
   local launch=("$python") audit=${AUDIT:-0} of=${EVAL_ARTIFACT:-}
   [[ $audit =~ ^(0|1|only)$ ]] || die "AUDIT=$audit is not one of 0, 1, only"
   [ "$audit" != only ] || [ "$of" ] || die "AUDIT=only looks at an artifact: bash run.sh audit ARTIFACT"
@@ -161,11 +163,17 @@ tool() {  # SCRIPT ARGUMENT...: introduces itself as `run.sh COMMAND`
   export RUN_SH_COMMAND="run.sh $command"
   exec "$python" "$@"
 }
-look_ahead() {  # ARGUMENT...: exports those of the settings among a tool's arguments that this script goes by
-  local argument
-  for argument; do
-    case $argument in DEVICE=* | DATA_PATH=*) export "$argument" ;; esac
+artifact_tool() {  # SCRIPT ARGUMENT...: with the environment of a run, which goes by two of the settings among them
+  local argument help=''
+  for argument in "${@:2}"; do
+    case $argument in
+      DEVICE=* | DATA_PATH=*) export "$argument" ;;
+      -h | --help) help=1 ;;
+    esac
   done
+  artifact=1
+  if [ "$help" ]; then to_run; else ready; fi
+  tool "$@"
 }
 command=${1:-}
 case $command in
@@ -175,7 +183,8 @@ case $command in
     choose_python torch numpy sentencepiece pytest hypothesis
     where=tests
     for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # somebody names the tests to run
-    exec "$python" -m pytest ${where:+tests} "$@" ;;
+    workers=$("$python" -c 'import xdist' 2>/dev/null && echo '-n 2') || true
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$python" -m pytest ${where:+tests $workers} "$@" ;;
   data) shift; to_run; tool data/prepare.py "$@" ;;
   bench | parity | record | report) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
@@ -185,8 +194,8 @@ case $command in
     [ "$command" = eval ] || AUDIT=only
     run "${@:3}" ;;
   inspect) shift; to_run; tool tools/inspect_artifact.py "$@" ;;
-  sample) shift; artifact=1; look_ahead "$@"; ready; tool tools/sample.py "$@" ;;
-  sweep) shift; artifact=1; look_ahead "$@"; ready; tool tools/ttt_bench.py "$@" ;;
+  sample) shift; artifact_tool tools/sample.py "$@" ;;
+  sweep) shift; artifact_tool tools/ttt_bench.py "$@" ;;
   settings) to_run; exec "$python" train_gpt.py --help ;;
   *) run "$@" ;;
 esac

@@ -2147,47 +2147,45 @@ def lr_scale(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -
 
 # ------------------------------------------------------------------------------------------------ AVERAGING
 class Averager:
-    """Averages of the weights, in fp32 on the device. At the end LAWA is used if on, else SWA, else EMA."""
+    """Averages of the weights, in fp32 on the device: an EMA, and one mean of snapshots whose window is the end of
+    training (SWA) or the last LAWA_K of them (LAWA, which wins if both are on). At the end the mean is used if there
+    is one, else the EMA."""
 
     def __init__(self, cfg: Hyperparameters, params: list[Tensor]):
-        self.cfg, self.params, self.updates = cfg, params, 0
+        self.cfg, self.params, self.snapshots, self.count = cfg, params, [], 0
         self.ema = self._copy() if cfg.ema_enabled else []
-        self.swa, self.swa_count = [], 0
-        self.lawa = collections.deque(maxlen=cfg.lawa_k)
+
+    def _copy(self) -> list[Tensor]:
+        return [p.detach().float().clone() for p in self.params]
 
     def restart_ema(self) -> None:
         """Put the present weights in place of the exponential average. Its decay ramp belongs to the start of training
         and does not begin again: the average would end with a memory of a few dozen steps."""
         self.ema = self._copy()
 
-    def _copy(self) -> list[Tensor]:
-        return [p.detach().float().clone() for p in self.params]
-
     @torch.no_grad()
     def update(self, step: int, plan: StepPlan) -> None:
         """Take in the weights after step number `step` (counted from 1)."""
-        if self.ema:
-            self.updates += 1  # the first steps get a short memory: with 0.997 alone a short run averages its start
-            decay = min(self.cfg.ema_decay, (1 + self.updates) / (10 + self.updates))
+        cfg = self.cfg
+        if self.ema:  # the first steps get a short memory: with 0.997 alone a short run averages its start
+            decay = min(cfg.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.ema, self.params, 1 - decay)
-        if self.cfg.swa_enabled and plan.snapshot:
-            if self.swa:
-                torch._foreach_add_(self.swa, self.params)
+        if cfg.lawa_enabled and step % cfg.lawa_freq == 0:
+            self.snapshots, self.count = [*self.snapshots, self._copy()][-cfg.lawa_k:], min(self.count + 1, cfg.lawa_k)
+        elif cfg.swa_enabled and not cfg.lawa_enabled and plan.snapshot:
+            if self.snapshots:  # all snapshots count, so that their sum is enough
+                torch._foreach_add_(self.snapshots[0], self.params)
             else:
-                self.swa = self._copy()
-            self.swa_count += 1
-        if self.cfg.lawa_enabled and step % self.cfg.lawa_freq == 0:
-            self.lawa.append(self._copy())
+                self.snapshots = [self._copy()]
+            self.count += 1
 
     @torch.no_grad()
     def apply(self) -> str:
         """Load the chosen average into the parameters; returns the log line that says which."""
-        if self.lawa:
-            mean = [sum(copies) / len(self.lawa) for copies in zip(*self.lawa)]
-            line = f"lawa:applying LAWA averaging k={len(self.lawa)}"
-        elif self.swa:
-            mean = [total / self.swa_count for total in self.swa]
-            line = f"swa:applying averaged {self.swa_count} checkpoints"
+        if self.count:
+            mean = [sum(copies) / self.count for copies in zip(*self.snapshots)]
+            line = (f"lawa:applying LAWA averaging k={self.count}" if self.cfg.lawa_enabled else
+                    f"swa:applying averaged {self.count} checkpoints")
         elif self.ema:
             mean, line = self.ema, "ema:applying EMA weights"
         else:
@@ -2196,13 +2194,10 @@ class Averager:
         return line
 
     def state(self) -> dict:
-        return {"updates": self.updates, "ema": self.ema, "swa": self.swa, "swa_count": self.swa_count,
-                "lawa": list(self.lawa)}
+        return {"ema": self.ema, "snapshots": self.snapshots, "count": self.count}
 
     def load(self, state: dict) -> None:
-        for name in ("updates", "swa_count", "ema", "swa"):
-            setattr(self, name, state[name])
-        self.lawa = collections.deque(state["lawa"], maxlen=self.cfg.lawa_k)
+        self.ema, self.snapshots, self.count = state["ema"], state["snapshots"], state["count"]
 
 
 # ------------------------------------------------------------------------------------------------ TRAINING
@@ -2368,7 +2363,7 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
         rt.log(f"warning: the run is shorter than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate is at "
                f"{plan.lr_scale:.3f} of its value at step {state.step} already; WARMDOWN_FRAC makes it a share of the "
                "run")
-    if cfg.swa_enabled and plan.snapshot and not state.averager.swa:
+    if cfg.swa_enabled and plan.snapshot and not state.averager.count:
         rt.log(f"swa:start step:{state.step + 1}")
 
 
@@ -3612,39 +3607,44 @@ def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
            "settings", all=dataclasses.asdict(cfg), changed=changed)
 
 
-def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, val: ValData) -> None:
-    """The opening lines, as this field's log readers know them."""
+def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, data: TrainData | None = None) -> None:
+    """The opening lines, as this field's log readers know them; those of training only with its data."""
     count = lambda module: sum(p.numel() for p in module.parameters())
-    for line in (
+    lines = [
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}",
-        f"train_loader:dataset:{Path(cfg.data_path).resolve().name} train_shards:{len(data.stream.paths)}",
         f"val_loader:shards pattern={cfg.val_files} tokens:{len(val.tokens) - 1}",
         f"model_params:{count(model)}",
-        f"mtp_num_heads:{cfg.mtp_num_heads} mtp_loss_weight:{cfg.mtp_loss_weight} mtp_params:{count(model.mtp_heads)}",
         f"XSA:last_{cfg.xsa_last_n} active_layers:{[i for i, b in enumerate(model.blocks) if b.attn.exclusive]}",
-        f"world_size:{rt.world_size} grad_accum_steps:{data.micro_steps}",
         f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention} "
         f"kernels:{rt.kernels}",
-        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}",
+        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}"]
+    lines += [] if data is None else [
+        f"train_loader:dataset:{Path(cfg.data_path).resolve().name} train_shards:{len(data.stream.paths)}",
+        f"mtp_num_heads:{cfg.mtp_num_heads} mtp_loss_weight:{cfg.mtp_loss_weight} mtp_params:{count(model.mtp_heads)}",
+        f"world_size:{rt.world_size} grad_accum_steps:{data.micro_steps}",
         f"tie_embeddings:{cfg.tie_embeddings} embed_lr:{cfg.table_lr} "
         f"head_lr:{0.0 if cfg.tie_embeddings else cfg.head_lr} matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}",
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} iterations:{cfg.iterations} "
         f"warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
-        f"seed:{cfg.seed}",
-    ):
+        f"seed:{cfg.seed}"]
+    for line in lines:
         rt.log(line)
 
 
-def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibration: Calibration):
-    """Write the float model and the artifact, hold the artifact against its limit, read it back from disk.
+def submitted_code_bytes(cfg: Hyperparameters) -> int:
+    return cfg.code_bytes or os.path.getsize(__file__)
 
-    Returns (path, code bytes, the bytes read). Raises UserError above the limit, after the table of what took the
-    bytes; with SIZE_FIT=1 it rounds more coarsely instead.
+
+def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibration: Calibration) -> Path:
+    """Write the float model and the artifact, and hold the artifact against its limit. Returns the artifact's path.
+
+    Raises UserError above the limit, after the table of what took the bytes; with SIZE_FIT=1 it rounds more coarsely
+    instead.
     """
     def make(settings: Hyperparameters) -> Artifact:
         return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, calibration.hessians))
 
-    path, code_bytes, blob = rt.folder / "final_model.ptz", cfg.code_bytes or os.path.getsize(__file__), None
+    path, code_bytes, total = rt.folder / "final_model.ptz", submitted_code_bytes(cfg), 0
     if rt.rank == 0:
         skipped = sum(p.numel() for p in model.mtp_heads.parameters())
         if skipped:
@@ -3653,27 +3653,27 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibrat
         write_whole(rt.folder / "final_model.pt", whole)
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
-        if cfg.size_fit and len(artifact.blob) + code_bytes > cfg.artifact_limit_bytes:
-            cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, len(artifact.blob) + code_bytes,
-                                     code_bytes)
+        total = len(artifact.blob) + code_bytes
+        if cfg.size_fit and total > cfg.artifact_limit_bytes:
+            cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, total, code_bytes)
+            total = len(artifact.blob) + code_bytes
         older = place_of_older(rt, path)
         write_whole(path, artifact.blob, older)
         if older is not None:
             rt.log(f"the artifact of an older run is kept as {older}")
-        blob = path.read_bytes()
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
         for line in artifact.table(code_bytes):
             rt.log(line)
-        rt.log(f"Serialized model {tag}: {len(blob)} bytes")
-        rt.log(f"Total submission size {tag}: {len(blob) + code_bytes} bytes", "artifact", bytes=len(blob),
-               code_bytes=code_bytes, ledger=artifact.ledger, sha256=hashlib.sha256(blob).hexdigest())
-    blob = rt.share_bytes(blob)
-    if len(blob) + code_bytes > cfg.artifact_limit_bytes:
-        raise UserError(f"submission of {len(blob) + code_bytes:,} bytes is over ARTIFACT_LIMIT_BYTES="
-                        f"{cfg.artifact_limit_bytes:,}; the table above shows what took them")
-    return path, code_bytes, blob
+        rt.log(f"Serialized model {tag}: {len(artifact.blob)} bytes")
+        rt.log(f"Total submission size {tag}: {total} bytes", "artifact", bytes=len(artifact.blob),
+               code_bytes=code_bytes, ledger=artifact.ledger, sha256=hashlib.sha256(artifact.blob).hexdigest())
+    total = int(rt.agree(total))
+    if total > cfg.artifact_limit_bytes:
+        raise UserError(f"submission of {total:,} bytes is over ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,}; the "
+                        "table above shows what took them")
+    return path
 
 
 def place_of_older(rt: Runtime, path: Path) -> Path | None:
@@ -3757,7 +3757,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
 
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
-    seconds, watch, specs = {}, Stopwatch(), quant_specs(cfg, blueprint(cfg))
+    watch, specs = Stopwatch(), quant_specs(cfg, blueprint(cfg))
     codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
     if cfg.size_fit and not specs:
         raise UserError("SIZE_FIT=1 has nothing to round more coarsely: all parameters are kept as floats")
@@ -3766,63 +3766,50 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.attend, rt.dtype, specs, rt.kernels).to(rt.device)
-    log_preamble(cfg, rt, model, data, val)
+    log_preamble(cfg, rt, model, val, data)
     tokens = min(cfg.val_batch_size // rt.world_size, rt.forward_tokens(cfg))
     plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, stride=cfg.window,
                               batch_seqs=max(tokens // cfg.window, 1))
-    seconds["setup"] = watch.elapsed()
+    seconds = {"setup": watch.elapsed()}
     state = train(cfg, rt, model, data, plain)
-    seconds["train"] = state.watch.elapsed()
+    seconds["train"], phase = state.watch.elapsed(), Stopwatch()
     left_s = cfg.max_wallclock_seconds - seconds["train"] if cfg.max_wallclock_seconds else math.inf
-    looking = Stopwatch()
     calibration = calibrate(cfg, rt, model, data, state.step, left_s)
-    seconds["calibrate"] = looking.elapsed()
+    seconds["calibrate"] = phase.elapsed()
     averaged = plain("post_average", rt.compiled(model.nll))
     rt.log(f"DIAGNOSTIC post_average val_loss:{averaged.loss:.4f} val_bpb:{averaged.bpb:.4f} "
            f"eval_time:{1000 * averaged.seconds:.0f}ms", "evaluation", **dataclasses.asdict(averaged))
-    packing = Stopwatch()
-    path, code_bytes, blob = export(cfg, rt, model, val, calibration)
-    seconds["export"] = packing.elapsed()
-    clock = EvalClock(cfg, rt)
-    model = load_model(blob, rt, val.tokenizer_sha256)
-    results = final_scores(cfg, rt, model, val, clock)
-    seconds |= {key: r.seconds for key, r in results.items()} | {"evaluate": clock.watch.elapsed(),
-                                                                  "total": watch.elapsed()}
-    return summarise(cfg, rt, path, len(blob), code_bytes, results, seconds, averaged.bpb, state.step)
+    phase = Stopwatch()
+    path = export(cfg, rt, model, val, calibration)
+    seconds["export"] = phase.elapsed()
+    summary = score_artifact(cfg, rt, val, path, seconds, watch)
+    return summary | {"val_bpb_pre_quant": averaged.bpb, "steps": state.step,
+                      "tokens": state.step * cfg.train_batch_tokens}
 
 
-def score_artifact(cfg: Hyperparameters, rt: Runtime) -> dict:
-    """The end of `run` alone, for an artifact made before: read -> evaluate. Returns the same summary."""
+def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
+    """The end of `run` alone, for an artifact made before. Returns the same summary."""
     watch, val = Stopwatch(), ValData.open(cfg, rt)
     log_settings(cfg, rt)
-    clock, blob = EvalClock(cfg, rt), read_file(cfg.eval_artifact)
+    return score_artifact(cfg, rt, val, cfg.eval_artifact, {"setup": watch.elapsed()}, watch)
+
+
+def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, seconds: dict, watch: Stopwatch) -> dict:
+    """Read an artifact from disk, evaluate it and sum up; `seconds`: of the phases before. A score that was not asked
+    for is None in the summary."""
+    clock = EvalClock(cfg, rt)
+    blob = rt.share_bytes(read_file(path) if rt.rank == 0 else None)
     model = load_model(blob, rt, val.tokenizer_sha256)
-    for line in (
-        f"artifact:{cfg.eval_artifact} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}",
-        f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}",
-        f"val_loader:shards pattern={cfg.val_files} tokens:{len(val.tokens) - 1}",
-        f"model_params:{sum(p.numel() for p in model.parameters())}",
-        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention} "
-        f"kernels:{rt.kernels}",
-    ):
-        rt.log(line)
-    seconds = {"setup": watch.elapsed(), "train": 0.0, "calibrate": 0.0, "export": 0.0}
-    results = final_scores(cfg, rt, model, val, clock)
+    rt.log(f"artifact:{path} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}")
+    if cfg.eval_artifact:
+        log_preamble(cfg, rt, model, val)
+    results, code_bytes = final_scores(cfg, rt, model, val, clock), submitted_code_bytes(cfg)
     seconds |= {key: r.seconds for key, r in results.items()} | {"evaluate": clock.watch.elapsed(),
                                                                   "total": watch.elapsed()}
-    return summarise(cfg, rt, cfg.eval_artifact, len(blob), cfg.code_bytes or os.path.getsize(__file__), results,
-                     seconds)
-
-
-def summarise(cfg: Hyperparameters, rt: Runtime, path, artifact_bytes: int, code_bytes: int,
-              results: dict[str, EvalResult], seconds: dict, pre_quant_bpb: float | None = None,
-              steps: int = 0) -> dict:
-    """What a run comes to. A score that was not asked for is None."""
-    bpb = {key: results[key].bpb if key in results else None for key in ("roundtrip", "sliding", "ttt")}
-    return {"run_id": rt.run_id, "val_bpb_pre_quant": pre_quant_bpb, "val_bpb_roundtrip": bpb["roundtrip"],
-            "val_bpb_sliding": bpb["sliding"], "val_bpb_ttt": bpb["ttt"], "artifact_path": str(path),
-            "artifact_bytes": artifact_bytes, "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes,
-            "artifact_limit_bytes": cfg.artifact_limit_bytes, "steps": steps, "tokens": steps * cfg.train_batch_tokens,
+    bpb = {f"val_bpb_{key}": results[key].bpb if key in results else None for key in ("roundtrip", "sliding", "ttt")}
+    return {"run_id": rt.run_id, "val_bpb_pre_quant": None, **bpb, "artifact_path": str(path),
+            "artifact_bytes": len(blob), "code_bytes": code_bytes, "total_bytes": len(blob) + code_bytes,
+            "artifact_limit_bytes": cfg.artifact_limit_bytes, "steps": 0, "tokens": 0,
             "seconds": {k: round(v, 3) for k, v in seconds.items()}, "peak_rss_bytes": peak_rss_bytes()}
 
 
@@ -3872,7 +3859,7 @@ def main(arguments: list[str]) -> int:
         rank = read_ranks(process_environment())[0]
         cfg = settings_from(process_environment())
         rt = Runtime.open(cfg)
-        summary = score_artifact(cfg, rt) if cfg.eval_artifact else run(cfg, rt)
+        summary = (run_evaluation if cfg.eval_artifact else run)(cfg, rt)
         report(rt, summary)
         spent = summary["seconds"]["evaluate"]
         if cfg.eval_max_seconds and spent > cfg.eval_max_seconds:

@@ -87,7 +87,7 @@ def test_counted_bytes_are_those_of_the_decoded_text(kind, documents):
 
 
 def test_the_kinds_differ_in_what_they_are_there_for():
-    """Spaces inside and at the end of pieces, pieces of spaces alone, and documents whose first space is text or not."""
+    """Spaces inside and at the end of pieces, pieces of spaces alone, and documents whose first space is text."""
     pieces = {kind: [tokenizer_of(kind).id_to_piece(i) for i in range(tokenizer_of(kind).vocab_size())]
               for kind in KINDS}
     inside = {kind for kind in KINDS if any(SPACE in p.strip(SPACE) for p in pieces[kind])}

@@ -5,7 +5,7 @@ import pytest
 import torch
 import train_gpt as tg
 
-LENGTH = 7
+LENGTH, SEED = 7, 0
 BASE = {"vocab_size": 23, "num_layers": 4, "model_dim": 24, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 1.5,
         "rope_dims": 4, "train_seq_len": LENGTH, "rope_train_seq_len": LENGTH, "xsa_last_n": 2, "ve_layers": "1,3",
         "ve_dim": 5, "bigram_vocab_size": 11, "bigram_dim": 6, "trigram_vocab_size": 0, "trigram_dim": 9}
@@ -161,8 +161,9 @@ def slow_loss(w, cfg, rows):
 
 def model_of(cfg, **more):
     """With weights far from their initial values, so that nothing hides behind a zero or a one."""
+    torch.manual_seed(SEED)
     model = tg.GPT(cfg, **more)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.5 * p + 0.4 * torch.randn(p.shape, generator=generator))
@@ -194,7 +195,7 @@ def check(model, w, rows, qat=False):
     for name, p in model.named_parameters():
         wanted = leaves[name].grad
         if p.numel():
-            torch.testing.assert_close(p.grad.double(), wanted, rtol=1e-3, atol=2e-5 * wanted.abs().max().item(),
+            torch.testing.assert_close(p.grad.double(), wanted, rtol=2e-3, atol=5e-5 * wanted.abs().max().item(),
                                        msg=lambda text: f"gradient of {name}: {text}")
             assert wanted.abs().max() > 0, name
 
@@ -237,6 +238,17 @@ def test_each_option_makes_a_difference():
         rows = rows_of(cfg)
         losses[name] = model_of(cfg).loss(rows[:, :-1], rows[:, 1:]).item()
     assert len({round(loss, 5) for loss in losses.values()}) == len(losses), losses
+
+
+@torch.no_grad()
+def test_a_temperature_divides_the_capped_logits():
+    cfg = tg.Hyperparameters(**BASE)
+    model, rows = model_of(cfg), rows_of(cfg)
+    logits = slow_loss({name: p.double() for name, p in model.named_parameters()}, cfg, rows.tolist())[2]
+    for temperature in (0.5, 3.0):
+        wanted = -(logits / temperature).log_softmax(-1).gather(1, rows[:, 1:].reshape(-1, 1))[:, 0]
+        ours = model.nll(rows[:, :-1], rows[:, 1:], temperature)
+        torch.testing.assert_close(ours.flatten().double(), wanted, rtol=1e-4, atol=2e-5)
 
 
 def test_half_precision_normalises_the_same():

@@ -34,7 +34,7 @@ def plan(settings, step, elapsed_s=0.0, pace_s=0.0):
     (999, 0.0025, 0.9, True, True, 1.0),
 ])
 def test_a_run_of_so_many_steps(step, lr, momentum, qat, snapshot, hardness):
-    found = plan(BY_STEPS, step)
+    found = plan({**BY_STEPS, "min_lr": 0.1}, step)  # which is WARMDOWN_FRAC's
     assert (found.lr_scale, found.momentum) == pytest.approx((lr, momentum))
     assert (found.qat, found.snapshot, found.hardness) == (qat, snapshot, pytest.approx(hardness))
 

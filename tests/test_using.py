@@ -311,8 +311,10 @@ def test_an_artifact_brings_its_tokenizer(house):  # noqa: F811
 
 def test_an_artifact_of_the_embedded_text_finds_it(house):  # noqa: F811
     """As one does that a smoke run on another machine made; what builds it does not mix with the text."""
+    assert "data/prepare.py embedded" not in house("sample", "--help").calls
     built = house("sample", "a.ptz")
     assert "data/prepare.py embedded" in built.calls
+    assert house("sweep", "--help").calls[-1] == "tools/ttt_bench.py --help"
     assert "data/prepare.py embedded" not in house("eval", "a.ptz").calls
 
 

@@ -34,7 +34,7 @@ from shell import one_line_errors  # noqa: E402
 toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest brings
 
 NEAREST = {  # room -> its test files, the likeliest to notice first
-    "CONFIG": "config", "RUNTIME": "runtime config training", "DATA": "data", "METRIC": "data evaluation",
+    "CONFIG": "config", "RUNTIME": "runtime training", "DATA": "data bytes", "METRIC": "data evaluation",
     "QUANTISER": "quantiser", "KERNELS": "kernels", "MODEL": "reference_model model golden", "PARAMETERS": "optimisers",
     "OPTIMISERS": "optimisers", "SCHEDULES": "schedules", "AVERAGING": "averaging", "TRAINING": "training pipeline",
     "ROUNDING": "rounding quantiser", "ARTIFACT": "artifact", "EVALUATION": "evaluation adapters", "MAIN": "pipeline"}
@@ -89,7 +89,7 @@ def first_failure(copy: Path, tests: list[str], limit_s: float) -> str:
         os.killpg(process.pid, signal.SIGKILL)  # with the ranks that a test may have started
         process.communicate()
         return f"the time limit of {limit_s:g} s"
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.M)
     if process.returncode and not failed:
         raise tg.UserError(f"pytest ended with code {process.returncode}: {' '.join(output.splitlines()[-1:])}")
     return failed[1] if process.returncode else ""

@@ -29,7 +29,8 @@ class UsageError(Exception):
 def unknown(key: str, names: list[str]) -> UsageError:
     """The complaint about KEY=VALUE where KEY is no setting, with the nearest that are."""
     names, short = list(dict.fromkeys(names)), key.replace("LEARNING_RATE", "LR")
-    near = [name for name in names if name.endswith(f"_{short}")] or difflib.get_close_matches(key, names, 3)
+    near = (difflib.get_close_matches(key, names, 1, 0.85) or [name for name in names if name.endswith(f"_{short}")]
+            or difflib.get_close_matches(key, names, 3))
     meant = f"; did you mean {' or '.join(near[:3])}?" if near else ""
     return UsageError(f"{key} is not a setting{meant} (bash run.sh settings lists all)")
 
