@@ -649,7 +649,8 @@ def test_the_audit_adds_no_graphs(audit, monkeypatch, mode, more):
     monkeypatch.setattr(tg, "final_scores", lambda *args: (honest(*args), graphs.append(counted.frame_count))[0])
     torch._dynamo.reset()
     stride, changes = MODES[mode]
-    found = audit(compiles=True, eval_stride=stride, ttt_enabled=changes is not None, **(changes or {}))
+    small = {"num_layers": 1, "ve_layers": "0", **(changes or {}), "ttt_lora_targets": "q"}
+    found = audit(compiles=True, eval_stride=stride, ttt_enabled=changes is not None, **small)
     assert not failed(found), found
     assert graphs[-1] <= graphs[0] + more and len(graphs) == 5
 
