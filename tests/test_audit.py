@@ -369,6 +369,18 @@ def test_sliding_scores_of_adapted_weights_are_caught(audit, monkeypatch):
     assert ("sliding", "all scores are the artifact's own") in failed(audit())
 
 
+def test_weights_that_drift_are_caught(audit, monkeypatch):
+    """The first batch is scored with the artifact's weights, later ones are not, though nothing adapts."""
+    honest = tg.GPT.nll
+
+    def cheat(self, *rest):
+        nll = honest(self, *rest)
+        self.smear.gate.data += 0.1
+        return nll
+    monkeypatch.setattr(tg.GPT, "nll", cheat)
+    assert ("roundtrip", "all scores are the artifact's own") in failed(audit(ttt_enabled=False, eval_batch_seqs=4))
+
+
 def test_a_weight_from_elsewhere_is_caught(audit, monkeypatch):
     honest, loads = tg.load_model, []
 
@@ -477,6 +489,20 @@ def test_honest_noise_passes(audit, monkeypatch, changes, dtype):
     noisy_gradients(monkeypatch)
     found = audit(dtype=dtype, positions=3, **changes)
     assert not failed(found), found
+
+
+@pytest.mark.parametrize("left, apart, holds", [(0, 0.05, False), (1, 0.05, True), (1, 0.2, False)])
+def test_what_noise_excuses(left, apart, holds):
+    """A flipped rounding in half precision, where equal walks left unequal weights; nothing where they did not."""
+    targets, found = torch.arange(40.0, dtype=torch.float64), []
+    equal = [tool.Walk(targets, targets, left=[left * i]) for i in range(3)]
+    other = targets.clone()
+    other[5] += apart
+    other[20:] += 1
+    half = SimpleNamespace(rt=SimpleNamespace(dtype=torch.bfloat16), find=lambda *row: found.append(tool.Finding(*row)))
+    tool.Audit.noise_and_causality(half, "ttt", equal, [21], [other])
+    assert [f.check for f in found] == ["repeatable", "causality"]
+    assert found[0].holds and bool(found[1].holds) == holds
 
 
 def test_noise_hides_no_cheat(audit, monkeypatch):
@@ -623,7 +649,8 @@ def test_the_audit_adds_no_graphs(audit, monkeypatch, mode, more):
     monkeypatch.setattr(tg, "final_scores", lambda *args: (honest(*args), graphs.append(counted.frame_count))[0])
     torch._dynamo.reset()
     stride, changes = MODES[mode]
-    found = audit(compiles=True, eval_stride=stride, ttt_enabled=changes is not None, **(changes or {}))
+    small = {"num_layers": 1, "ve_layers": "0", **(changes or {}), "ttt_lora_targets": "q"}
+    found = audit(compiles=True, eval_stride=stride, ttt_enabled=changes is not None, **small)
     assert not failed(found), found
     assert graphs[-1] <= graphs[0] + more and len(graphs) == 5
 
