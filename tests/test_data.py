@@ -208,6 +208,16 @@ def test_meter_is_nats_over_bytes(rt):
     assert loss == pytest.approx(nats / tokens) and bpb == pytest.approx(nats / np.log(2) / size)
 
 
+def test_a_token_counts_also_after_a_hundred_million(rt):
+    """Where fp32 no longer sees it."""
+    meter = tg.BpbMeter("cpu")
+    meter.add(torch.tensor([2.0 ** 28]), torch.tensor([2 ** 28], dtype=torch.int32))
+    for _ in range(3):
+        meter.add(torch.ones(1), torch.ones(1, dtype=torch.int32))
+    loss, bpb, tokens, size = meter.reduce(rt)
+    assert (loss * 4, tokens, size) == (2.0 ** 28 + 3, 4, 2 ** 28 + 3)
+
+
 def test_ranks_add_up_their_sums_before_anything_is_divided(tmp_path):
     """And a meter can be read again, with what came since."""
     def read(rt):
