@@ -402,53 +402,53 @@ def refuse_near_misses(environ) -> None:
 
 def check_combinations(cfg: Hyperparameters) -> None:
     """Raise UserError where settings contradict each other."""
-    def demand(holds: bool, message: str) -> None:
+    def require(holds: bool, message: str) -> None:
         if not holds:
             raise UserError(message)
 
-    demand(cfg.model_dim % cfg.num_heads == 0,
+    require(cfg.model_dim % cfg.num_heads == 0,
            f"MODEL_DIM={cfg.model_dim} is not divisible by NUM_HEADS={cfg.num_heads}")
-    demand(cfg.num_heads % cfg.num_kv_heads == 0,
+    require(cfg.num_heads % cfg.num_kv_heads == 0,
            f"NUM_HEADS={cfg.num_heads} is not divisible by NUM_KV_HEADS={cfg.num_kv_heads}")
-    demand(cfg.mlp_dim >= 1, f"MLP_MULT={cfg.mlp_mult:g} of MODEL_DIM={cfg.model_dim} leaves an MLP of no width")
-    demand(cfg.rope_dims % 2 == 0 and (cfg.rope_dims or cfg.head_dim) % 2 == 0,
+    require(cfg.mlp_dim >= 1, f"MLP_MULT={cfg.mlp_mult:g} of MODEL_DIM={cfg.model_dim} leaves an MLP of no width")
+    require(cfg.rope_dims % 2 == 0 and (cfg.rope_dims or cfg.head_dim) % 2 == 0,
            f"ROPE_DIMS={cfg.rope_dims or cfg.head_dim} is odd; rotation works on pairs")
-    demand(cfg.rope_dims <= cfg.head_dim, f"ROPE_DIMS={cfg.rope_dims} is more than a head's {cfg.head_dim} dimensions")
+    require(cfg.rope_dims <= cfg.head_dim, f"ROPE_DIMS={cfg.rope_dims} is more than a head's {cfg.head_dim} dimensions")
     for name in ("bigram_vocab_size", "trigram_vocab_size"):
-        demand(getattr(cfg, name) != 1, f"{name.upper()}=1 leaves no bucket; use 0 or at least 2")
+        require(getattr(cfg, name) != 1, f"{name.upper()}=1 leaves no bucket; use 0 or at least 2")
     try:
         ids = cfg.ve_layer_ids
     except ValueError:
         raise UserError(f"VE_LAYERS={cfg.ve_layers!r} is not a list of layer numbers like 9,10") from None
-    demand(all(0 <= i < cfg.num_layers for i in ids) and len(set(ids)) == len(ids),
+    require(all(0 <= i < cfg.num_layers for i in ids) and len(set(ids)) == len(ids),
            f"VE_LAYERS={cfg.ve_layers} names a layer twice or outside 0..{cfg.num_layers - 1}")
-    demand(cfg.train_batch_tokens % cfg.train_seq_len == 0,
+    require(cfg.train_batch_tokens % cfg.train_seq_len == 0,
            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is not divisible by TRAIN_SEQ_LEN={cfg.train_seq_len}")
-    demand(cfg.eval_stride <= cfg.window, f"EVAL_STRIDE={cfg.eval_stride} is longer than a window of {cfg.window}")
+    require(cfg.eval_stride <= cfg.window, f"EVAL_STRIDE={cfg.eval_stride} is longer than a window of {cfg.window}")
     if cfg.ttt_enabled:
-        check_adaptation(cfg, demand)
-    demand(not cfg.max_wallclock_seconds or cfg.train_seconds > 0, f"GPTQ_RESERVE_SECONDS={cfg.gptq_reserve_seconds:g} "
+        check_adaptation(cfg, require)
+    require(not cfg.max_wallclock_seconds or cfg.train_seconds > 0, f"GPTQ_RESERVE_SECONDS={cfg.gptq_reserve_seconds:g} "
            f"leaves nothing of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} for training")
-    demand(cfg.iterations > 0 or not cfg.resume, "RESUME=1 with ITERATIONS=0: nothing to resume")
-    demand(not cfg.resume or bool(cfg.run_id), "RESUME=1 needs the RUN_ID of the run to go on with")
-    demand(re.fullmatch(r"[\w.+-]*", cfg.run_id) is not None,
+    require(cfg.iterations > 0 or not cfg.resume, "RESUME=1 with ITERATIONS=0: nothing to resume")
+    require(not cfg.resume or bool(cfg.run_id), "RESUME=1 needs the RUN_ID of the run to go on with")
+    require(re.fullmatch(r"[\w.+-]*", cfg.run_id) is not None,
            f"RUN_ID={cfg.run_id!r} names files: letters, digits and . _ + - only")
 
 
-def check_adaptation(cfg: Hyperparameters, demand) -> None:
-    """`demand` what test-time training needs. Raises UserError."""
+def check_adaptation(cfg: Hyperparameters, require) -> None:
+    """`require` what test-time training needs. Raises UserError."""
     if cfg.ttt_reset == "stream":
-        demand(cfg.ttt_chunk_tokens >= cfg.train_seq_len, f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no sequence "
+        require(cfg.ttt_chunk_tokens >= cfg.train_seq_len, f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no sequence "
                f"of TRAIN_SEQ_LEN={cfg.train_seq_len} to learn from")
-        demand(cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} is "
+        require(cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} is "
                f"shorter than the {cfg.eval_stride or cfg.window} tokens a window scores")
     else:
-        demand(cfg.ttt_mode == "lora", f"TTT_RESET=document keeps weights for each document: only TTT_MODE=lora can, "
+        require(cfg.ttt_mode == "lora", f"TTT_RESET=document keeps weights for each document: only TTT_MODE=lora can, "
                f"not {cfg.ttt_mode}")
-        demand(cfg.ttt_doc_chunk_tokens <= cfg.window, f"TTT_DOC_CHUNK_TOKENS={cfg.ttt_doc_chunk_tokens} is longer "
+        require(cfg.ttt_doc_chunk_tokens <= cfg.window, f"TTT_DOC_CHUNK_TOKENS={cfg.ttt_doc_chunk_tokens} is longer "
                f"than a window of EVAL_SEQ_LEN={cfg.window}")
         for name in ("hash_embed_buckets", "ttt_polyak_decay"):
-            demand(not getattr(cfg, name), f"{name.upper()} works along a stream; TTT_RESET=document starts afresh")
+            require(not getattr(cfg, name), f"{name.upper()} works along a stream; TTT_RESET=document starts afresh")
     if cfg.ttt_mode == "lora":
         for name, read, wanted in (("ttt_lora_targets", lambda: cfg.lora_kinds, "some of q,k,v,o,mlp,head"),
                                    ("ttt_lora_layers", lambda: cfg.lora_layer_ids, "layers like 7-10 or 8,9,10"),
@@ -457,7 +457,7 @@ def check_adaptation(cfg: Hyperparameters, demand) -> None:
                 numbered = [int(layer) for layer in read()] if name != "ttt_lora_targets" else read()[:0]
             except (KeyError, ValueError):
                 raise UserError(f"{name.upper()}={getattr(cfg, name)!r} is not {wanted}") from None
-            demand(all(0 <= layer < cfg.num_layers for layer in numbered),
+            require(all(0 <= layer < cfg.num_layers for layer in numbered),
                    f"{name.upper()}={getattr(cfg, name)} names a layer outside 0..{cfg.num_layers - 1}")
 
 
@@ -491,7 +491,7 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_whole(path: Path, data: bytes, older: Path | None = None) -> None:
+def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
     """Write a file whole or not at all: on any failure the old file survives, which else moves to `older`. Raises
     UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -850,7 +850,7 @@ class EvalClock:
     def __init__(self, cfg: Hyperparameters, rt: Runtime, now=time.perf_counter):
         self.limit, self.rt, self.watch, self.pace = cfg.eval_max_seconds or math.inf, rt, Stopwatch(now=now), 0.0
 
-    def demand(self, batch, tokens: int, reads: int) -> None:
+    def measure_pace(self, batch, tokens: int, reads: int) -> None:
         """Time `batch()`, which reads `tokens` tokens; raise UserError if reading `reads` would take too long."""
         if math.isinf(self.limit):
             return
@@ -1382,19 +1382,19 @@ def load_kernels() -> None:
         return r, c, tile
 
     @triton.jit
-    def mlp_tile(a, b, bent, out, rows, columns, depth, b_row, b_depth, slope, FORWARD: tl.constexpr,
+    def mlp_tile(a, b, leaky, out, rows, columns, depth, b_row, b_depth, slope, FORWARD: tl.constexpr,
                  SIDE: tl.constexpr, DEPTH: tl.constexpr):
-        """Tile of a b^T, which on the way there is bent and squared, on the way back multiplied by the derivative."""
+        """Tile of a b^T, which on the way there is leaky and squared, on the way back multiplied by the derivative."""
         r, c, tile = product_tile(a, b, tl.program_id(1), tl.program_id(0), rows, columns, depth, b_row, b_depth,
                                   SIDE, DEPTH)  # neighbours share the tall side's rows; the weight stays in the cache
         at = r.to(tl.int64)[:, None] * columns + c[None, :]
         inside = (r[:, None] < rows) & (c[None, :] < columns)
         if FORWARD:
             t = tl.where(tile > 0, tile, tile * slope * slope)
-            tl.store(bent + at, t.to(bent.dtype.element_ty), mask=inside)
+            tl.store(leaky + at, t.to(leaky.dtype.element_ty), mask=inside)
             tile = tile * t
         else:
-            tile = 2 * tile * tl.load(bent + at, mask=inside, other=0.0).to(tl.float32)
+            tile = 2 * tile * tl.load(leaky + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + at, tile.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
@@ -1416,9 +1416,9 @@ def load_kernels() -> None:
             tl.store(out + mirrored, tl.trans(tile), mask=(r[None, :] <= c[:, None]) & (c[:, None] < rows))
 
     side, shape = 128, {"SIDE": 128, "DEPTH": 64, "num_warps": 8}
-    def mlp(a: Tensor, b: Tensor, bent: Tensor, slope: float, forward: bool) -> Tensor:
-        out, grid = torch.empty_like(bent), (triton.cdiv(bent.size(1), side), triton.cdiv(len(a), side))
-        mlp_tile[grid](a.contiguous(), b, bent, out, *bent.shape, a.size(1), *b.stride(), slope, FORWARD=forward,
+    def mlp(a: Tensor, b: Tensor, leaky: Tensor, slope: float, forward: bool) -> Tensor:
+        out, grid = torch.empty_like(leaky), (triton.cdiv(leaky.size(1), side), triton.cdiv(len(a), side))
+        mlp_tile[grid](a.contiguous(), b, leaky, out, *leaky.shape, a.size(1), *b.stride(), slope, FORWARD=forward,
                        **shape)
         return out
 
@@ -1434,11 +1434,11 @@ def load_kernels() -> None:
         return losses
 
     def mlp_up(x, weight, slope):
-        bent = x.new_empty(len(x), len(weight))
-        return mlp(x, weight, bent, slope, True), bent
+        leaky = x.new_empty(len(x), len(weight))
+        return mlp(x, weight, leaky, slope, True), leaky
 
-    def mlp_back(upstream, weight, bent):
-        return mlp(upstream, weight.t(), bent, 0.0, False)
+    def mlp_back(upstream, weight, leaky):
+        return mlp(upstream, weight.t(), leaky, 0.0, False)
 
     def symmetric(x, add, alpha, beta):
         out, tiles = x.new_empty(len(x), x.size(1), x.size(1)), triton.cdiv(x.size(1), side)
@@ -1451,8 +1451,8 @@ def load_kernels() -> None:
              lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), mutates=("logits",))
     register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)", mlp_up,
              lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))))
-    register("mlp_back(Tensor upstream, Tensor weight, Tensor bent) -> Tensor", mlp_back,
-             lambda upstream, weight, bent: torch.empty_like(bent))
+    register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor", mlp_back,
+             lambda upstream, weight, leaky: torch.empty_like(leaky))
     register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor", symmetric,
              lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)))
 
@@ -1581,14 +1581,14 @@ class SquaredLeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, slope: float) -> Tensor:
-        bent = F.leaky_relu(x, slope * slope)
-        ctx.save_for_backward(bent)
-        return x * bent
+        leaky = F.leaky_relu(x, slope * slope)
+        ctx.save_for_backward(leaky)
+        return x * leaky
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        bent, = ctx.saved_tensors
-        return (upstream * bent).mul_(2), None
+        leaky, = ctx.saved_tensors
+        return (upstream * leaky).mul_(2), None
 
 
 class FusedMlp(torch.autograd.Function):
@@ -1597,14 +1597,14 @@ class FusedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
-        y, bent = torch.ops.golf.mlp_up(x, up, slope)
-        ctx.save_for_backward(x, up, down, y, bent)
+        y, leaky = torch.ops.golf.mlp_up(x, up, slope)
+        ctx.save_for_backward(x, up, down, y, leaky)
         return F.linear(y, down)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        x, up, down, y, bent = ctx.saved_tensors
-        grad = torch.ops.golf.mlp_back(upstream, down, bent)
+        x, up, down, y, leaky = ctx.saved_tensors
+        grad = torch.ops.golf.mlp_back(upstream, down, leaky)
         return grad @ up, grad.t() @ x, upstream.t() @ y, None
 
 
@@ -1796,61 +1796,61 @@ class GPT(nn.Module):
             else:
                 self.qat_scales[name] = scale
 
-    def seen(self, name: str, weight: Tensor, qat: bool) -> Tensor:
+    def fake_quantised(self, name: str, weight: Tensor, qat: bool) -> Tensor:
         """A weight as the forward pass sees it: rounded under QAT if it is exported rounded."""
         if not qat or name not in self.qat_specs:
             return weight
         return fake_quantise(weight, self.qat_scales[name], self.qat_specs[name], self.hardness)
 
-    def layer_weights(self, qat: bool, dress=None) -> list[LayerWeights]:
+    def layer_weights(self, qat: bool, hook=None) -> list[LayerWeights]:
         """Per layer, its slices of the banks in the activation dtype. One rounding and one cast a bank, and `unbind`
         rather than indexing: the gradient of a bank is then one stack, not a sum of mostly empty banks."""
-        qo, kv, up, down = (self.seen(name, getattr(self, name), qat).to(self.dtype).unbind()
+        qo, kv, up, down = (self.fake_quantised(name, getattr(self, name), qat).to(self.dtype).unbind()
                             for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"))
         layers = self.cfg.num_layers
         plain = [LayerWeights(*parts) for parts in zip(qo, kv, kv[layers:], qo[layers:], up, down)]
-        if dress is None:
+        if hook is None:
             return plain
-        return [LayerWeights(*(dress(kind, layer, w) for kind, w in zip(LayerWeights._fields, weights)))
+        return [LayerWeights(*(hook(kind, layer, w) for kind, w in zip(LayerWeights._fields, weights)))
                 for layer, weights in enumerate(plain)]
 
-    def embed(self, ids: Tensor, qat: bool, dress=None) -> Tensor:
+    def embed(self, ids: Tensor, qat: bool, hook=None) -> Tensor:
         """Token, bigram and trigram embeddings, normalised and smeared.  # [batch, T, dim]"""
-        table = self.seen("tok_emb.weight", self.tok_emb.weight, qat)
-        table = table if dress is None else dress("embed", -1, table)
+        table = self.fake_quantised("tok_emb.weight", self.tok_emb.weight, qat)
+        table = table if hook is None else hook("embed", -1, table)
         x = (F.embedding(ids, table) if isinstance(table, Tensor) else table(ids)).to(self.dtype)
         for name, table, factors in (("bigram", self.bigram, BIGRAM_FACTORS),
                                      ("trigram", self.trigram, TRIGRAM_FACTORS)):
             if table is not None:
                 buckets = hash_ngrams(ids, factors, table.embed.num_embeddings)
-                x = x + table(buckets, self.seen(f"{name}.embed.weight", table.embed.weight, qat), self.dtype)
+                x = x + table(buckets, self.fake_quantised(f"{name}.embed.weight", table.embed.weight, qat), self.dtype)
         return self.smear(norm(x))
 
     def value_embeddings(self, ids: Tensor, qat: bool) -> dict[int, Tensor]:
         """Layer -> what is added to its values.  # [batch, T, kv_dim]"""
         if self.ve_shared is None:
             return {}
-        table = self.seen("ve_shared.embed.weight", self.ve_shared.embed.weight, qat)
+        table = self.fake_quantised("ve_shared.embed.weight", self.ve_shared.embed.weight, qat)
         shared = self.ve_shared(ids, table, self.dtype)
         return {layer: shared * scale.to(self.dtype)
                 for layer, scale in zip(self.cfg.ve_layer_ids, self.ve_layer_scales)}
 
-    def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, dress=None) -> Tensor:
+    def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, hook=None) -> Tensor:
         """The trunk: normalised final states of the last `keep` positions (all, if None).
 
         ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions
         only: a sliding window that scores 64 of 2,048 tokens pays for 64 there.
 
-        `dress(kind, layer, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
+        `hook(kind, layer, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
         input - to add something to its output, or to look at what comes in. The token table (a function of ids) and
         the output matrix are kinds "embed" and "head", of layer -1.
         """
         cfg, length = self.cfg, ids.size(1)
         rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device)
         extra = self.value_embeddings(ids, qat)
-        x = x0 = self.embed(ids, qat, dress)
+        x = x0 = self.embed(ids, qat, hook)
         skips, first_value = [], None
-        for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat, dress))):
+        for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat, hook))):
             decoder = layer - cfg.num_layers // 2
             if decoder >= 0 and skips:
                 x = torch.addcmul(x, self.skip_weights[decoder].to(x.dtype), skips.pop())
@@ -1862,25 +1862,25 @@ class GPT(nn.Module):
                 skips.append(x)
         return norm(x)
 
-    def output_weight(self, qat: bool = False, dress=None):
-        """The output matrix in the activation dtype, or what `dress` makes of it.  # [vocab, dim]"""
+    def output_weight(self, qat: bool = False, hook=None):
+        """The output matrix in the activation dtype, or what `hook` makes of it.  # [vocab, dim]"""
         name, layer = ("tok_emb.weight", self.tok_emb) if self.lm_head is None else ("lm_head.weight", self.lm_head)
-        weight = self.seen(name, layer.weight, qat).to(self.dtype)
-        return weight if dress is None else dress("head", -1, weight)
+        weight = self.fake_quantised(name, layer.weight, qat).to(self.dtype)
+        return weight if hook is None else hook("head", -1, weight)
 
-    def logits(self, hidden: Tensor, qat: bool = False, dress=None) -> Tensor:
+    def logits(self, hidden: Tensor, qat: bool = False, hook=None) -> Tensor:
         """Soft-capped logits in fp32.  # [..., dim] -> [..., vocab]"""
-        return capped_logits(hidden, self.output_weight(qat, dress), self.cfg.logit_softcap)
+        return capped_logits(hidden, self.output_weight(qat, hook), self.cfg.logit_softcap)
 
-    def nll(self, ids: Tensor, targets: Tensor, temperature: float = 1.0, dress=None) -> Tensor:
+    def nll(self, ids: Tensor, targets: Tensor, temperature: float = 1.0, hook=None) -> Tensor:
         """-log p in nats of each target; targets [batch, keep] belong to the last `keep` positions of ids."""
-        logits = self.logits(self.hidden(ids, keep=targets.size(1), dress=dress), dress=dress) / temperature
+        logits = self.logits(self.hidden(ids, keep=targets.size(1), hook=hook), hook=hook) / temperature
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
-    def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, dress=None) -> Tensor:
+    def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, hook=None) -> Tensor:
         """Mean cross-entropy in nats over [batch, T], plus that of the MTP heads while training."""
-        cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, dress=dress)
-        weight = self.output_weight(qat, dress)
+        cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, hook=hook)
+        weight = self.output_weight(qat, hook)
         if not isinstance(weight, Tensor):  # a dressed head: nobody has written its gradient out
             return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
         loss = CappedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), cap, self.kernels)
@@ -2008,7 +2008,7 @@ class Muon:
             nesterov = grad.add(buffer, alpha=momentum)
             update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels)
             if self.row_memory:
-                update = even_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
+                update = normalise_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
             started.append(self.rt.launch_all_gather(update.contiguous()))
         return started
 
@@ -2030,7 +2030,7 @@ class Muon:
                 shard.zero_()[:len(mine)].copy_(mine)
 
 
-def even_rows_(update: Tensor, memory: Tensor, beta2: float) -> Tensor:
+def normalise_rows_(update: Tensor, memory: Tensor, beta2: float) -> Tensor:
     """NorMuon: divide rows by a running mean of their size, then restore the matrix norm (PR 173)."""
     size = update.norm(dim=(-2, -1), keepdim=True)
     memory.lerp_(update.square().mean(-1, keepdim=True), 1 - beta2)
@@ -2246,7 +2246,7 @@ def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
     packed = state.pack()  # on every rank: shards are gathered
     if rt.rank == 0:
         packed |= {"settings": resumable_settings(cfg), "elapsed_s": state.watch.elapsed()}
-        write_whole(checkpoint_path(rt), torch_bytes(packed))
+        write_atomically(checkpoint_path(rt), torch_bytes(packed))
 
 
 def torch_bytes(value) -> bytes:
@@ -2368,14 +2368,14 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
 
 
 # ------------------------------------------------------------------------------------------------ ROUNDING
-OWN_TEXT_ROWS, OWN_TEXT_TEMPERATURE = 4, 0.8   # R1019; its 64 sequences are 16 batches
+SELF_TEXT_ROWS, SELF_TEXT_TEMPERATURE = 4, 0.8   # R1019; its 64 sequences are 16 batches
 FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
 FIT_OCTAVES = 4.0      # a step is doubled four times at most: 6-bit weights then have 2 bits left
 FIT_TEXTS, FIT_TEXT_TOKENS = 4, 8192  # on so many texts of so many tokens the price of wider steps is measured
 
 
-class InputSums:
-    """A `dress` (see GPT.hidden) that changes nothing and sums x x^T over the inputs x of each matrix: the Hessians of
+class HessianSums:
+    """A `hook` (see GPT.hidden) that changes nothing and sums x x^T over the inputs x of each matrix: the Hessians of
     GPTQ, of one trunk and in one pass. Query, key and value read the same input; the head's is the final state."""
 
     def __init__(self, model: GPT):
@@ -2403,17 +2403,17 @@ class InputSums:
 
 
 @torch.no_grad()
-def own_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
+def self_generated_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
     """Yields this rank's batches of text that the model writes itself (R1019): inputs and targets, as TrainData.
 
     The first token is drawn evenly, each next one at temperature 0.8. Batch i depends on SEED and i alone.
     """
     for i in range(rt.rank, cfg.gptq_calibration_batches, rt.world_size):
-        dice = torch.rand(OWN_TEXT_ROWS, cfg.train_seq_len + 1, generator=torch.Generator().manual_seed(cfg.seed + i))
+        dice = torch.rand(SELF_TEXT_ROWS, cfg.train_seq_len + 1, generator=torch.Generator().manual_seed(cfg.seed + i))
         dice = dice.to(rt.device)
         text = (dice[:, :1] * cfg.vocab_size).long()
         for drawn in dice[:, 1:].split(1, dim=1):
-            logits = model.logits(model.hidden(text, keep=1)[:, 0]) / OWN_TEXT_TEMPERATURE
+            logits = model.logits(model.hidden(text, keep=1)[:, 0]) / SELF_TEXT_TEMPERATURE
             token = torch.searchsorted(logits.softmax(-1).cumsum(-1), drawn.contiguous()).clamp(max=cfg.vocab_size - 1)
             text = torch.cat((text, token), dim=1)
         yield text[:, :-1], text[:, 1:]
@@ -2435,12 +2435,12 @@ def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, st
     """
     if not cfg.calibrates:
         return Calibration({}, {})
-    watch, look, kept, tokens = Stopwatch(), InputSums(model), [], 0
-    texts = own_text(cfg, rt, model) if cfg.gptq_calibration == "self" else (
+    watch, look, kept, tokens = Stopwatch(), HessianSums(model), [], 0
+    texts = self_generated_text(cfg, rt, model) if cfg.gptq_calibration == "self" else (
         batch for i in range(cfg.gptq_calibration_batches) for batch in data.batch(step + i))
     rt.log("GPTQ:collecting Hessians from calibration data...")
     for inputs, _ in texts:
-        model.logits(model.hidden(inputs, dress=look), dress=look)
+        model.logits(model.hidden(inputs, hook=look), hook=look)
         tokens += inputs.numel()
         kept += [inputs[:max(FIT_TEXT_TOKENS // inputs.size(1), 1)]] * (len(kept) < FIT_TEXTS)
         rt.synchronize()
@@ -2472,7 +2472,7 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor]) -
 
 
 @contextlib.contextmanager
-def wearing(model: GPT, rounded: dict[str, tuple[Tensor, Tensor]]):
+def using_rounded_weights(model: GPT, rounded: dict[str, tuple[Tensor, Tensor]]):
     """The model with rounded weights in place of its own."""
     params = dict(model.named_parameters())
     own = {name: params[name].detach().clone() for name in rounded}
@@ -2509,7 +2509,7 @@ def step_prices(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor], t
     exact = [predict(ids) for ids in texts]
 
     def drift(changed: dict) -> float:
-        with wearing(model, rounded | changed):
+        with using_rounded_weights(model, rounded | changed):
             return sum(F.kl_div(predict(ids), true, reduction="batchmean", log_target=True).item()
                        for ids, true in zip(texts, exact)) / len(texts)
 
@@ -2671,18 +2671,18 @@ def decompress(codec: str, packed: bytes, size: int) -> bytes:
     return raw
 
 
-def planes(array: np.ndarray) -> bytes:
+def byte_planes(array: np.ndarray) -> bytes:
     """Bytes of a little-endian array, all first bytes, then all second ones, …: exponents pack better by themselves."""
     return array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
 
 
-def unplanes(raw: bytes, dtype: np.dtype) -> np.ndarray:
+def from_byte_planes(raw: bytes, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T.copy().reshape(-1).view(dtype)
 
 
 def order0_bytes(array: np.ndarray) -> float:
-    """Entropy of the byte planes of an array, each byte by itself: what a packer without any context cannot beat."""
-    by_plane = np.frombuffer(planes(np.ascontiguousarray(array)), np.uint8).reshape(array.itemsize, -1)
+    """Entropy of the byte byte_planes of an array, each byte by itself: what a packer without any context cannot beat."""
+    by_plane = np.frombuffer(byte_planes(np.ascontiguousarray(array)), np.uint8).reshape(array.itemsize, -1)
     return sum(entropy_bytes(torch.tensor(plane)) for plane in by_plane)
 
 
@@ -2700,12 +2700,12 @@ def powers_of_two() -> np.ndarray:
     return np.array([functools.reduce(lambda x, _: math.isqrt(x), range(4), 1 << k) for k in range(16 * 40)])
 
 
-def sixteenths(x: np.ndarray) -> np.ndarray:
+def log2_sixteenths(x: np.ndarray) -> np.ndarray:
     """floor(16 log2 x) of whole numbers; of 256 for anything below."""
     return np.searchsorted(powers_of_two(), np.maximum(x, 256), side="right") - 1
 
 
-class Spreads:
+class SpreadHistograms:
     """Histograms of a symbol -reach..reach, one for each bucket of predicted spread, that learn while they code.
 
     Each starts as the bell of its spread (Student's t with 7 degrees of freedom: nearly a Gaussian, without `exp`) and
@@ -2786,7 +2786,7 @@ class RowPredictor:
         self.rows += len(codes)
 
 
-def walk(codes: np.ndarray, top: int, spreads: Spreads, is_table: bool) -> None:
+def code_tensor(codes: np.ndarray, top: int, spreads: SpreadHistograms, is_table: bool) -> None:
     """Code a tensor, int64 [matrices, rows, columns], in place: an encoder reads it, a decoder fills it.
 
     Matrix by matrix, in growing blocks of rows. The spread of a weight is predicted from its column in the blocks
@@ -2808,7 +2808,7 @@ def walk(codes: np.ndarray, top: int, spreads: Spreads, is_table: bool) -> None:
             done += len(block)
 
 
-def code_block(block, top: int, spreads: Spreads, predictor: RowPredictor | None, average: int, column):
+def code_block(block, top: int, spreads: SpreadHistograms, predictor: RowPredictor | None, average: int, column):
     """Code rows of a matrix, tile by tile. Returns (magnitudes of what was coded [rows, columns], levels [rows])."""
     width = trust = 16 if predictor else 64  # columns of a tile; after as many a row is its own evidence
     magnitude, row_sum, expected = np.zeros_like(block), np.zeros(len(block), np.int64), 0
@@ -2817,7 +2817,7 @@ def code_block(block, top: int, spreads: Spreads, predictor: RowPredictor | None
     for left in range(0, block.shape[1], width):
         tile = block[:, left:left + width]
         level = (row_sum * FIXED + trust * average) * FIXED // (expected + trust * FIXED)
-        spread = sixteenths(level)[:, None] + sixteenths(column[left:left + width])  # 512: one code
+        spread = log2_sixteenths(level)[:, None] + log2_sixteenths(column[left:left + width])  # 512: one code
         bucket = ((spread - 448) // BUCKET_STEP).clip(0, BUCKETS - 1)
         guess = predictor.guess(left, tile.shape[1], top) if predictor else 0
         symbols = spreads.code(bucket, tile - guess)
@@ -2834,7 +2834,7 @@ def code_block(block, top: int, spreads: Spreads, predictor: RowPredictor | None
     return magnitude, (row_sum * FIXED + trust * average) * FIXED // (expected + trust * FIXED)
 
 
-def walk_all(arrays: list[np.ndarray], bits: list[int], decoder=None) -> bytes:
+def code_tensors(arrays: list[np.ndarray], bits: list[int], decoder=None) -> bytes:
     """Encode int64 arrays one after another, with a decoder after filling them from it; those with the same symbols
     share their histograms. Returns the stream."""
     encoder, shared = library("range").stream.queue.RangeEncoder(), {}
@@ -2842,14 +2842,14 @@ def walk_all(arrays: list[np.ndarray], bits: list[int], decoder=None) -> bytes:
         top, is_table = 2 ** (b - 1) - 1, codes.ndim == 2
         reach = 2 * top if is_table else top  # a table's symbols are differences of two codes
         if reach not in shared:
-            shared[reach] = Spreads(reach, encoder, decoder)
-        walk(codes.reshape(-1, *codes.shape[-2:]), top, shared[reach], is_table)
+            shared[reach] = SpreadHistograms(reach, encoder, decoder)
+        code_tensor(codes.reshape(-1, *codes.shape[-2:]), top, shared[reach], is_table)
     return encoder.get_compressed().astype("<u4").tobytes()
 
 
 def range_encode(arrays: list[np.ndarray], bits: list[int]) -> bytes:
     """int8 codes [(matrices,) rows, columns] of so many bits each -> bytes."""
-    return walk_all([codes.astype(np.int64) for codes in arrays], bits)
+    return code_tensors([codes.astype(np.int64) for codes in arrays], bits)
 
 
 def range_decode(packed: bytes, shapes: list, bits: list[int]) -> list[np.ndarray]:
@@ -2858,7 +2858,7 @@ def range_decode(packed: bytes, shapes: list, bits: list[int]) -> list[np.ndarra
     decoder = library("range").stream.queue.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
     arrays = [np.zeros(shape, np.int64) for shape in shapes]
     try:
-        written = walk_all(arrays, bits, decoder)
+        written = code_tensors(arrays, bits, decoder)
     except AssertionError as error:  # what constriction raises
         raise ValueError(f"range cannot read a stream: {error}") from None
     if written != packed:
@@ -2908,7 +2908,7 @@ class Artifact:
                        (("header", rest), ("code", code_bytes), ("total", len(self.blob) + code_bytes))]
 
 
-def store(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[Stored]:
+def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[Stored]:
     """Every exported parameter of a model, rounded as its family is. Raises UserError for values no file can hold."""
     params = dict(model.named_parameters())
     families, specs, stored = route(cfg, params), quant_specs(cfg, params), []
@@ -2944,7 +2944,7 @@ def streams_of(stored: list[Stored]) -> dict[str, list[tuple[np.ndarray, int]]]:
 def pack_stream(codec: str, parts: list[tuple[np.ndarray, int]]) -> bytes:
     arrays, bits = zip(*parts)
     return range_encode(arrays, bits) if codec == "range" else compress(
-        codec, planes(np.concatenate([array.reshape(-1) for array in arrays])))
+        codec, byte_planes(np.concatenate([array.reshape(-1) for array in arrays])))
 
 
 def pack_streams(wanted: str, streams: dict) -> dict[str, tuple[str, bytes]]:
@@ -2961,7 +2961,7 @@ def pack(cfg: Hyperparameters, model: GPT, tokenizer_sha256: str, rounded: dict 
 
     `rounded` has (codes, scales) by name for parameters whose rounding was chosen otherwise (GPTQ).
     """
-    return write_artifact(cfg, tokenizer_sha256, store(cfg, model, rounded or {}))
+    return write_artifact(cfg, tokenizer_sha256, stored_parameters(cfg, model, rounded or {}))
 
 
 def write_artifact(cfg: Hyperparameters, tokenizer_sha256: str, stored: list[Stored]) -> Artifact:
@@ -2975,7 +2975,7 @@ def write_artifact(cfg: Hyperparameters, tokenizer_sha256: str, stored: list[Sto
                        "tensors": [[s.name, list(s.values.shape), s.stream, s.bits] for s in stored],
                        "streams": [[row.stream, row.codec, row.packed_bytes, stream_crc(streams[row.stream])]
                                    for row in ledger]})
-    return Artifact(frame(text, b"".join(data for _, data in packed.values())), tuple(ledger))
+    return Artifact(make_container(text, b"".join(data for _, data in packed.values())), tuple(ledger))
 
 
 def stream_crc(parts: list[tuple[np.ndarray, int]]) -> int:
@@ -2993,7 +2993,7 @@ def json_bytes(value) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def frame(text: bytes, payload: bytes) -> bytes:
+def make_container(text: bytes, payload: bytes) -> bytes:
     """The whole file from its header text and its streams."""
     header = compress("lzma", text)
     size = len(ARTIFACT_MAGIC) + ARTIFACT_NUMBERS.size + len(header) + len(payload) + ARTIFACT_DIGEST_BYTES
@@ -3006,7 +3006,7 @@ def numbers_bytes(file_bytes: int, header_bytes: int, text_bytes: int) -> bytes:
     return ARTIFACT_NUMBERS.pack(file_bytes, header_bytes, text_bytes, crc)
 
 
-def open_frame(blob: bytes) -> tuple[bytes, bytes]:
+def open_container(blob: bytes) -> tuple[bytes, bytes]:
     """(header text, payload) of an artifact that is whole. Raises UserError that says in which way it is not."""
     if not blob:
         raise UserError("artifact is empty")
@@ -3033,7 +3033,7 @@ def open_frame(blob: bytes) -> tuple[bytes, bytes]:
     return decompress("lzma", body[start:start + header_bytes], text_bytes), body[start + header_bytes:]
 
 
-def blueprint(cfg: Hyperparameters) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(cfg: Hyperparameters) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's parameters, made without memory for them."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
@@ -3042,7 +3042,7 @@ def blueprint(cfg: Hyperparameters) -> dict[str, tuple[int, ...]]:
 def read_artifact(blob: bytes) -> tuple[Hyperparameters, str, list[Stored]]:
     """(model settings, tokenizer sha256, parameters) of an artifact. Raises UserError for anything out of order."""
     try:
-        text, payload = open_frame(blob)
+        text, payload = open_container(blob)
         header = json.loads(text)
         if json_bytes(header) != text:  # one way to write it: no key twice, no second spelling of a number
             raise ValueError("its header is not in the form this program writes")
@@ -3074,7 +3074,7 @@ def stored_settings(config: dict) -> Hyperparameters:
 
 def checked_tensors(cfg: Hyperparameters, tensors: list, most: int) -> list[tuple[str, tuple[int, ...], str, int]]:
     """(name, shape, stream, bits) of each tensor, if they are the parameters of the model the settings describe."""
-    shapes = blueprint(cfg)
+    shapes = parameter_shapes(cfg)
     if json_bytes([row[:2] for row in tensors]) != json_bytes([[name, shape] for name, shape in shapes.items()]):
         raise ValueError("its tensors are not those of the model in its settings")
     if sum(map(math.prod, shapes.values())) > most:
@@ -3116,7 +3116,7 @@ def unpack_stream(stream: str, codec: str, packed: bytes, shapes: tuple, bits: t
         return range_decode(packed, shapes, bits)  # which makes no code out of range
     dtype = np.dtype("<f2") if stream == "scales" else FLOAT_KINDS.get(stream, np.dtype("i1"))
     counts = [math.prod(shape) for shape in shapes]
-    flat = unplanes(decompress(codec, packed, sum(counts) * dtype.itemsize), dtype)
+    flat = from_byte_planes(decompress(codec, packed, sum(counts) * dtype.itemsize), dtype)
     parts = [part.reshape(shape) for part, shape in zip(np.split(flat, np.cumsum(counts)[:-1]), shapes)]
     for part, b in zip(parts, bits):
         if b and (np.abs(part.astype(np.int16)) > 2 ** (b - 1) - 1).any():
@@ -3205,11 +3205,11 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Leg:
+class ScoredChunk:
     """A leg of the walk: windows for this rank to score, and then what may be learnt from them."""
 
     batches: list[Windows]
-    lesson: int = 0         # tokens to learn from: scored ones of all ranks (stream), read ones of this one (documents)
+    train_tokens: int = 0         # tokens to learn from: scored ones of all ranks (stream), read ones of this one (documents)
     first: int = 0          # the first of them, in a stream
     progress: float = 0.0   # 0..1 of the text
     opens: bool = False     # other documents begin here
@@ -3220,7 +3220,7 @@ class Leg:
         return sum(len(windows.low) * windows.length for windows in self.batches)
 
 
-def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, size: int, adapts: bool) -> list[Leg]:
+def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, size: int, adapts: bool) -> list[ScoredChunk]:
     """The text as chunks of TTT_CHUNK_TOKENS, or as one if nothing adapts. A window belongs to the chunk of its first
     scored target, so when a chunk's windows are done all its targets are in the sum. The last chunk teaches nobody."""
     windows = Windows.sliding(targets, cfg.window, stride)
@@ -3231,11 +3231,11 @@ def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, si
     for i in range(count):
         mine = rt.share_of(first[i + 1] - first[i])
         batches = windows.part(first[i] + mine.start, first[i] + mine.stop).batches(size, rt.compiles)
-        legs.append(Leg(batches, chunk if i + 1 < count else 0, i * chunk, i / max(count - 1, 1)))
+        legs.append(ScoredChunk(batches, chunk if i + 1 < count else 0, i * chunk, i / max(count - 1, 1)))
     return legs
 
 
-def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Leg]:
+def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[ScoredChunk]:
     """This rank's documents, TTT_BATCH_DOCS of about one length side by side, chunk by chunk. A document runs from its
     BOS to the next one, which is its last target. What a token is scored with depends on nothing after it: chunks are
     counted from the BOS, every batch has the same number of rows, and whether a document is short shows only in time.
@@ -3256,7 +3256,7 @@ def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Leg]
             length = min(end, cfg.window)
             windows = Windows(first[group] + end - length, low, high, length, chunk).filled(cfg.ttt_batch_docs)
             learns = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
-            legs.append(Leg([windows], cfg.ttt_batch_docs * length if learns else 0, opens=step == 0))
+            legs.append(ScoredChunk([windows], cfg.ttt_batch_docs * length if learns else 0, opens=step == 0))
     return legs
 
 
@@ -3277,20 +3277,20 @@ class Scored:
         self.meter.add(nll, self.sizes[numbers + 1])
         self.times.index_add_(0, numbers, torch.ones_like(numbers, dtype=torch.uint8))
 
-    def demand(self, times: Tensor) -> None:
+    def require_scored_once(self, times: Tensor) -> None:
         """Raise IllegalScore unless all of these targets were scored once."""
         if not (times == 1).all():
             raise IllegalScore(f"{int((times != 1).sum())} of {len(times)} tokens to learn from or to end with were "
                                "not scored once")
 
-    def lesson(self, first: int, count: int) -> Tensor:
+    def training_tokens(self, first: int, count: int) -> Tensor:
         """The token before target `first` and `count` targets. Raises IllegalScore if a rank has yet to score one."""
-        self.demand(self.rt.sum_(self.times[first:first + count].clone()))
+        self.require_scored_once(self.rt.sum_(self.times[first:first + count].clone()))
         return self.tokens[first:first + count + 1]
 
     def result(self, name: str, start_s: float) -> EvalResult:
         """The end of a walk. Raises IllegalScore if the ranks together did not score every target once."""
-        self.demand(self.rt.sum_(self.times.clone()))
+        self.require_scored_once(self.rt.sum_(self.times.clone()))
         loss, bpb, tokens, size = self.meter.reduce(self.rt)
         self.rt.synchronize()
         return EvalResult(name, loss, bpb, tokens, size, time.perf_counter() - start_s)
@@ -3324,7 +3324,7 @@ def clip_rows_(grads: list[Tensor], most: float, rows: int) -> None:
 
 class Adapter:
     """Score-first test-time training (PR 461): after each chunk of scored text, a few passes over it. This is what
-    all kinds share; a kind says which tensors move, how fast, and how they enter a forward pass (`dress`: GPT.hidden).
+    all kinds share; a kind says which tensors move, how fast, and how they enter a forward pass (`hook`: GPT.hidden).
 
     A step in the stream goes down the mean over TTT_BATCH_SEQS sequences, whatever the ranks. A step on documents goes
     down each one's own mean; it happens on the rank that has them, and nothing of it leaves their rows.
@@ -3350,7 +3350,7 @@ class Adapter:
             "adam": lambda: torch.optim.AdamW(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
                                               weight_decay=cfg.ttt_weight_decay, fused=True)}[optimiser]()
 
-    def dress(self, kind: str, layer: int, matrix: Tensor):
+    def hook(self, kind: str, layer: int, matrix: Tensor):
         if kind == "embed" and self.table is not None:
             return lambda ids: F.embedding(ids, matrix) + F.embedding(hash_pairs(ids, len(self.table)), self.table)
         return matrix
@@ -3362,7 +3362,7 @@ class Adapter:
         inputs, targets = (t[:rows * length].long().view(rows, length) for t in (tokens[:-1], tokens[1:]))
         for group in self.optimiser.param_groups:
             group["lr"] = group["full_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
-        self.exchange()
+        self.swap_averages()
         for start in [*range(0, rows, cfg.ttt_batch_seqs)] * epochs:
             count = min(cfg.ttt_batch_seqs, rows - start)
             share = self.rt.share_of(count)
@@ -3370,16 +3370,16 @@ class Adapter:
             at_once = max(self.rt.forward_tokens(cfg) // length, 1)
             for x, y in zip(inputs[mine].split(at_once), targets[mine].split(at_once)):
                 if len(x):  # a rank may have no part in a step
-                    (self.loss_fn(x, y, dress=self.dress) * (len(x) / count)).backward()
+                    (self.loss_fn(x, y, hook=self.hook) * (len(x) / count)).backward()
             self.step()
-        self.exchange()
+        self.swap_averages()
 
-    def learn_rows(self, nll: Tensor, counted: Tensor, epochs: int, again) -> None:
+    def learn_rows(self, nll: Tensor, counted: Tensor, epochs: int, rescore) -> None:
         """Adapt to documents side by side. nll [rows, keep]: scores just committed, with the graph that made them, so
-        that the first step needs no other forward pass; again() makes them anew."""
+        that the first step needs no other forward pass; rescore() makes them anew."""
         weight = counted / counted.sum(1, keepdim=True).clamp(min=1)
         for epoch in range(epochs):
-            ((again() if epoch else nll) * weight).sum().backward()
+            ((rescore() if epoch else nll) * weight).sum().backward()
             self.step()
 
     def step(self) -> None:
@@ -3398,7 +3398,7 @@ class Adapter:
                 torch._foreach_lerp_(self.average, self.moving, 1 - self.cfg.ttt_polyak_decay)
 
     @torch.no_grad()
-    def exchange(self) -> None:
+    def swap_averages(self) -> None:
         """Change places with the average: scores come from it, but learning goes on from the weights themselves.
         (PR 550 also learnt from the average, which shrank every chunk's update to a 500th.)"""
         if self.average:
@@ -3421,11 +3421,11 @@ class SgdAdapter(Adapter):
                   if p.numel() and rates.get(name, 1.0) and not name.startswith(fixed)]
         super().__init__(model, cfg, rt, moving, cfg.ttt_lr, cfg.ttt_optimizer)
         if not self.frozen and self.table is None:
-            self.dress = None  # the graphs that scored without adaptation serve as they are
+            self.hook = None  # the graphs that scored without adaptation serve as they are
 
-    def dress(self, kind: str, layer: int, matrix: Tensor):
+    def hook(self, kind: str, layer: int, matrix: Tensor):
         """A frozen block's matrices get no gradient, so their slices of the banks stay where they are."""
-        return matrix.detach() if 0 <= layer < self.frozen else super().dress(kind, layer, matrix)
+        return matrix.detach() if 0 <= layer < self.frozen else super().hook(kind, layer, matrix)
 
 
 class LoraAdapter(Adapter):
@@ -3434,7 +3434,7 @@ class LoraAdapter(Adapter):
 
     def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
         rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
-        self.scale, self.pairs, self.born, moving = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
+        self.scale, self.pairs, self.initial, moving = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
         generator = torch.Generator().manual_seed(cfg.seed)
 
         def add(kind: str, layer: int, matrix: Tensor) -> Tensor:
@@ -3442,21 +3442,21 @@ class LoraAdapter(Adapter):
                 a = torch.empty(rank, matrix.size(1)).uniform_(-1, 1, generator=generator) * matrix.size(1) ** -0.5
                 born = [t.to(matrix.device) for t in (a, torch.zeros(matrix.size(0), rank))]
                 pair = self.pairs[kind, layer] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in born]
-                self.born += born
+                self.initial += born
                 moving.extend((cfg.lora_layer_rates.get(layer, 1.0), t) for t in pair)
             return matrix
         model.layer_weights(False, add)
         model.output_weight(False, add)
         super().__init__(model, cfg, rt, moving, cfg.ttt_lora_lr, cfg.ttt_lora_optimizer, rows)
 
-    def dress(self, kind: str, layer: int, matrix: Tensor):
+    def hook(self, kind: str, layer: int, matrix: Tensor):
         pair = self.pairs.get((kind, layer))
-        return LowRank(matrix, *pair, self.scale) if pair else super().dress(kind, layer, matrix)
+        return LowRank(matrix, *pair, self.scale) if pair else super().hook(kind, layer, matrix)
 
     @torch.no_grad()
     def reset(self) -> None:
         """Forget everything, in place: other documents come."""
-        torch._foreach_copy_(self.moving, [born.expand_as(t) for born, t in zip(self.born, self.moving)])
+        torch._foreach_copy_(self.moving, [born.expand_as(t) for born, t in zip(self.initial, self.moving)])
         for state in self.optimiser.state.values():
             torch._foreach_zero_(list(state.values()))
 
@@ -3473,21 +3473,21 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     lower the adapter's epochs. `observe(numbers, nll)` gets every score of this rank with the number of its target.
     """
     start_s, targets, scored = time.perf_counter(), len(val.tokens) - 1, Scored(val, rt)
-    temperature, dress, rows = (cfg.ttt_temp, adapter.dress, adapter.rows) if adapter else (1.0, None, 0)
+    temperature, hook, rows = (cfg.ttt_temp, adapter.hook, adapter.rows) if adapter else (1.0, None, 0)
     legs = plan_documents(val, cfg, rt) if rows else plan_stream(targets, cfg, rt, stride, batch_seqs, bool(adapter))
     clock = clock or EvalClock(dataclasses.replace(cfg, eval_max_seconds=0.0), rt)
-    clock.begin(sum(leg.reads for leg in legs), [leg.lesson for leg in legs if leg.lesson],
+    clock.begin(sum(leg.reads for leg in legs), [leg.train_tokens for leg in legs if leg.train_tokens],
                 cfg.ttt_epochs if adapter else 0, together=not rows)
     bar = rt.log.progress(sum(len(leg.batches) for leg in legs), name)
     for number, leg in enumerate(legs):
-        epochs = clock.epochs(leg.lesson, number, len(legs)) if leg.lesson else 0
+        epochs = clock.epochs(leg.train_tokens, number, len(legs)) if leg.train_tokens else 0
         if leg.opens:
             adapter.reset()
         for windows in leg.batches:
             ids, wanted, at, counted = windows.read(val.tokens)
-            again = functools.partial(score_fn, ids, wanted, temperature, dress)
+            rescore = functools.partial(score_fn, ids, wanted, temperature, hook)
             with torch.set_grad_enabled(rows > 0 and clock.wanted > 0):
-                nll = again()
+                nll = rescore()
             numbers, made = at[counted], nll.detach()[counted]
             scored.commit(numbers, made)
             if observe:
@@ -3497,18 +3497,18 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
         if adapter:
             report_chunk(rt, scored.meter, number, len(legs), time.perf_counter() - start_s)
         if epochs and rows:
-            scored.demand(scored.times[at[counted]])
-            adapter.learn_rows(nll, counted, epochs, again)
+            scored.require_scored_once(scored.times[at[counted]])
+            adapter.learn_rows(nll, counted, epochs, rescore)
         elif epochs:
-            adapter.learn(scored.lesson(leg.first, leg.lesson), leg.progress, epochs)
-        clock.lap("learn", leg.lesson, epochs)
-        nll = again = None  # a graph nobody learns from must not outlive its leg
+            adapter.learn(scored.training_tokens(leg.first, leg.train_tokens), leg.progress, epochs)
+        clock.lap("learn", leg.train_tokens, epochs)
+        nll = rescore = None  # a graph nobody learns from must not outlive its leg
     bar.close()
     clock.end()
     return scored.result(name, start_s)
 
 
-def final_walks(cfg: Hyperparameters) -> dict[str, int]:
+def final_evaluations(cfg: Hyperparameters) -> dict[str, int]:
     """The final scores in their order, each with the stride of its windows. "ttt" adapts, the others do not."""
     stride = cfg.eval_stride or cfg.window
     return {"roundtrip": cfg.window, **({"sliding": stride} if cfg.eval_stride else {}),
@@ -3574,7 +3574,7 @@ def model_variables(path: str) -> tuple[dict[str, str], str]:
     tokenizer. Raises UserError."""
     blob = read_file(path)
     try:
-        header = json.loads(open_frame(blob)[0])
+        header = json.loads(open_container(blob)[0])
         cfg, tokenizer_sha256 = stored_settings(header["config"]), str(header["tokenizer"])
         bits = {stream: bits for _, _, stream, bits in header["tensors"]}
     except UserError as error:
@@ -3650,7 +3650,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibrat
         if skipped:
             rt.log(f"export_excluding_mtp_params:{skipped}")
         whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
-        write_whole(rt.folder / "final_model.pt", whole)
+        write_atomically(rt.folder / "final_model.pt", whole)
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
         total = len(artifact.blob) + code_bytes
@@ -3658,7 +3658,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibrat
             cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
         older = place_of_older(rt, path)
-        write_whole(path, artifact.blob, older)
+        write_atomically(path, artifact.blob, older)
         if older is not None:
             rt.log(f"the artifact of an older run is kept as {older}")
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
@@ -3698,7 +3698,7 @@ def reads_ahead(cfg: Hyperparameters, rt: Runtime, val: ValData) -> int:
     """Tokens this rank will read for all final scores."""
     plans = [plan_documents(val, cfg, rt) if key == "ttt" and cfg.ttt_reset == "document" else
              plan_stream(len(val.tokens) - 1, cfg, rt, stride, cfg.eval_batch_seqs, False)
-             for key, stride in final_walks(cfg).items()]
+             for key, stride in final_evaluations(cfg).items()]
     return sum(leg.reads for plan in plans for leg in plan)
 
 
@@ -3735,8 +3735,8 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
     nothing = torch.zeros(cfg.eval_batch_seqs, cfg.window, dtype=torch.int64, device=rt.device)
     score_fn, fresh = scorer(model, rt), nothing[:, -(cfg.eval_stride or cfg.window):].contiguous()
     with torch.no_grad():
-        clock.demand(lambda: score_fn(nothing, fresh, 1.0), nothing.numel(), reads_ahead(cfg, rt, val))
-    for key, stride in final_walks(cfg).items():
+        clock.measure_pace(lambda: score_fn(nothing, fresh, 1.0), nothing.numel(), reads_ahead(cfg, rt, val))
+    for key, stride in final_evaluations(cfg).items():
         adapter, trace, label = None, Trace(val), labels[key]
         if key == "ttt":
             adapter = adapter_for(model, cfg, rt)
@@ -3751,13 +3751,13 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
     if rt.rank == 0:
-        write_whole(rt.log.path(".eval.json"), json.dumps(traces).encode())
+        write_atomically(rt.log.path(".eval.json"), json.dumps(traces).encode())
     return results
 
 
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
-    watch, specs = Stopwatch(), quant_specs(cfg, blueprint(cfg))
+    watch, specs = Stopwatch(), quant_specs(cfg, parameter_shapes(cfg))
     codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
     if cfg.size_fit and not specs:
         raise UserError("SIZE_FIT=1 has nothing to round more coarsely: all parameters are kept as floats")
@@ -3832,7 +3832,7 @@ def report(rt: Runtime, summary: dict) -> None:
         rt.log(line)
     text = json.dumps(summary)
     if rt.rank == 0:
-        write_whole(rt.log.path(".summary.json"), (text + "\n").encode())
+        write_atomically(rt.log.path(".summary.json"), (text + "\n").encode())
     rt.log(f"summary: {text}")
 
 

@@ -366,7 +366,7 @@ def timed(setting, rt, monkeypatch, limit, changes, learn_s=1.0, score_s=0.001):
     rt, fake = dataclasses.replace(rt, log=log), FakeTime(monkeypatch, model, score_s, learn_s)
     clock, scores = tg.EvalClock(cfg, rt, now=fake), Scores(len(val.tokens) - 1)
     nothing = torch.zeros(2, cfg.window, dtype=torch.long)
-    clock.demand(lambda: fake.score(nothing, nothing[:, -8:], 1.0), nothing.numel(), 0)
+    clock.measure_pace(lambda: fake.score(nothing, nothing[:, -8:], 1.0), nothing.numel(), 0)
     tg.evaluate("test", fake.score, val, cfg, rt, 8, 16, tg.adapter_for(model, cfg, rt), clock, scores)
     monkeypatch.undo()
     assert (scores.given == 1).all()

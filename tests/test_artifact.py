@@ -124,7 +124,7 @@ def test_auto_codes_by_range_and_the_ledger_is_the_file(config):
     assert {row.codec for row in artifact.ledger if row.stream in ("attn", "mlp", "embed")} == {"range"}
     assert {row.codec for row in artifact.ledger if row.stream in ("half", "scales")} == {"lzma"}
     assert all(0 < row.entropy_bytes <= row.raw_bytes for row in artifact.ledger)
-    text, payload = tg.open_frame(artifact.blob)
+    text, payload = tg.open_container(artifact.blob)
     assert sum(row.packed_bytes for row in artifact.ledger) == len(payload)
     assert sum(row.values for row in artifact.ledger if row.stream != "scales") == \
         sum(p.numel() for p in model.parameters())
@@ -159,9 +159,9 @@ def tiny():
 
 def resealed(blob, change):
     """The artifact with its header changed by `change(header)`, and the checksums mended."""
-    text, payload = tg.open_frame(blob)
+    text, payload = tg.open_container(blob)
     header = json.loads(text)
-    return tg.frame(tg.json_bytes(change(header) or header), payload)
+    return tg.make_container(tg.json_bytes(change(header) or header), payload)
 
 
 def zipped():
@@ -246,7 +246,7 @@ def test_a_model_too_large_for_its_file_is_refused_before_it_is_made(tiny):
         header["config"]["bigram_vocab_size"] = (16 * len(tiny) + 2 ** 16) // 8
         cfg = tg.stored_settings(header["config"])
         kept = {name: rest for name, _, *rest in header["tensors"]}
-        header["tensors"] = [[name, list(shape), *kept[name]] for name, shape in tg.blueprint(cfg).items()]
+        header["tensors"] = [[name, list(shape), *kept[name]] for name, shape in tg.parameter_shapes(cfg).items()]
     with pytest.raises(tg.UserError, match="parameters in so small a file"):
         tg.unpack(resealed(tiny, grow))
 
@@ -283,11 +283,11 @@ def test_a_model_that_is_read_is_not_initialised_first(tiny, rt, monkeypatch):
 
 
 def test_one_spelling_of_the_header_only(tiny):
-    text, payload = tg.open_frame(tiny)
+    text, payload = tg.open_container(tiny)
     for other in (text.replace(b":", b": ", 1), text[:-1] + b',"config":{}}', text.replace(b"{", b'{"a":1,"a":1,', 1),
                   b"[" * 9999 + b"]" * 9999, b"\xff", b""):
         with pytest.raises(tg.UserError, match="malformed"):
-            tg.unpack(tg.frame(other, payload))
+            tg.unpack(tg.make_container(other, payload))
 
 
 @pytest.mark.parametrize("stream, value", [("half", np.inf), ("half", np.nan), ("scales", np.nan), ("scales", -1.0),
@@ -304,7 +304,7 @@ def test_values_that_cannot_be_are_refused(stream, value):
 
 def range_coded(codes, bits, at, value):
     """The code of a table in whose last block one code is such as an honest encoder refuses to write."""
-    code, changed = tg.Spreads.code, codes.copy()
+    code, changed = tg.SpreadHistograms.code, codes.copy()
     changed[at] = value
 
     def altered(spreads, bucket, symbols):
@@ -314,7 +314,7 @@ def range_coded(codes, bits, at, value):
         code(spreads, bucket, last)
         return symbols
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg.Spreads, "code", altered)
+        patch.setattr(tg.SpreadHistograms, "code", altered)
         return tg.range_encode([codes], [bits]), changed
 
 
@@ -344,14 +344,14 @@ def test_a_range_stream_too_long_or_too_short_is_refused(shape):
 
 def with_stream(blob, name, change):
     """The artifact with the bytes of one stream changed, its size in the header and the file's checksums mended."""
-    text, payload = tg.open_frame(blob)
+    text, payload = tg.open_container(blob)
     header, offset, parts = json.loads(text), 0, []
     for row in header["streams"]:
         part = payload[offset:offset + row[2]]
         offset += row[2]
         parts.append(change(part) if row[0] == name else part)
         row[2] = len(parts[-1])
-    return tg.frame(tg.json_bytes(header), b"".join(parts))
+    return tg.make_container(tg.json_bytes(header), b"".join(parts))
 
 
 STREAMS = ("attn", "embed", "half", "scales")
@@ -426,4 +426,4 @@ def test_a_missing_package_is_named_with_its_pip_line(config, monkeypatch, codec
             act()
     auto = tg.pack(dataclasses.replace(cfg, compress="auto"), model, SHA)
     assert codec not in {row.codec for row in auto.ledger}
-    assert tg.unpack(auto.blob)[2].keys() == tg.blueprint(cfg).keys()
+    assert tg.unpack(auto.blob)[2].keys() == tg.parameter_shapes(cfg).keys()

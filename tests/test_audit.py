@@ -90,8 +90,8 @@ def train_before_score(monkeypatch):
 
 def lesson_too_long(monkeypatch):
     """The first lesson has a few tokens of the next chunk in it, past the guard: seen only next to that border."""
-    honest = tg.Scored.lesson
-    monkeypatch.setattr(tg.Scored, "lesson", lambda self, first, count: (
+    honest = tg.Scored.training_tokens
+    monkeypatch.setattr(tg.Scored, "training_tokens", lambda self, first, count: (
         honest(self, first, count), self.tokens[first + 2 * (first == 0):][:count + 1])[1])
 
 
@@ -101,7 +101,7 @@ def unscored_lesson(monkeypatch):
 
     def cheat(*args):
         legs = honest(*args)
-        return [dataclasses.replace(leg, lesson=leg.lesson and leg.lesson + 64) for leg in legs]
+        return [dataclasses.replace(leg, train_tokens=leg.train_tokens and leg.train_tokens + 64) for leg in legs]
     monkeypatch.setattr(tg, "plan_stream", cheat)
 
 
@@ -125,16 +125,16 @@ def smear_looks_two_ahead(monkeypatch):
 def target_keyed_cache(monkeypatch):
     """Half of each probability comes from a table looked up by the target, which is 0.9 for whatever it is."""
     honest = tg.GPT.nll
-    monkeypatch.setattr(tg.GPT, "nll", lambda self, ids, targets, temperature=1.0, dress=None: -torch.log(
-        0.5 * torch.exp(-honest(self, ids, targets, temperature, dress)) + 0.45))
+    monkeypatch.setattr(tg.GPT, "nll", lambda self, ids, targets, temperature=1.0, hook=None: -torch.log(
+        0.5 * torch.exp(-honest(self, ids, targets, temperature, hook)) + 0.45))
 
 
 def cache_of_seen_pairs(monkeypatch):
     """The same for pairs that occurred before in the window alone - the hashed n-gram caches of the competition."""
     honest = tg.GPT.nll
 
-    def cheat(self, ids, targets, temperature=1.0, dress=None):
-        nll, keep = honest(self, ids, targets, temperature, dress), targets.size(1)
+    def cheat(self, ids, targets, temperature=1.0, hook=None):
+        nll, keep = honest(self, ids, targets, temperature, hook), targets.size(1)
         last, pairs = ids[:, -keep:], ids[:, :-1] * 1000 + ids[:, 1:]
         seen = ((last * 1000 + targets)[:, :, None] == pairs[:, None, :-keep or None]).any(-1)
         return torch.where(seen, -torch.log(0.5 * torch.exp(-nll) + 0.45), nll)
@@ -161,7 +161,7 @@ def tail_scored_again(monkeypatch):
 
 def tail_without_guard(monkeypatch):
     tail_scored_again(monkeypatch)
-    monkeypatch.setattr(tg.Scored, "demand", lambda self, times: None)
+    monkeypatch.setattr(tg.Scored, "require_scored_once", lambda self, times: None)
 
 
 def hard_documents_left_out(monkeypatch):
@@ -172,7 +172,7 @@ def hard_documents_left_out(monkeypatch):
         ids, wanted, at, counted = honest(self, tokens)
         return ids, wanted, at, counted & (at // 300 % 2 == 0)
     monkeypatch.setattr(tg.Windows, "read", cheat)
-    monkeypatch.setattr(tg.Scored, "demand", lambda self, times: None)
+    monkeypatch.setattr(tg.Scored, "require_scored_once", lambda self, times: None)
 
 
 def sum_of_less(monkeypatch):
@@ -188,21 +188,21 @@ def scores_touched_up(monkeypatch):
 
 def lower_of_two_temperatures(monkeypatch):
     """Each token has the better one of two scores."""
-    around(monkeypatch, lambda walk, score_fn, *_: walk(lambda ids, wanted, temperature, dress: torch.minimum(
-        score_fn(ids, wanted, temperature, dress), score_fn(ids, wanted, 1.2, dress))))
+    around(monkeypatch, lambda walk, score_fn, *_: walk(lambda ids, wanted, temperature, hook: torch.minimum(
+        score_fn(ids, wanted, temperature, hook), score_fn(ids, wanted, 1.2, hook))))
 
 
 def lower_of_two_in_the_model(monkeypatch):
     honest = tg.GPT.nll
-    monkeypatch.setattr(tg.GPT, "nll", lambda self, ids, targets, temperature=1.0, dress=None: torch.minimum(
-        honest(self, ids, targets, temperature, dress), honest(self, ids, targets, 1.2, dress)))
+    monkeypatch.setattr(tg.GPT, "nll", lambda self, ids, targets, temperature=1.0, hook=None: torch.minimum(
+        honest(self, ids, targets, temperature, hook), honest(self, ids, targets, 1.2, hook)))
 
 
 def better_batch_of_two(monkeypatch):
     """Each batch is scored at two temperatures, the better one counts: these are scores that one call made."""
     def change(walk, score_fn, *_):
-        def scores(ids, wanted, temperature, dress):
-            return min((score_fn(ids, wanted, t, dress) for t in (1.2, temperature)), key=lambda nll: nll.sum().item())
+        def scores(ids, wanted, temperature, hook):
+            return min((score_fn(ids, wanted, t, hook) for t in (1.2, temperature)), key=lambda nll: nll.sum().item())
         return walk(scores)
     around(monkeypatch, change)
 
@@ -210,7 +210,7 @@ def better_batch_of_two(monkeypatch):
 def another_temperature(monkeypatch):
     """One that was not announced."""
     around(monkeypatch, lambda walk, score_fn, *_: walk(
-        lambda ids, wanted, temperature, dress: score_fn(ids, wanted, 1.1 * temperature, dress)))
+        lambda ids, wanted, temperature, hook: score_fn(ids, wanted, 1.1 * temperature, hook)))
 
 
 def longer_context_than_the_text(monkeypatch):
@@ -268,8 +268,8 @@ def adapter_remembers(monkeypatch):
 
 def sliding_after_adaptation(monkeypatch):
     """The sliding score is made with weights that have learnt from the whole text."""
-    honest = tg.final_walks
-    monkeypatch.setattr(tg, "final_walks", lambda cfg: dict(
+    honest = tg.final_evaluations
+    monkeypatch.setattr(tg, "final_evaluations", lambda cfg: dict(
         sorted(honest(cfg).items(), key=lambda walk: ["roundtrip", "ttt", "sliding"].index(walk[0]))))
 
 
@@ -360,7 +360,7 @@ def test_what_the_guard_of_the_walk_stops(audit, monkeypatch, cheat):
 
 
 def test_a_guard_that_sleeps_is_caught(audit, monkeypatch):
-    monkeypatch.setattr(tg.Scored, "demand", lambda self, times: None)
+    monkeypatch.setattr(tg.Scored, "require_scored_once", lambda self, times: None)
     assert failed(audit(ttt_enabled=False)) == {("all", "score before update")}
 
 

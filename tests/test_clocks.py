@@ -28,7 +28,7 @@ def events(folder, kind, name="tiny"):
 def test_only_steps_spend_the_training_time(run, clock, variables):
     clock.charge(tg.Optimisers, "step", 1.0)
     clock.charge(tg.GPT, "nll", 50.0)
-    clock.charge(tg, "write_whole", 50.0)
+    clock.charge(tg, "write_atomically", 50.0)
     done = run(MAX_WALLCLOCK_SECONDS=7, ITERATIONS=100, **BRIEF, **variables)
     assert (done.code, done.summary["steps"], done.summary["seconds"]["train"]) == (0, 7, 7.0)
     assert "stopping_early: wallclock_cap train_time:7000ms step:7/100" in done.out
@@ -66,7 +66,7 @@ def test_the_first_step_s_compilation_does_not_hasten_the_warm_down(run, clock):
 def test_calibration_takes_place_inside_the_training_time(run, clock, variables, steps):
     """Twenty seconds, a step takes one, a calibration batch a quarter; the reserve is 2 % where none is given."""
     clock.charge(tg.Optimisers, "step", 1.0)
-    batches = clock.charge(tg.InputSums, "__call__", lambda n, look, kind, *_: 0.25 if kind == "head" else 0.0)
+    batches = clock.charge(tg.HessianSums, "__call__", lambda n, look, kind, *_: 0.25 if kind == "head" else 0.0)
     done = run(**{"MAX_WALLCLOCK_SECONDS": 20, "ITERATIONS": 100, "GPTQ_ENABLED": 1, "GPTQ_CALIBRATION_BATCHES": 1000,
                   **BRIEF, **variables})
     seconds = done.summary["seconds"]

@@ -258,17 +258,17 @@ def test_plans_of_all_ranks_together_score_each_target_once_and_before_its_lesso
     assert len({len(plan) for plan in plans}) == 1 and (adapts or len(plans[0]) == 1)
     times, tokens = torch.zeros(targets, dtype=torch.int), torch.arange(targets + 1)
     for i, legs in enumerate(zip(*plans)):
-        assert len({(leg.lesson, leg.first, leg.progress) for leg in legs}) == 1, "the ranks learn in step"
+        assert len({(leg.train_tokens, leg.first, leg.progress) for leg in legs}) == 1, "the ranks learn in step"
         for windows in (windows for leg in legs for windows in leg.batches):
             ids, wanted, at, counted = windows.read(tokens)
             assert ids.shape == (len(windows.low), window) and wanted.shape == (len(windows.low), windows.keep)
             assert len(windows.low) <= size and (at[counted] >= i * chunk).all()
             times.index_add_(0, at[counted], torch.ones_like(at[counted], dtype=torch.int))
-        lesson = legs[0].lesson
+        lesson = legs[0].train_tokens
         if lesson:
             assert (legs[0].first, lesson) == (i * chunk, chunk)
             assert (times[:legs[0].first + lesson] == 1).all(), "all of it is scored, by some rank, before it is learnt"
-    assert (times == 1).all() and legs[0].lesson == 0, "and the last chunk teaches nobody"
+    assert (times == 1).all() and legs[0].train_tokens == 0, "and the last chunk teaches nobody"
 
 
 @given(st.data())
@@ -307,16 +307,16 @@ def test_what_is_not_scored_once_is_no_result_and_no_lesson(setting, rt):
     val = dataclasses.replace(val, tokens=val.tokens[:21], sizes=val.sizes[:21])
     scored = tg.Scored(val, rt)
     scored.commit(torch.arange(12), torch.ones(12))
-    assert torch.equal(scored.lesson(4, 8), val.tokens[4:13])
+    assert torch.equal(scored.training_tokens(4, 8), val.tokens[4:13])
     for first, count in ((4, 9), (12, 1), (0, 20)):
         with pytest.raises(tg.IllegalScore):
-            scored.lesson(first, count)
+            scored.training_tokens(first, count)
     with pytest.raises(tg.IllegalScore, match="8 of 20 tokens"):
         scored.result("test", 0.0)
     scored.commit(torch.arange(12, 20), torch.ones(8))
-    assert scored.result("test", 0.0).tokens == 20 and len(scored.lesson(0, 20)) == 21
+    assert scored.result("test", 0.0).tokens == 20 and len(scored.training_tokens(0, 20)) == 21
     scored.commit(torch.tensor([7]), torch.ones(1))
-    for act in (lambda: scored.lesson(0, 20), lambda: scored.result("test", 0.0)):
+    for act in (lambda: scored.training_tokens(0, 20), lambda: scored.result("test", 0.0)):
         with pytest.raises(tg.IllegalScore, match="1 of 20 tokens"):
             act()
 

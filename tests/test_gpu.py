@@ -84,7 +84,7 @@ def test_compiled_is_eager_and_late_qat_acts_in_it(config, device, tmp_path, mon
     if device.type == "cpu":  # the same graphs; only what is made of them is not worth a minute's wait
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     rt, cfg = runtime_on(device, tmp_path, dtype, compiles=True), config(**SHAPE, mlp_quant_bits=4, attn_qat_bits=4)
-    specs = tg.quant_specs(cfg, tg.blueprint(cfg))
+    specs = tg.quant_specs(cfg, tg.parameter_shapes(cfg))
     model, data = model_on(rt, cfg, specs), tg.TrainData.open(cfg, rt)
     model.refresh_scales()
     torch._dynamo.reset()

@@ -190,8 +190,8 @@ def test_the_running_score_ends_at_the_score(run):
 
 def test_what_is_scored_is_what_lies_on_disk(run, monkeypatch):
     """A disk that changes the artifact while it is written: the run must not score what it meant to write."""
-    write = tg.write_whole
-    monkeypatch.setattr(tg, "write_whole", lambda path, data, *rest: write(
+    write = tg.write_atomically
+    monkeypatch.setattr(tg, "write_atomically", lambda path, data, *rest: write(
         path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, *rest))
     done = run(ITERATIONS=1)
     assert done.code == 2 and "damaged" in done.err and "roundtrip" not in done.out
@@ -418,13 +418,13 @@ def test_world_size_does_not_change_the_mathematics(corpus, tmp_path):
 
 def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    tg.write_whole(path, b"old")
+    tg.write_atomically(path, b"old")
 
     def full(fd):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(tg.UserError, match="No space left on device"):
-        tg.write_whole(path, b"new" * 1000)
+        tg.write_atomically(path, b"new" * 1000)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 

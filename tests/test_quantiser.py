@@ -281,10 +281,10 @@ def test_hessians_are_the_sums_of_outer_products_of_inputs(config, rt, tied):
             return torch.nn.functional.linear(x, weight)
         return record
     with torch.no_grad():
-        plain = model.logits(model.hidden(ids, dress=keep), dress=keep)
-        look = tg.InputSums(model)
+        plain = model.logits(model.hidden(ids, hook=keep), hook=keep)
+        look = tg.HessianSums(model)
         for rows in ids:
-            looked = model.logits(model.hidden(rows[None], dress=look), dress=look)
+            looked = model.logits(model.hidden(rows[None], hook=look), hook=look)
     torch.testing.assert_close(looked[0], plain[1])
     sums = look.by_parameter(rt)
     assert set(sums) == {"qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank",
@@ -329,7 +329,7 @@ def test_gptq_rounds_the_banks_and_the_head_of_a_model(config, rt):
         exact = model.logits(model.hidden(inputs))
         away = []
         for rounded in (ours, nearest):
-            with tg.wearing(model, rounded):
+            with tg.using_rounded_weights(model, rounded):
                 away.append((model.logits(model.hidden(inputs)) - exact).square().mean())
         assert torch.equal(model.logits(model.hidden(inputs)), exact), "the model must get its weights back"
     assert away[0] < 0.7 * away[1]
@@ -338,7 +338,7 @@ def test_gptq_rounds_the_banks_and_the_head_of_a_model(config, rt):
 def test_the_models_own_text(config, rt):
     cfg = config(gptq_calibration="self", gptq_calibration_batches=2)
     model = trained_like(cfg)
-    once, again = ([x.clone() for pair in tg.own_text(cfg, rt, model) for x in pair] for _ in range(2))
+    once, again = ([x.clone() for pair in tg.self_generated_text(cfg, rt, model) for x in pair] for _ in range(2))
     assert len(once) == 4 and all(map(torch.equal, once, again)) and not torch.equal(once[0], once[2])
     for inputs, targets in (once[:2], once[2:]):
         assert inputs.shape == targets.shape == (4, 32) and torch.equal(inputs[:, 1:], targets[:, :-1])

@@ -113,8 +113,8 @@ def block(w, cfg, layer, xs, x0s, ids, first_values):
     for x, y in zip(xs, attended):
         h = x + w[f"{name}.attn_scale"] * y
         up = w["mlp_up_bank"][layer] @ (scale * rms(h))
-        bent = torch.where(up > 0, up, cfg.leaky_slope * up)
-        h = h + w[f"{name}.mlp_scale"] * (w["mlp_down_bank"][layer] @ bent.square())
+        leaky = torch.where(up > 0, up, cfg.leaky_slope * up)
+        h = h + w[f"{name}.mlp_scale"] * (w["mlp_down_bank"][layer] @ leaky.square())
         if cfg.dtg_enabled:
             gate = torch.sigmoid(w[f"{name}.dtg_gate.weight"][0] @ x.detach() + w[f"{name}.dtg_gate.bias"][0])
             h = x + gate * (h - x)

@@ -41,11 +41,11 @@ def test_calibration_reads_the_text_that_the_next_steps_would_have_read(run, mon
 def test_calibration_looks_at_all_its_text_and_only_at_that(config, rt):
     cfg = config(gptq_enabled=True, gptq_calibration_batches=3, micro_batch_tokens=64)
     model, data = model_of(cfg), tg.TrainData.open(cfg, rt)
-    look = tg.InputSums(model)
+    look = tg.HessianSums(model)
     with torch.no_grad():
         for step in (10, 11, 12):
             for inputs, _ in data.batch(step):
-                model.logits(model.hidden(inputs, dress=look), dress=look)
+                model.logits(model.hidden(inputs, hook=look), hook=look)
     hessians = tg.calibrate(cfg, rt, model, data, 10, math.inf).hessians
     for name, wanted in look.by_parameter(rt).items():
         torch.testing.assert_close(hessians[name], wanted, rtol=1e-5, atol=1e-4)
@@ -63,7 +63,7 @@ def test_own_text_is_drawn_at_temperature_0_8(config, rt):
     model = model_of(cfg)
     with torch.no_grad():
         model.tok_emb.weight.mul_(2)  # predictions with an opinion
-        texts = [torch.cat((x[:, :1], y), dim=1) for x, y in tg.own_text(cfg, rt, model)]
+        texts = [torch.cat((x[:, :1], y), dim=1) for x, y in tg.self_generated_text(cfg, rt, model)]
         text = torch.cat(texts)
         assert text.shape == (320, 9) and (text >= 0).all() and (text < 24).all()
         counts = torch.bincount(text[:, 0], minlength=24).double()
@@ -83,7 +83,7 @@ def test_own_text_is_drawn_at_temperature_0_8(config, rt):
 def test_own_text_is_that_of_its_seed_and_is_shared_among_ranks(config, tmp_path):
     cfg = config(train_seq_len=4, gptq_calibration="self", gptq_calibration_batches=5)
     model = model_of(cfg)
-    draw = lambda cfg, rank=0, world=1: [x for x, _ in tg.own_text(
+    draw = lambda cfg, rank=0, world=1: [x for x, _ in tg.self_generated_text(
         cfg, make_runtime(tmp_path, rank=rank, world_size=world), model)]
     alone, parts = draw(cfg), [draw(cfg, rank, 3) for rank in range(3)]
     assert [len(part) for part in parts] == [2, 2, 1]
@@ -100,7 +100,7 @@ def test_calibration_leaves_time_for_what_follows_it(config, tmp_path, monkeypat
     cfg = config(gptq_calibration_batches=1000, train_seq_len=8, train_batch_tokens=64, **changes)
     rt, model = make_runtime(tmp_path, log=tg.RunLog(tmp_path, "test")), model_of(cfg)
     clock = FakeTime(monkeypatch)
-    looked = clock.charge(tg.InputSums, "__call__", lambda n, look, kind, *_: 1.0 if kind == "head" else 0.0)
+    looked = clock.charge(tg.HessianSums, "__call__", lambda n, look, kind, *_: 1.0 if kind == "head" else 0.0)
     tg.calibrate(cfg, rt, model, tg.TrainData.open(cfg, rt), 6, 9.0)
     assert 9 * share <= clock.now <= 9 * share + 1 < 9 and looked
     assert "warning" not in capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_calibration_leaves_time_for_what_follows_it(config, tmp_path, monkeypat
 def test_calibration_that_overruns_says_by_how_much(config, tmp_path, monkeypatch, capsys):
     cfg = config(gptq_enabled=True)
     rt, model, clock = make_runtime(tmp_path, log=tg.RunLog(tmp_path, "test")), model_of(cfg), FakeTime(monkeypatch)
-    clock.charge(tg.InputSums, "__call__", lambda n, look, kind, *_: 5.0 if kind == "head" else 0.0)
+    clock.charge(tg.HessianSums, "__call__", lambda n, look, kind, *_: 5.0 if kind == "head" else 0.0)
     tg.calibrate(cfg, rt, model, tg.TrainData.open(cfg, rt), 6, 3.5)
     assert "warning: calibration took 5.0s, 1.5s more than was left" in capsys.readouterr().out
 
@@ -145,7 +145,7 @@ def test_a_model_takes_its_own_weights_back(config):
     model = model_of(cfg)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rounded = tg.round_model(cfg, model, {})
-    with pytest.raises(KeyError), tg.wearing(model, rounded):
+    with pytest.raises(KeyError), tg.using_rounded_weights(model, rounded):
         for name, p in model.named_parameters():
             wanted = tg.dequantise(*rounded[name]) if name in rounded else before[name]
             assert torch.equal(p, wanted), name

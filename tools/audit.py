@@ -48,7 +48,7 @@ from shell import AUDIT, Parser, UsageError, take_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("UserError", "IllegalScore", "Runtime", "RunLog", "Scored", "ValData", "load_model", "settings_from",
-          "final_scores", "write_whole", "Hyperparameters", "env_names")
+          "final_scores", "write_atomically", "Hyperparameters", "env_names")
 SHARD_HEADER_BYTES = 1024
 EXACT = 1e-4          # nats, or probability: what the same arithmetic may be off
 FUSED = 0.5, 2e-3     # nats, of one score and of their mean: compiled graphs in half precision against plain operations
@@ -141,7 +141,7 @@ class Call(NamedTuple):
     ids: Tensor
     wanted: Tensor
     temperature: float
-    dress: object
+    hook: object
     nll: Tensor
 
     def same_windows(self, other: Call | None) -> bool:
@@ -205,9 +205,9 @@ class Spy:
         self.count, self.ends = 0, [0]  # calls so far, and when a walk ended
 
     def scoring(self, function):
-        def call(ids, wanted, temperature=1.0, dress=None):
-            nll = function(ids, wanted, temperature, dress)
-            self.pending.append(Call(ids, wanted, temperature, dress, nll.detach().clone()))
+        def call(ids, wanted, temperature=1.0, hook=None):
+            nll = function(ids, wanted, temperature, hook)
+            self.pending.append(Call(ids, wanted, temperature, hook, nll.detach().clone()))
             if self.count in self.probes:
                 self.masses.append(self.mass(function, self.pending[-1]))
             self.count += 1
@@ -232,7 +232,7 @@ class Spy:
             walk = self.walk(scored)
             self.settle(walk, self.pending)
             walk.name, walk.masses, self.pending, self.masses = name, walk.masses + self.masses, [], []
-            moving = getattr(getattr(self.last and self.last.dress, "__self__", None), "moving", [])
+            moving = getattr(getattr(self.last and self.last.hook, "__self__", None), "moving", [])
             walk.left = [t.detach().double().sum().item() for t in (*self.audit.model.parameters(), *moving)]
             self.ends.append(self.count)
             return result(scored, name, *args)
@@ -254,10 +254,10 @@ class Spy:
         walk.altered += len(nll) - sum(run.count for run in runs)
         walk.astray += sum(run.count for run in runs if not run.in_place)
         walk.temperatures += [self.last.temperature] if calls else []
-        for gaps, model, dress in ((walk.off, self.audit.model, self.last and self.last.dress),
+        for gaps, model, hook in ((walk.off, self.audit.model, self.last and self.last.hook),
                                    (walk.foreign, self.audit.disk, None)):
             if self.looks and runs:
-                gap = (own_scores(model, self.last, dress) - self.last.nll.double()).cpu()
+                gap = (own_scores(model, self.last, hook) - self.last.nll.double()).cpu()
                 gap = torch.cat([gap[run.row, run.column:run.column + run.count] for run in runs])
                 gaps.append(Gap(gap.abs().max().item(), gap.sum().item(), len(gap), walk.calls))
         walk.calls += 1
@@ -293,8 +293,8 @@ class Spy:
             text = call.ids[row]
             place = int((text[lead:, None] == text).tril(lead - 1).sum(1)[:max(keep - 1, 1)].argmax())
         ids, wanted = like(call.ids, call.ids[row]), like(call.wanted, call.wanted[row])
-        with lent_to_all(call.dress, row):
-            nll = function(ids, wanted, call.temperature, call.dress).detach()
+        with lent_to_all(call.hook, row):
+            nll = function(ids, wanted, call.temperature, call.hook).detach()
             alike, total = (nll == nll[row]).all(1), 0.0
             alike[row] = True
             alike = alike.nonzero().flatten()
@@ -303,22 +303,22 @@ class Spy:
                 wanted[rows, place] = words
                 if place + 1 < keep:
                     ids[rows, lead + place + 1] = words
-                nll = function(ids, wanted, call.temperature, call.dress).detach()
+                nll = function(ids, wanted, call.temperature, call.hook).detach()
                 total += nll[rows, place].double().neg().exp().sum().item()
         return total
 
 
-def own_scores(model, call: Call, dress) -> Tensor:
+def own_scores(model, call: Call, hook) -> Tensor:
     """-log p of a call's targets in float64, from the logits of a model over the whole vocabulary."""
-    logits = model.logits(model.hidden(call.ids, keep=call.wanted.size(1), dress=dress), dress=dress) / call.temperature
+    logits = model.logits(model.hidden(call.ids, keep=call.wanted.size(1), hook=hook), hook=hook) / call.temperature
     return torch.stack([-row.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
                         for row, targets in zip(logits, call.wanted)])
 
 
 @contextlib.contextmanager
-def lent_to_all(dress, row: int):
+def lent_to_all(hook, row: int):
     """Inside, every row of a batch has the additions of one, if an adapter keeps some for each."""
-    adapter = getattr(dress, "__self__", None)
+    adapter = getattr(hook, "__self__", None)
     moving = [t.data for t in adapter.moving] if getattr(adapter, "rows", 0) else []  # .data: a graph may wait for them
     kept = [t.clone() for t in moving]
     for tensor, before in zip(moving, kept):
@@ -465,7 +465,7 @@ class Audit:
         scored, refused = self.script.Scored(self.val, self.rt), False
         scored.times[1:] = self.rt.rank == 0
         try:
-            scored.lesson(0, len(scored.times))
+            scored.training_tokens(0, len(scored.times))
         except self.script.IllegalScore:
             refused = True
         self.find("all", "score before update", refused,
@@ -580,8 +580,8 @@ class Audit:
         table += [f"audit:{verdict} checks:{len(self.findings)} failed:{len(failed)} "
                   f"signed:sha256:{digest(body)} of {files[0]}"]
         if rt.rank == 0:
-            self.script.write_whole(files[0], body)
-            self.script.write_whole(files[1], "\n".join([*table, ""]).encode())
+            self.script.write_atomically(files[0], body)
+            self.script.write_atomically(files[1], "\n".join([*table, ""]).encode())
             print("\n".join(table), flush=True)
 
 

@@ -57,7 +57,7 @@ class Contents:
 def contents(blob: bytes) -> Contents:
     """What is in an artifact. Raises UserError."""
     _, tokenizer, stored = tg.read_artifact(blob)
-    header = json.loads(tg.open_frame(blob)[0])
+    header = json.loads(tg.open_container(blob)[0])
     sizes = {name: size for name, _, size, _ in header["streams"]}
     rows = [(s.name, s.values.shape, s.stream, s.bits, s.values.size, tg.order0_bytes(s.values)) for s in stored]
     scales = [s.scales for s in stored if s.bits]

@@ -32,7 +32,7 @@ Parts = list[tuple[np.ndarray, int]]  # what a stream is made of: (array, bits)
 
 def lzma6(parts: Parts) -> bytes:
     """What PR 1092 does: an xz container, preset 6."""
-    return lzma.compress(b"".join(tg.planes(array) for array, _ in parts), preset=6)
+    return lzma.compress(b"".join(tg.byte_planes(array) for array, _ in parts), preset=6)
 
 
 CODECS = {"zstd-22": "zstd", "lzma-9e": "lzma", "range": "range"}
@@ -154,19 +154,19 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 def mutant(blob: bytes, rng: random.Random) -> tuple[str, bytes]:
     """(kind, file): damaged as files are, or by somebody who also mended the checksums."""
-    text, payload = tg.open_frame(blob)
+    text, payload = tg.open_container(blob)
     kind = rng.choice(["damage", "payload", "header", "header", "text", "numbers"])
     if kind == "damage":
         return kind, mutate_bytes(blob, rng)
     if kind == "payload":
-        return kind, tg.frame(text, mutate_bytes(payload, rng))
+        return kind, tg.make_container(text, mutate_bytes(payload, rng))
     if kind == "header":
         header = json.loads(text)
         for _ in range(rng.choice([1, 1, 2])):
             header = mutate_json(header, rng)
-        return kind, tg.frame(tg.json_bytes(header), payload)
+        return kind, tg.make_container(tg.json_bytes(header), payload)
     if kind == "text":
-        return kind, tg.frame(mutate_bytes(text, rng), payload)
+        return kind, tg.make_container(mutate_bytes(text, rng), payload)
     start, numbers = len(tg.ARTIFACT_MAGIC), [len(blob), len(tg.compress("lzma", text)), len(text)]
     i = rng.randrange(3)
     numbers[i] = rng.choice([0, 1, numbers[i] - 1, numbers[i] + 1, 2 ** 20, 2 ** 31, 2 ** 32 - 1])
@@ -185,7 +185,7 @@ def attack(blob: bytes, rng: random.Random) -> tuple[str, str]:
         assert "\n" not in str(error) and len(str(error)) < 300, error
         return kind, "refused"
     assert kind not in ("damage", "numbers"), f"a damaged file was read: {kind}"
-    assert tg.blueprint(cfg) == {s.name: s.values.shape for s in stored}
+    assert tg.parameter_shapes(cfg) == {s.name: s.values.shape for s in stored}
     for s in stored:
         assert s.weight().isfinite().all(), s.name
         assert not s.bits or np.abs(s.values.astype(int)).max() < 2 ** (s.bits - 1), s.name

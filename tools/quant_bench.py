@@ -74,7 +74,7 @@ def measured(cfg, model, names: set, hessians: dict, used: dict,
     start = time.perf_counter()
     rounded = {n: pair for n, pair in tg.round_model(cfg, model, used).items() if n in names}
     seconds = time.perf_counter() - start
-    with tg.wearing(model, rounded):
+    with tg.using_rounded_weights(model, rounded):
         loss = loss_on(model, ids, cfg.train_seq_len)
     size = sum(tg.entropy_bytes(codes) for codes, _ in rounded.values())
     return loss, size, output_change(model, rounded, hessians), seconds
@@ -89,7 +89,7 @@ def show_fit(cfg, rt, model, data, ids: torch.Tensor, step: int, over: float) ->
         return tg.pack(settings, model, "0" * 64, tg.round_model(settings, model, calibration.hessians))
 
     def loss(settings):
-        with tg.wearing(model, tg.round_model(settings, model, calibration.hessians)):
+        with tg.using_rounded_weights(model, tg.round_model(settings, model, calibration.hessians)):
             return loss_on(model, ids, cfg.train_seq_len)
 
     total = len(make(cfg).blob) + code_bytes

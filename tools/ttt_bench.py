@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
         rows.append(bench.speed(changes) if args.speed else bench.row(changes))
         print(line(rows[-1], keys), flush=True)
         if args.out:
-            tg.write_whole(args.out, json.dumps({
+            tg.write_atomically(args.out, json.dumps({
                 "model": args.model.name, "device": str(bench.rt.device), "threads": torch.get_num_threads(),
                 "torch": torch.__version__, "first_token": args.start, "seconds": time.time() - begun,
                 "rows": rows}, indent=1).encode())
