@@ -267,15 +267,10 @@ class Hyperparameters:
         return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
 
     @property
-    def calibrates(self) -> bool:
-        """Whether the export looks at text: its seconds are then training time."""
-        return self.gptq_enabled or self.size_fit
-
-    @property
     def train_seconds(self) -> float:
         """Seconds for training steps: the clock's limit less what calibration takes of it. 0: no limit."""
         limit = self.max_wallclock_seconds
-        return limit - (self.gptq_reserve_seconds or 0.02 * limit) if limit and self.calibrates else limit
+        return limit - (self.gptq_reserve_seconds or 0.02 * limit) if limit and self.gptq_enabled else limit
 
     @property
     def head_dim(self) -> int:
@@ -838,83 +833,6 @@ class Runtime:
     def share_of(self, count: int) -> range:
         """This rank's contiguous part of `count` things."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
-
-
-class EvalClock:
-    """EVAL_MAX_SECONDS for all scores of a run together. It measures what a token costs to score and to learn from.
-    Where the walk would run over, it lowers the epochs and in the end stops adaptation; scoring is never cut."""
-
-    MARGIN = 0.03    # of the limit, kept back for what the measurements did not foresee
-    LEARN_COST = 3   # of a token and epoch over scoring it, until measured: the way back costs two ways there
-
-    def __init__(self, cfg: Hyperparameters, rt: Runtime, now=time.perf_counter):
-        self.limit, self.rt, self.watch, self.pace = cfg.eval_max_seconds or math.inf, rt, Stopwatch(now=now), 0.0
-
-    def measure_pace(self, batch, tokens: int, reads: int) -> None:
-        """Time `batch()`, which reads `tokens` tokens; raise UserError if reading `reads` would take too long."""
-        if math.isinf(self.limit):
-            return
-        for _ in range(2):  # the first one may compile
-            begun = self.watch.elapsed()
-            batch()
-            self.rt.synchronize()
-        self.pace = (self.watch.elapsed() - begun) / tokens
-        needed = self.rt.agree(self.pace * reads)
-        if needed > self.limit:
-            raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
-                            "more (0: no limit) or raise EVAL_STRIDE")
-
-    def begin(self, reads: int, lessons: list[int], epochs: int, together: bool) -> None:
-        """A walk starts: tokens to read, tokens of each lesson. together: the ranks adapt in step and must agree."""
-        self.full = self.wanted = epochs
-        self.together, self.lessons, self.left_out = together, len(lessons), 0
-        self.to_do = {"score": reads, "learn": sum(lessons)}
-        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # laps: (seconds, tokens)
-
-    def cost(self, what: str) -> float:
-        """Seconds a token. The first lap is left out: it may have compiled."""
-        laps = self.laps[what][1:]
-        if laps:
-            return sum(seconds for seconds, _ in laps) / sum(tokens for _, tokens in laps)
-        share = 1 / self.rt.world_size if self.together else 1
-        return self.pace if what == "score" else self.cost("score") * self.LEARN_COST * share
-
-    def lap(self, what: str, tokens: int, passes: int = 1) -> None:
-        """Book the time since the last lap on `passes` passes over `tokens` tokens."""
-        self.to_do[what] -= tokens
-        if tokens * passes:
-            self.rt.synchronize()
-            now = self.watch.elapsed()
-            self.laps[what].append((now - self.mark, tokens * passes))
-            self.mark = now
-
-    def epochs(self, lesson: int, chunk: int, chunks: int) -> int:
-        """How many passes over a lesson of so many tokens there is time for. Rounded up over the lessons to come: early
-        ones are worth more, and what that overdraws the last ones pay."""
-        if math.isinf(self.limit):
-            return self.wanted
-        spent, scoring = self.watch.elapsed(), self.to_do["score"] * self.cost("score")
-        room, each = self.limit * (1 - self.MARGIN) - spent - scoring, max(self.cost("learn"), 1e-12)
-        epochs = max(0, min(self.wanted, math.ceil(room / each / self.to_do["learn"]), int(room / each / lesson)))
-        epochs = int(self.rt.agree(epochs)) if self.together else epochs
-        if epochs < self.wanted:
-            what = f"epochs {self.wanted} -> {epochs}" if epochs else "adaptation ends"
-            self.rt.log(f"ttt_clock: {what} at chunk {chunk + 1}/{chunks}, {spent:.1f} of {self.limit:g} s spent; "
-                        f"the rest takes {scoring:.1f} s to score, {each * self.to_do['learn']:.1f} s an epoch to "
-                        "learn from",
-                        "ttt_clock", chunk=chunk + 1, chunks=chunks, epochs=epochs, spent_s=spent, scoring_s=scoring)
-        self.wanted, self.left_out = epochs, self.left_out + self.full - epochs
-        return epochs
-
-    def end(self) -> None:
-        """A walk is over: say what it had to give up, on any rank."""
-        if math.isinf(self.limit):
-            return
-        sums = self.rt.sum_(torch.tensor([self.left_out, self.lessons * self.full], device=self.rt.device)).tolist()
-        if sums[0]:
-            self.rt.log("ttt_clock: {} of {} passes over scored chunks were left out".format(*sums))
-        if self.watch.elapsed() > self.limit:
-            self.rt.log(f"ttt_clock: {self.watch.elapsed():.1f} s spent, over EVAL_MAX_SECONDS={self.limit:g}")
 
 
 # ------------------------------------------------------------------------------------------------ DATA
@@ -2368,15 +2286,14 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
 
 
 # ------------------------------------------------------------------------------------------------ ROUNDING
-SELF_TEXT_ROWS, SELF_TEXT_TEMPERATURE = 4, 0.8   # R1019; its 64 sequences are 16 batches
+SELF_TEXT_ROWS, SELF_TEXT_TEMPERATURE = 4, 0.8   # PR 1019; its 64 sequences are 16 batches
 FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
-FIT_OCTAVES = 4.0      # a step is doubled four times at most: 6-bit weights then have 2 bits left
-FIT_TEXTS, FIT_TEXT_TOKENS = 4, 8192  # on so many texts of so many tokens the price of wider steps is measured
+FIT_DOUBLINGS = 4.0  # the step is doubled four times at most: 6-bit weights then have 2 bits left
 
 
 class HessianSums:
-    """A `hook` (see GPT.hidden) that changes nothing and sums x x^T over the inputs x of each matrix: the Hessians of
-    GPTQ, of one trunk and in one pass. Query, key and value read the same input; the head's is the final state."""
+    """A hook (see GPT.hidden) that changes nothing and sums x x^T over the inputs x of each matrix: the Hessians of
+    GPTQ, from one pass over the text. Query, key and value share their input; the head's is the final state."""
 
     def __init__(self, model: GPT):
         cfg, device = model.cfg, model.qo_bank.device
@@ -2387,14 +2304,14 @@ class HessianSums:
         self.sums["head", -1] = torch.zeros(cfg.model_dim, cfg.model_dim, device=device)
 
     def __call__(self, kind: str, layer: int, weight: Tensor):
-        def project_and_look(x: Tensor) -> Tensor:
+        def project_and_sum(x: Tensor) -> Tensor:
             rows = x.flatten(0, -2).float()
             self.sums[kind, layer].addmm_(rows.t(), rows)
             return F.linear(x, weight)
-        return project_and_look if (kind, layer) in self.sums else weight
+        return project_and_sum if (kind, layer) in self.sums else weight
 
     def by_parameter(self, rt: Runtime) -> dict[str, Tensor]:
-        """Sums over all ranks, as the parameters lie.  # [matrices, columns, columns]"""
+        """Sums over all ranks, in the layout of the parameters.  # [matrices, columns, columns]"""
         rt.sum_many_(list(self.sums.values()))
         query, out, up, down = (torch.stack([self.sums[kind, i] for i in self.layers])
                                 for kind in ("query", "out", "up", "down"))
@@ -2404,9 +2321,9 @@ class HessianSums:
 
 @torch.no_grad()
 def self_generated_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
-    """Yields this rank's batches of text that the model writes itself (R1019): inputs and targets, as TrainData.
+    """Yields this rank's batches of text sampled from the model itself (PR 1019): inputs and targets, as TrainData.
 
-    The first token is drawn evenly, each next one at temperature 0.8. Batch i depends on SEED and i alone.
+    The first token is uniform, each next one is drawn at temperature 0.8. Batch i depends on SEED and i alone.
     """
     for i in range(rt.rank, cfg.gptq_calibration_batches, rt.world_size):
         dice = torch.rand(SELF_TEXT_ROWS, cfg.train_seq_len + 1, generator=torch.Generator().manual_seed(cfg.seed + i))
@@ -2419,41 +2336,33 @@ def self_generated_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
         yield text[:, :-1], text[:, 1:]
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What the export learns from text. The text is read inside the training time; afterwards only weights are."""
-
-    hessians: dict[str, Tensor]   # parameter -> [matrices, columns, columns]; empty without GPTQ
-    prices: dict[str, float]      # ..._clip_widen -> nats a token that doubling it costs; empty without SIZE_FIT
-
-
 @torch.no_grad()
-def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int, left_s: float) -> Calibration:
-    """Look at GPTQ_CALIBRATION_BATCHES of text, fewer if `left_s` seconds run out: training's time is not exceeded.
+def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int,
+              left_s: float) -> dict[str, Tensor]:
+    """Hessians by parameter, from GPTQ_CALIBRATION_BATCHES of text, or fewer if `left_s` seconds of the training time
+    run out; empty without GPTQ.
 
     The text is that of the training steps from `step` on, which no step has read, or the model's own.
     """
-    if not cfg.calibrates:
-        return Calibration({}, {})
-    watch, look, kept, tokens = Stopwatch(), HessianSums(model), [], 0
+    if not cfg.gptq_enabled:
+        return {}
+    watch, look, tokens = Stopwatch(), HessianSums(model), 0
     texts = self_generated_text(cfg, rt, model) if cfg.gptq_calibration == "self" else (
         batch for i in range(cfg.gptq_calibration_batches) for batch in data.batch(step + i))
     rt.log("GPTQ:collecting Hessians from calibration data...")
     for inputs, _ in texts:
         model.logits(model.hidden(inputs, hook=look), hook=look)
         tokens += inputs.numel()
-        kept += [inputs[:max(FIT_TEXT_TOKENS // inputs.size(1), 1)]] * (len(kept) < FIT_TEXTS)
         rt.synchronize()
-        if watch.elapsed() > left_s / (3 if cfg.size_fit else 1.5):  # the rest is for rounding, and for prices
+        if watch.elapsed() > left_s / 1.5:  # the rest is for rounding
             break
-    hessians = look.by_parameter(rt) if cfg.gptq_enabled else {}
-    rt.log(f"GPTQ:collected {len(look.sums)} Hessians in {watch.elapsed():.1f}s from {tokens} tokens a rank "
+    hessians = look.by_parameter(rt)
+    rt.log(f"GPTQ:collected {len(look.sums)} Hessians in {watch.elapsed():.1f}s from {tokens} tokens per rank "
            f"({cfg.gptq_calibration})", "calibration", tokens=tokens, seconds=watch.elapsed())
-    prices = step_prices(cfg, model, hessians, kept) if cfg.size_fit and rt.rank == 0 else {}
     if watch.elapsed() > left_s:
         rt.log(f"warning: calibration took {watch.elapsed():.1f}s, {watch.elapsed() - left_s:.1f}s more than was left "
                "of MAX_WALLCLOCK_SECONDS; raise GPTQ_RESERVE_SECONDS or lower GPTQ_CALIBRATION_BATCHES")
-    return Calibration(hessians, prices)
+    return hessians
 
 
 @torch.no_grad()
@@ -2471,135 +2380,35 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor]) -
     return rounded
 
 
-@contextlib.contextmanager
-def using_rounded_weights(model: GPT, rounded: dict[str, tuple[Tensor, Tensor]]):
-    """The model with rounded weights in place of its own."""
-    params = dict(model.named_parameters())
-    own = {name: params[name].detach().clone() for name in rounded}
-    try:
-        for name, (codes, scales) in rounded.items():
-            params[name].data.copy_(dequantise(codes, scales))
-        yield
-    finally:
-        for name, weight in own.items():
-            params[name].data.copy_(weight)
+def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, code_bytes: int):
+    """(settings, artifact) at most 0.5 % under ARTIFACT_LIMIT_BYTES: all steps of the banks, of `weights` weights, are
+    widened by one factor. `make(settings)` rounds and packs; `total`: the bytes without widening.
 
-
-def by_widening(cfg: Hyperparameters, names) -> dict[str, list[str]]:
-    """Setting that widens steps -> the parameters it rules."""
-    families, groups = route(cfg, names), collections.defaultdict(list)
-    for name in quant_specs(cfg, names):
-        groups[families[name].widen].append(name)
-    return groups
-
-
-def coarser(cfg: Hyperparameters, octaves: dict[str, float]) -> Hyperparameters:
-    """Steps wider by so many doublings, setting by setting."""
-    return dataclasses.replace(cfg, **{name: getattr(cfg, name) * 2 ** x for name, x in octaves.items()})
-
-
-def step_prices(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor], texts: list[Tensor]) -> dict[str, float]:
-    """What doubling the steps costs, in nats a token and setting by setting, on a little calibration text.
-
-    The cost is how far the predictions drift from those of the float model, KL(float || rounded): what the loss rises
-    by on text that the float model describes well, without the loss's own ups and downs, which would need more text.
+    With an entropy coder a step twice as wide saves about one bit per weight; from there on the secant of the sizes
+    packed so far says how wide. (Bits are no further knob: INT5 is INT6 with steps twice as wide, to the same codes.)
+    Raises UserError where the widest steps do not suffice. Stops after FIT_ROUNDS packings or FIT_SECONDS.
     """
-    rounded = round_model(cfg, model, hessians)
-    predict = lambda ids: model.logits(model.hidden(ids)).flatten(0, 1).log_softmax(-1)
-    exact = [predict(ids) for ids in texts]
-
-    def drift(changed: dict) -> float:
-        with using_rounded_weights(model, rounded | changed):
-            return sum(F.kl_div(predict(ids), true, reduction="batchmean", log_target=True).item()
-                       for ids, true in zip(texts, exact)) / len(texts)
-
-    before, prices = drift({}), {}
-    for setting, names in by_widening(cfg, rounded).items():
-        few = {name: hessians[name] for name in names if name in hessians}
-        changed = round_model(coarser(cfg, {setting: 1.0}), model, few)
-        prices[setting] = drift({name: changed[name] for name in names}) - before
-    return prices
-
-
-class SizeFit:
-    """Finds the cheapest wider steps that bring the artifact under its limit.
-
-    Steps wider by x doublings cost price (4^x - 1) / 3 nats, because the error goes with the square of the step, and
-    saves about x bits a weight, because the entropy coder gets log2 of the step less. The cheapest way to a size is
-    then the one where the last byte saved costs the same everywhere: 4^x in proportion to weights / price, one number
-    to search for. How many bits there are to save is read off the codes' order-0 entropy; the packer has the last word.
-    (Bits are no further knob: with an entropy coder INT5 is INT6 with steps twice as wide, to the same codes.)
-    """
-
-    def __init__(self, cfg: Hyperparameters, model: GPT, prices: dict[str, float]):
-        self.cfg, params = cfg, dict(model.named_parameters())
-        self.groups = by_widening(cfg, params)
-        self.weights = {s: sum(params[name].numel() for name in names) for s, names in self.groups.items()}
-        cheapest = 0.01 * max(sum(prices.values()), 1e-9) / sum(self.weights.values())  # a weight; nothing is free
-        self.prices = {s: max(prices[s], cheapest * n) for s, n in self.weights.items()}
-        self.curves = {s: [self.family_bytes(params, s, x) for x in self.grid()] for s in self.groups}
-
-    @staticmethod
-    def grid() -> list[float]:
-        return [i / 4 for i in range(int(4 * FIT_OCTAVES) + 1)]
-
-    def family_bytes(self, params: dict[str, Tensor], setting: str, octaves: float) -> float:
-        specs = quant_specs(coarser(self.cfg, {setting: octaves}), params)
-        return sum(entropy_bytes(quantise(params[name].detach(), specs[name])[0]) for name in self.groups[setting])
-
-    def octaves(self, slope: float) -> dict[str, float]:
-        """Doublings at which one more byte saved costs as much everywhere."""
-        return {s: min(max(0.5 * math.log2(slope * n / self.prices[s]), 0.0), FIT_OCTAVES)
-                for s, n in self.weights.items()}
-
-    def bytes_at(self, octaves: dict[str, float]) -> float:
-        return sum(float(np.interp(x, self.grid(), self.curves[s])) for s, x in octaves.items())
-
-    def reach(self, wanted: float) -> dict[str, float]:
-        """The cheapest doublings that leave `wanted` bytes of entropy, or as many as there can be."""
-        low, high = -100.0, 100.0  # log2 of the slope
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.bytes_at(self.octaves(2 ** middle)) > wanted else (low, middle)
-        return self.octaves(2 ** high)
-
-    def nats(self, octaves: dict[str, float]) -> float:
-        """What it is expected to cost."""
-        return sum(self.prices[s] * (4 ** x - 1) / 3 for s, x in octaves.items())
-
-
-def fit_size(cfg: Hyperparameters, rt: Runtime, model: GPT, prices: dict[str, float], make, total: int,
-             code_bytes: int):
-    """(settings, artifact) that fit: at most 0.5 % under ARTIFACT_LIMIT_BYTES. `make(settings)` rounds and packs.
-
-    Raises UserError where the widest steps do not suffice. Packs FIT_ROUNDS times at most, and no more once
-    FIT_SECONDS have passed.
-    """
-    limit, watch, fit, best = cfg.artifact_limit_bytes, Stopwatch(), SizeFit(cfg, model, prices), None
-    aim = limit * (1 - FIT_WINDOW / 2)
-    octaves = dict.fromkeys(fit.groups, 0.0)
-    entropy, rate = fit.bytes_at(octaves), 1.0  # bytes of the file a byte of entropy
-    rt.log(f"size_fit:start total:{total} limit:{limit} over:{total / limit - 1:.2%} price_per_doubling: "
-           + " ".join(f"{s}:{price:.5f}" for s, price in prices.items()))
+    limit, watch, best, doublings, slope = cfg.artifact_limit_bytes, Stopwatch(), None, 0.0, -weights / 8
+    rt.log(f"size_fit:start total:{total} limit:{limit} over:{total / limit - 1:.2%}")
     for _ in range(FIT_ROUNDS):
-        octaves = fit.reach(entropy + (aim - total) / rate)
-        settings = coarser(fit.cfg, octaves)
+        before, size_before = doublings, total
+        doublings = min(max(doublings + (limit * (1 - FIT_WINDOW / 2) - total) / slope, 0.0), FIT_DOUBLINGS)
+        settings = dataclasses.replace(cfg, mlp_clip_widen=cfg.mlp_clip_widen * 2 ** doublings,
+                                       attn_clip_widen=cfg.attn_clip_widen * 2 ** doublings)
         artifact = make(settings)
-        was, total, wanted, entropy = total, len(artifact.blob) + code_bytes, entropy, fit.bytes_at(octaves)
-        steps = {s.upper(): round(getattr(settings, s), 3) for s in octaves}
-        rt.log(f"size_fit:total:{total} ({total / limit:.2%} of the limit) expected_cost:{fit.nats(octaves):.5f} nats "
-               f"{' '.join(f'{s}:{k}' for s, k in steps.items())} time:{watch.elapsed():.1f}s",
-               "size_fit", total=total, limit=limit, steps=steps)
+        total = len(artifact.blob) + code_bytes
+        rt.log(f"size_fit:total:{total} ({total / limit:.2%} of the limit) steps of the banks x{2 ** doublings:.3f} "
+               f"time:{watch.elapsed():.1f}s", "size_fit", total=total, limit=limit, widen=2 ** doublings)
         if total <= limit and (best is None or total > best[2]):
             best = settings, artifact, total
-        coarsest = total > limit and min(octaves.values()) >= FIT_OCTAVES
+        coarsest = total > limit and doublings == FIT_DOUBLINGS
         if limit * (1 - FIT_WINDOW) <= total <= limit or coarsest or watch.elapsed() > FIT_SECONDS:
             break
-        if entropy != wanted:
-            rate = min(max((total - was) / (entropy - wanted), 0.5), 2.0)
+        if doublings != before:  # a search that stands still keeps its slope; no slope is flatter than 1/8 bit
+            slope = min((total - size_before) / (doublings - before), -weights / 64)
     if best is None:
         raise UserError(f"SIZE_FIT=1 cannot reach ARTIFACT_LIMIT_BYTES={limit:,}: {total:,} bytes are left with "
-                        + ", ".join(f"{s}={k}" for s, k in steps.items()) + "; fewer parameters are needed")
+                        f"steps of the banks {2 ** doublings:.3g} times as wide; fewer parameters or table bits are needed")
     if best[2] < limit * (1 - FIT_WINDOW):
         rt.log(f"warning: size_fit leaves {limit - best[2]} bytes unused")
     return best[:2]
@@ -2681,7 +2490,7 @@ def from_byte_planes(raw: bytes, dtype: np.dtype) -> np.ndarray:
 
 
 def order0_bytes(array: np.ndarray) -> float:
-    """Entropy of the byte byte_planes of an array, each byte by itself: what a packer without any context cannot beat."""
+    """Entropy of the byte planes of an array, each byte by itself: what a packer without any context cannot beat."""
     by_plane = np.frombuffer(byte_planes(np.ascontiguousarray(array)), np.uint8).reshape(array.itemsize, -1)
     return sum(entropy_bytes(torch.tensor(plane)) for plane in by_plane)
 
@@ -3159,20 +2968,29 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Windows:
-    """Which windows score which tokens. Target t is token t+1 of the text; a window reads `length` tokens from `start`
-    on and scores the targets from `low` up to `high`, which are among its last `keep`. It never reads beyond token
-    `high`: copies of that fill its rest."""
+    """Which windows score which tokens. Target t is token t+1 of the text. For 12 targets, windows of 8 tokens and a
+    stride of 3 (keep = 3; the first window is scored whole, see `batches`):
+
+        window   start  low  high   reads tokens   scores targets
+             0       0    0     8   0..7           0..7
+             1       3    8    11   3..10          8..10
+             2       4   11    12   4..11          11        (moved back: it ends with the text)
+        filler       4   12    12   4..11          none      (low = high; pads a batch to a fixed size)
+
+    Every target is scored by the window that gives it the longest context. A window never reads beyond token `high`;
+    copies of that token fill its rest.
+    """
 
     start: Tensor    # int64 [windows]
     low: Tensor      # int64 [windows]
-    high: Tensor     # int64 [windows]; equal to low: a filler, that scores nothing
-    length: int
-    keep: int
+    high: Tensor     # int64 [windows]
+    length: int      # tokens of a window
+    keep: int        # its last so many positions hold all targets it scores
 
     @classmethod
     def sliding(cls, targets: int, length: int, stride: int) -> Windows:
-        """Windows that together score every target once, the tail included: the last one ends with the text. (The
-        published scripts cut their windows there and score the tail again and again.)"""
+        """Windows that together score every target once. (The published scripts cut their last windows at the end of
+        the text, and score its tail several times.)"""
         count = 1 + -(-max(targets - length, 0) // stride)
         high = (length + stride * torch.arange(count)).clamp(max=targets)
         return cls(high - length, F.pad(high[:-1], (1, 0)), high, length, stride)
@@ -3182,14 +3000,14 @@ class Windows:
                                    high=self.high[start:stop])
 
     def filled(self, count: int) -> Windows:
-        """`count` windows: fixed shapes for compiled graphs, and for scores that do not depend on the company."""
+        """Padded to `count` windows: compiled graphs need fixed shapes, and sums of a fixed order give equal scores."""
         more = [-1] * (count - len(self.low))
         return dataclasses.replace(self, start=torch.cat((self.start, self.start[more])),
                                    low=torch.cat((self.low, self.high[more])),
                                    high=torch.cat((self.high, self.high[more])))
 
     def batches(self, size: int, fixed: bool) -> list[Windows]:
-        """Batches of at most `size` windows. The first window of a text scores all it reads and goes by itself."""
+        """Batches of at most `size` windows. The first window of a text scores all it reads, in a batch of its own."""
         alone = int(len(self.low) > 0 and self.high[0] - self.low[0] > self.keep)
         whole = [dataclasses.replace(self.part(0, 1), keep=self.length)] * alone
         parts = [self.part(i, i + size) for i in range(alone, len(self.low), size)]
@@ -3200,19 +3018,19 @@ class Windows:
         start, low, high = (t.to(tokens.device)[:, None] for t in (self.start, self.low, self.high))
         at = start + torch.arange(self.length + 1, device=tokens.device)
         text, number = tokens[at.minimum(high)].long(), at[:, -self.keep - 1:-1]
-        ids, wanted = text[:, :-1].contiguous(), text[:, -self.keep:].contiguous()  # a graph for each layout, so: one
+        ids, wanted = text[:, :-1].contiguous(), text[:, -self.keep:].contiguous()  # one layout, so one compiled graph
         return ids, wanted, number, (number >= low) & (number < high)
 
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """A leg of the walk: windows for this rank to score, and then what may be learnt from them."""
+    """Windows for this rank to score, and what may then be trained on."""
 
     batches: list[Windows]
-    train_tokens: int = 0         # tokens to learn from: scored ones of all ranks (stream), read ones of this one (documents)
+    train_tokens: int = 0   # scored ones of all ranks (stream), or those this rank read (documents)
     first: int = 0          # the first of them, in a stream
     progress: float = 0.0   # 0..1 of the text
-    opens: bool = False     # other documents begin here
+    resets: bool = False    # other documents begin here
 
     @property
     def reads(self) -> int:
@@ -3220,19 +3038,21 @@ class ScoredChunk:
         return sum(len(windows.low) * windows.length for windows in self.batches)
 
 
-def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, size: int, adapts: bool) -> list[ScoredChunk]:
-    """The text as chunks of TTT_CHUNK_TOKENS, or as one if nothing adapts. A window belongs to the chunk of its first
-    scored target, so when a chunk's windows are done all its targets are in the sum. The last chunk teaches nobody."""
+def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, size: int,
+                adapts: bool) -> list[ScoredChunk]:
+    """The text as chunks of TTT_CHUNK_TOKENS, or as one if nothing adapts; `size` windows a batch. A window belongs to
+    the chunk of its first scored target, so when a chunk's windows are done all its targets are in the sum. Nothing is
+    trained on the last chunk."""
     windows = Windows.sliding(targets, cfg.window, stride)
     chunk = cfg.ttt_chunk_tokens if adapts else targets
     count = -(-targets // chunk)
     first = torch.searchsorted(windows.low, chunk * torch.arange(count + 1)).tolist()
-    legs = []
+    plan = []
     for i in range(count):
         mine = rt.share_of(first[i + 1] - first[i])
         batches = windows.part(first[i] + mine.start, first[i] + mine.stop).batches(size, rt.compiles)
-        legs.append(ScoredChunk(batches, chunk if i + 1 < count else 0, i * chunk, i / max(count - 1, 1)))
-    return legs
+        plan.append(ScoredChunk(batches, chunk if i + 1 < count else 0, i * chunk, i / max(count - 1, 1)))
+    return plan
 
 
 def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[ScoredChunk]:
@@ -3245,7 +3065,7 @@ def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Scor
     bounds = torch.unique(F.pad(F.pad(starts, (1, 0), value=0), (0, 1), value=targets))
     first, stop = bounds[:-1], bounds[1:]
     order = (stop - first).argsort(descending=True, stable=True)
-    loads, legs = [0] * rt.world_size, []
+    loads, plan = [0] * rt.world_size, []
     for group in order.split(cfg.ttt_batch_docs):  # longest first, each to the rank with the least to do
         steps = -(-int((stop - first)[group[0]]) // chunk)
         owner = loads.index(min(loads))
@@ -3255,9 +3075,96 @@ def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Scor
             low, high = ((first[group] + at).minimum(stop[group]) for at in (end - chunk, end))
             length = min(end, cfg.window)
             windows = Windows(first[group] + end - length, low, high, length, chunk).filled(cfg.ttt_batch_docs)
-            learns = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
-            legs.append(ScoredChunk([windows], cfg.ttt_batch_docs * length if learns else 0, opens=step == 0))
-    return legs
+            trains = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
+            plan.append(ScoredChunk([windows], cfg.ttt_batch_docs * length if trains else 0, resets=step == 0))
+    return plan
+
+
+def plan_evaluation(val: ValData, cfg: Hyperparameters, rt: Runtime, stride: int, batch_seqs: int,
+                    adapts: bool = False) -> list[ScoredChunk]:
+    """What `evaluate` does in which order. A stride equal to the window gives the plain evaluation."""
+    if adapts and cfg.ttt_reset == "document":
+        return plan_documents(val, cfg, rt)
+    return plan_stream(len(val.tokens) - 1, cfg, rt, stride, batch_seqs, adapts)
+
+
+class EvalClock:
+    """EVAL_MAX_SECONDS for all final scores of a run together. Where an evaluation would run over, epochs of test-time
+    training are left out; scoring never is. Costs are in seconds per token, measured on the way."""
+
+    RESERVE = 0.03    # of the limit, for what the measurements do not foresee
+    LEARN_COST = 3    # of a training token over a scored one, until measured: forward and backward pass
+
+    def __init__(self, limit_s: float, rt: Runtime, now=time.perf_counter):
+        self.limit, self.rt, self.watch, self.pace = limit_s or math.inf, rt, Stopwatch(now=now), 0.0
+
+    def measure_pace(self, batch, tokens: int, reads: int) -> None:
+        """Time `batch()`, which reads `tokens` tokens; raise UserError if reading `reads` would take too long."""
+        if math.isinf(self.limit):
+            return
+        for _ in range(2):  # the first one may compile
+            begun = self.watch.elapsed()
+            batch()
+            self.rt.synchronize()
+        self.pace = (self.watch.elapsed() - begun) / tokens
+        needed = self.rt.agree(self.pace * reads)
+        if needed > self.limit:
+            raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
+                            "more (0: no limit) or raise EVAL_STRIDE")
+
+    def begin(self, plan: list[ScoredChunk], epochs: int, in_step: bool) -> None:
+        """An evaluation starts. in_step: the ranks train together and must agree."""
+        self.epochs = self.most = epochs
+        self.in_step, self.chunks = in_step, len(plan)
+        self.planned, self.left_out = epochs * sum(chunk.train_tokens > 0 for chunk in plan), 0
+        self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
+        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # laps: (seconds, tokens)
+
+    def cost(self, what: str) -> float:
+        """Seconds per token. The first lap is left out: it may have compiled."""
+        laps = self.laps[what][1:]
+        if laps:
+            return sum(seconds for seconds, _ in laps) / sum(tokens for _, tokens in laps)
+        share = 1 / self.rt.world_size if self.in_step else 1
+        return self.pace if what == "score" else self.cost("score") * self.LEARN_COST * share
+
+    def lap(self, what: str, tokens: int, epochs: int = 1) -> None:
+        """Note the time since the last lap as that of so many epochs over `tokens` tokens."""
+        self.to_do[what] -= tokens
+        if tokens * epochs:
+            self.rt.synchronize()
+            now = self.watch.elapsed()
+            self.laps[what].append((now - self.mark, tokens * epochs))
+            self.mark = now
+
+    def affordable_epochs(self, tokens: int, chunk: int) -> int:
+        """Epochs over the `tokens` training tokens of a chunk that there is time for. Rounded up over all chunks to
+        come, because every later chunk profits from an early one; the last chunks may then get none."""
+        if math.isinf(self.limit) or not tokens:
+            return self.epochs if tokens else 0
+        before, spent, scoring = self.epochs, self.watch.elapsed(), self.to_do["score"] * self.cost("score")
+        room = (self.limit * (1 - self.RESERVE) - spent - scoring) / max(self.cost("learn"), 1e-12)  # in tokens
+        epochs = max(0, min(before, math.ceil(room / self.to_do["learn"]), int(room / tokens)))
+        self.epochs = epochs = int(self.rt.agree(epochs)) if self.in_step else epochs
+        self.left_out += self.most - epochs
+        if epochs < before:
+            what = f"epochs {before} -> {epochs}" if epochs else "adaptation ends"
+            self.rt.log(f"ttt_clock: {what} at chunk {chunk + 1}/{self.chunks}, {spent:.1f} of {self.limit:g} s spent; "
+                        f"the rest takes {scoring:.1f} s to score, {self.cost('learn') * self.to_do['learn']:.1f} s "
+                        "per epoch to learn from",
+                        "ttt_clock", chunk=chunk + 1, chunks=self.chunks, epochs=epochs, spent_s=spent,
+                        scoring_s=scoring)
+        return epochs
+
+    def end(self) -> None:
+        """An evaluation is over: say what was left out, on any rank."""
+        if math.isinf(self.limit):
+            return
+        left_out, planned = self.rt.sum_(torch.tensor([self.left_out, self.planned], device=self.rt.device)).tolist()
+        if left_out:
+            self.rt.log(f"ttt_clock: {left_out} of {planned} passes over scored chunks were left out")
+        if self.watch.elapsed() > self.limit:
+            self.rt.log(f"ttt_clock: {self.watch.elapsed():.1f} s spent, over EVAL_MAX_SECONDS={self.limit:g}")
 
 
 class IllegalScore(Exception):
@@ -3265,8 +3172,8 @@ class IllegalScore(Exception):
 
 
 class Scored:
-    """What of the text has its score in the sum, and the sum. Adapters get tokens from here and from nowhere else, so
-    none learns from a token whose score is still to come."""
+    """Which targets have their score in the sum, and the sum. Adapters get tokens from here and from nowhere else, so
+    none trains on a token whose score is still to come."""
 
     def __init__(self, val: ValData, rt: Runtime):
         self.tokens, self.sizes, self.rt, self.meter = val.tokens, val.sizes, rt, BpbMeter(val.tokens.device)
@@ -3280,7 +3187,7 @@ class Scored:
     def require_scored_once(self, times: Tensor) -> None:
         """Raise IllegalScore unless all of these targets were scored once."""
         if not (times == 1).all():
-            raise IllegalScore(f"{int((times != 1).sum())} of {len(times)} tokens to learn from or to end with were "
+            raise IllegalScore(f"{int((times != 1).sum())} of {len(times)} tokens to train on or to end with were "
                                "not scored once")
 
     def training_tokens(self, first: int, count: int) -> Tensor:
@@ -3289,7 +3196,7 @@ class Scored:
         return self.tokens[first:first + count + 1]
 
     def result(self, name: str, start_s: float) -> EvalResult:
-        """The end of a walk. Raises IllegalScore if the ranks together did not score every target once."""
+        """The total. Raises IllegalScore if the ranks together did not score every target once."""
         self.require_scored_once(self.rt.sum_(self.times.clone()))
         loss, bpb, tokens, size = self.meter.reduce(self.rt)
         self.rt.synchronize()
@@ -3465,44 +3372,41 @@ def adapter_for(model: GPT, cfg: Hyperparameters, rt: Runtime) -> Adapter:
     return {"sgd": SgdAdapter, "lora": LoraAdapter}[cfg.ttt_mode](model, cfg, rt)
 
 
-def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtime, stride: int, batch_seqs: int,
+def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtime, plan: list[ScoredChunk],
              adapter: Adapter | None = None, clock: EvalClock | None = None, observe=None) -> EvalResult:
-    """The one walk over the validation text: plan -> score -> commit, and only then let an adapter learn from it.
+    """The one loop over the validation text: score a chunk, commit its scores, only then let an adapter train on it.
 
-    Without an adapter the text is one chunk; `stride` equal to the window gives the plain evaluation. The clock may
-    lower the adapter's epochs. `observe(numbers, nll)` gets every score of this rank with the number of its target.
+    score_fn(ids, targets, temperature, hook) gives nats as `GPT.nll`; the clock may lower the adapter's epochs;
+    observe(numbers, nll) gets every score of this rank with the number of its target.
     """
-    start_s, targets, scored = time.perf_counter(), len(val.tokens) - 1, Scored(val, rt)
+    start_s, scored, clock = time.perf_counter(), Scored(val, rt), clock or EvalClock(0.0, rt)
     temperature, hook, rows = (cfg.ttt_temp, adapter.hook, adapter.rows) if adapter else (1.0, None, 0)
-    legs = plan_documents(val, cfg, rt) if rows else plan_stream(targets, cfg, rt, stride, batch_seqs, bool(adapter))
-    clock = clock or EvalClock(dataclasses.replace(cfg, eval_max_seconds=0.0), rt)
-    clock.begin(sum(leg.reads for leg in legs), [leg.train_tokens for leg in legs if leg.train_tokens],
-                cfg.ttt_epochs if adapter else 0, together=not rows)
-    bar = rt.log.progress(sum(len(leg.batches) for leg in legs), name)
-    for number, leg in enumerate(legs):
-        epochs = clock.epochs(leg.train_tokens, number, len(legs)) if leg.train_tokens else 0
-        if leg.opens:
+    clock.begin(plan, cfg.ttt_epochs if adapter else 0, in_step=not rows)
+    bar = rt.log.progress(sum(len(chunk.batches) for chunk in plan), name)
+    for i, chunk in enumerate(plan):
+        epochs = clock.affordable_epochs(chunk.train_tokens, i)
+        if chunk.resets:
             adapter.reset()
-        for windows in leg.batches:
-            ids, wanted, at, counted = windows.read(val.tokens)
-            rescore = functools.partial(score_fn, ids, wanted, temperature, hook)
-            with torch.set_grad_enabled(rows > 0 and clock.wanted > 0):
+        for windows in chunk.batches:
+            ids, targets, numbers, counted = windows.read(val.tokens)
+            rescore = functools.partial(score_fn, ids, targets, temperature, hook)
+            with torch.set_grad_enabled(rows > 0 and clock.epochs > 0):
                 nll = rescore()
-            numbers, made = at[counted], nll.detach()[counted]
-            scored.commit(numbers, made)
+            numbers, values = numbers[counted], nll.detach()[counted]
+            scored.commit(numbers, values)
             if observe:
-                observe(numbers, made)
+                observe(numbers, values)
             bar.update()
-        clock.lap("score", leg.reads)
+        clock.lap("score", chunk.reads)
         if adapter:
-            report_chunk(rt, scored.meter, number, len(legs), time.perf_counter() - start_s)
+            report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
         if epochs and rows:
-            scored.require_scored_once(scored.times[at[counted]])
+            scored.require_scored_once(scored.times[numbers])
             adapter.learn_rows(nll, counted, epochs, rescore)
         elif epochs:
-            adapter.learn(scored.training_tokens(leg.first, leg.train_tokens), leg.progress, epochs)
-        clock.lap("learn", leg.train_tokens, epochs)
-        nll = rescore = None  # a graph nobody learns from must not outlive its leg
+            adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
+        clock.lap("learn", chunk.train_tokens, epochs)
+        nll = rescore = None  # frees the graph of the forward pass
     bar.close()
     clock.end()
     return scored.result(name, start_s)
@@ -3521,7 +3425,7 @@ def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
 
 
 class Trace:
-    """Observes a walk: where in the text, and how far into their documents, nats and bytes lie."""
+    """Sums nats and bytes by place: along the text, and by distance from the start of the document."""
 
     PIECES = 256  # of the text
 
@@ -3532,10 +3436,9 @@ class Trace:
         self.position = torch.zeros(32, 2, dtype=torch.float64, device=device)  # row i: 2^i - 1 tokens in, and on
 
     def __call__(self, numbers: Tensor, nll: Tensor) -> None:
-        tokens = self.val.tokens
         pair = torch.stack((nll.double(), self.val.sizes[numbers + 1].double()), dim=1)
         begun = self.starts[torch.searchsorted(self.starts, numbers, right=True) - 1]
-        self.stream.index_add_(0, numbers * self.PIECES // (len(tokens) - 1), pair)
+        self.stream.index_add_(0, numbers * self.PIECES // (len(self.val.tokens) - 1), pair)
         self.position.index_add_(0, (numbers - begun + 1).double().log2().long(), pair)
 
     def tables(self, rt: Runtime) -> dict[str, list]:
@@ -3635,14 +3538,14 @@ def submitted_code_bytes(cfg: Hyperparameters) -> int:
     return cfg.code_bytes or os.path.getsize(__file__)
 
 
-def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibration: Calibration) -> Path:
+def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians: dict[str, Tensor]) -> Path:
     """Write the float model and the artifact, and hold the artifact against its limit. Returns the artifact's path.
 
     Raises UserError above the limit, after the table of what took the bytes; with SIZE_FIT=1 it rounds more coarsely
     instead.
     """
     def make(settings: Hyperparameters) -> Artifact:
-        return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, calibration.hessians))
+        return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, hessians))
 
     path, code_bytes, total = rt.folder / "final_model.ptz", submitted_code_bytes(cfg), 0
     if rt.rank == 0:
@@ -3655,7 +3558,8 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, calibrat
         artifact = make(cfg)
         total = len(artifact.blob) + code_bytes
         if cfg.size_fit and total > cfg.artifact_limit_bytes:
-            cfg, artifact = fit_size(cfg, rt, model, calibration.prices, make, total, code_bytes)
+            banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
+            cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
         older = place_of_older(rt, path)
         write_atomically(path, artifact.blob, older)
@@ -3694,17 +3598,9 @@ def precision_tag(cfg: Hyperparameters) -> str:
     return f"int{mlp}" if mlp == attn else f"int{mlp}mlp+int{attn}attn"
 
 
-def reads_ahead(cfg: Hyperparameters, rt: Runtime, val: ValData) -> int:
-    """Tokens this rank will read for all final scores."""
-    plans = [plan_documents(val, cfg, rt) if key == "ttt" and cfg.ttt_reset == "document" else
-             plan_stream(len(val.tokens) - 1, cfg, rt, stride, cfg.eval_batch_seqs, False)
-             for key, stride in final_evaluations(cfg).items()]
-    return sum(leg.reads for plan in plans for leg in plan)
-
-
-def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapter, val: ValData, stride: int) -> None:
-    """What is about to adapt, in the field's lines."""
-    targets, lora = len(val.tokens) - 1, cfg.ttt_mode == "lora"
+def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapter, val: ValData) -> None:
+    """What is about to adapt, in the lines that this field's log readers know."""
+    targets, lora, stride = len(val.tokens) - 1, cfg.ttt_mode == "lora", cfg.eval_stride or cfg.window
     moving = sum(t.numel() for t in adapter.moving) // max(adapter.rows, 1)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if adapter.rows:
@@ -3730,22 +3626,25 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
     EVAL_MAX_SECONDS holds for all three together, and for what the clock has seen before, so that nobody has to argue
     which of them are diagnostics.
     """
-    results, traces, tag, clock = {}, {"tokens": len(val.tokens) - 1}, precision_tag(cfg), clock or EvalClock(cfg, rt)
+    tag, clock = precision_tag(cfg), clock or EvalClock(cfg.eval_max_seconds, rt)
     labels = {"roundtrip": f"final_{tag}_roundtrip", "sliding": f"final_{tag}_sliding_window", "ttt": "legal_ttt"}
+    plans = {key: plan_evaluation(val, cfg, rt, stride, cfg.eval_batch_seqs, key == "ttt")
+             for key, stride in final_evaluations(cfg).items()}
     nothing = torch.zeros(cfg.eval_batch_seqs, cfg.window, dtype=torch.int64, device=rt.device)
     score_fn, fresh = scorer(model, rt), nothing[:, -(cfg.eval_stride or cfg.window):].contiguous()
     with torch.no_grad():
-        clock.measure_pace(lambda: score_fn(nothing, fresh, 1.0), nothing.numel(), reads_ahead(cfg, rt, val))
-    for key, stride in final_evaluations(cfg).items():
+        clock.measure_pace(lambda: score_fn(nothing, fresh, 1.0), nothing.numel(),
+                           sum(chunk.reads for plan in plans.values() for chunk in plan))
+    results, traces = {}, {"tokens": len(val.tokens) - 1}
+    for key, plan in plans.items():
         adapter, trace, label = None, Trace(val), labels[key]
         if key == "ttt":
             adapter = adapter_for(model, cfg, rt)
-            log_adaptation(cfg, rt, model, adapter, val, stride)
+            log_adaptation(cfg, rt, model, adapter, val)
             score_fn = scorer(model, rt, adapter)
-        r = results[key] = evaluate(label, score_fn, val, cfg, rt, stride, cfg.eval_batch_seqs, adapter, clock, trace)
-        note = f" stride:{stride}" if key == "sliding" else ""
-        rt.log(f"{label} val_loss:{r.loss:.4f} val_bpb:{r.bpb:.4f}{note} eval_time:{1000 * r.seconds:.0f}ms",
-               "evaluation", **dataclasses.asdict(r))
+        r = results[key] = evaluate(label, score_fn, val, cfg, rt, plan, adapter, clock, trace)
+        note = f" stride:{cfg.eval_stride}" if key == "sliding" else ""
+        log_score(rt, label, r, note)
         rt.log(f"{label}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
         traces[key] = {**trace.tables(rt), "seconds": {what: [s for s, _ in laps] for what, laps in clock.laps.items()}}
         if adapter:
@@ -3755,12 +3654,17 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
     return results
 
 
+def log_score(rt: Runtime, label: str, r: EvalResult, note: str = "") -> None:
+    rt.log(f"{label} val_loss:{r.loss:.4f} val_bpb:{r.bpb:.4f}{note} eval_time:{1000 * r.seconds:.0f}ms", "evaluation",
+           **dataclasses.asdict(r))
+
+
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
     watch, specs = Stopwatch(), quant_specs(cfg, parameter_shapes(cfg))
     codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
-    if cfg.size_fit and not specs:
-        raise UserError("SIZE_FIT=1 has nothing to round more coarsely: all parameters are kept as floats")
+    if cfg.size_fit and not any(name.endswith("_bank") for name in specs):
+        raise UserError("SIZE_FIT=1 has nothing to round more coarsely: all banks are kept as floats")
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
@@ -3768,19 +3672,18 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     model = GPT(cfg, rt.attend, rt.dtype, specs, rt.kernels).to(rt.device)
     log_preamble(cfg, rt, model, val, data)
     tokens = min(cfg.val_batch_size // rt.world_size, rt.forward_tokens(cfg))
-    plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, stride=cfg.window,
-                              batch_seqs=max(tokens // cfg.window, 1))
+    plan = plan_evaluation(val, cfg, rt, cfg.window, max(tokens // cfg.window, 1))
+    plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, plan=plan)
     seconds = {"setup": watch.elapsed()}
     state = train(cfg, rt, model, data, plain)
     seconds["train"], phase = state.watch.elapsed(), Stopwatch()
     left_s = cfg.max_wallclock_seconds - seconds["train"] if cfg.max_wallclock_seconds else math.inf
-    calibration = calibrate(cfg, rt, model, data, state.step, left_s)
+    hessians = calibrate(cfg, rt, model, data, state.step, left_s)
     seconds["calibrate"] = phase.elapsed()
     averaged = plain("post_average", rt.compiled(model.nll))
-    rt.log(f"DIAGNOSTIC post_average val_loss:{averaged.loss:.4f} val_bpb:{averaged.bpb:.4f} "
-           f"eval_time:{1000 * averaged.seconds:.0f}ms", "evaluation", **dataclasses.asdict(averaged))
+    log_score(rt, "DIAGNOSTIC post_average", averaged)
     phase = Stopwatch()
-    path = export(cfg, rt, model, val, calibration)
+    path = export(cfg, rt, model, val, hessians)
     seconds["export"] = phase.elapsed()
     summary = score_artifact(cfg, rt, val, path, seconds, watch)
     return summary | {"val_bpb_pre_quant": averaged.bpb, "steps": state.step,
@@ -3797,7 +3700,7 @@ def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
 def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, seconds: dict, watch: Stopwatch) -> dict:
     """Read an artifact from disk, evaluate it and sum up; `seconds`: of the phases before. A score that was not asked
     for is None in the summary."""
-    clock = EvalClock(cfg, rt)
+    clock = EvalClock(cfg.eval_max_seconds, rt)
     blob = rt.share_bytes(read_file(path) if rt.rank == 0 else None)
     model = load_model(blob, rt, val.tokenizer_sha256)
     rt.log(f"artifact:{path} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}")

@@ -285,7 +285,7 @@ def test_additions_are_where_they_were_asked_for_and_the_weights_stay(setting, r
     rates = {id(t): group["full_lr"] for group in adapter.optimiser.param_groups for t in group["params"]}
     assert [rates[id(t)] for t in (a, adapter.pairs["up", 1][0], adapter.pairs["head", -1][1], adapter.table)] == \
         pytest.approx([0.005, 0.01, 0.01, 0.1])
-    tg.evaluate("test", model.nll, val, cfg, rt, 8, 16, adapter)
+    tg.evaluate("test", model.nll, val, cfg, rt, tg.plan_evaluation(val, cfg, rt, 8, 16, True), adapter)
     assert b.any() and adapter.table.any()
     assert all(torch.equal(p, q) for p, q in zip(start.parameters(), model.parameters()))
 
@@ -306,7 +306,7 @@ def test_polyak_scores_with_the_average_and_learns_from_the_weights(setting, rt)
     cfg = dataclasses.replace(cfg, ttt_polyak_decay=0.6, ttt_epochs=2)
     raw, averaged = reference_ttt(cfg, model(), val), model()
     adapter, start = tg.adapter_for(averaged, cfg, rt), averaged.qo_bank.detach().clone()
-    tg.evaluate("test", averaged.nll, val, cfg, rt, 8, 16, adapter)
+    tg.evaluate("test", averaged.nll, val, cfg, rt, tg.plan_evaluation(val, cfg, rt, 8, 16, True), adapter)
     for (name, p), hidden in zip(averaged.named_parameters(), adapter.average):
         torch.testing.assert_close(hidden, raw[name], rtol=1e-4, atol=1e-5, msg=name)
     assert (averaged.qo_bank - raw["qo_bank"]).abs().max() > 1e-4 < (averaged.qo_bank - start).abs().max()
@@ -364,10 +364,11 @@ def timed(setting, rt, monkeypatch, limit, changes, learn_s=1.0, score_s=0.001):
     val = with_documents(val, [100, 290])
     cfg, model, log = dataclasses.replace(cfg, eval_max_seconds=limit, **changes), model(), Log()
     rt, fake = dataclasses.replace(rt, log=log), FakeTime(monkeypatch, model, score_s, learn_s)
-    clock, scores = tg.EvalClock(cfg, rt, now=fake), Scores(len(val.tokens) - 1)
+    clock, scores = tg.EvalClock(limit, rt, now=fake), Scores(len(val.tokens) - 1)
     nothing = torch.zeros(2, cfg.window, dtype=torch.long)
     clock.measure_pace(lambda: fake.score(nothing, nothing[:, -8:], 1.0), nothing.numel(), 0)
-    tg.evaluate("test", fake.score, val, cfg, rt, 8, 16, tg.adapter_for(model, cfg, rt), clock, scores)
+    plan, adapter = tg.plan_evaluation(val, cfg, rt, 8, 16, True), tg.adapter_for(model, cfg, rt)
+    tg.evaluate("test", fake.score, val, cfg, rt, plan, adapter, clock, scores)
     monkeypatch.undo()
     assert (scores.given == 1).all()
     return fake.now, [line for line in log.lines if line.startswith("ttt_clock")]
@@ -476,8 +477,9 @@ def walks(cfg, rt):
         changed = dataclasses.replace(cfg, **{**changes, "ttt_batch_seqs": 3, "ttt_lora_targets": "q,head"})
         torch.manual_seed(0)
         model = scrambled(tg.GPT(cfg)).eval()
-        adapter, clock = tg.adapter_for(model, changed, rt), tg.EvalClock(changed, rt)
-        r = tg.evaluate("test", model.nll, val, changed, rt, 8, 16, adapter, clock)
+        adapter, clock = tg.adapter_for(model, changed, rt), tg.EvalClock(changed.eval_max_seconds, rt)
+        plan = tg.plan_evaluation(val, changed, rt, 8, 16, True)
+        r = tg.evaluate("test", model.nll, val, changed, rt, plan, adapter, clock)
         results.append([r.tokens, r.bytes, r.bpb])
     return results
 

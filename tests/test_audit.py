@@ -72,9 +72,9 @@ def around(monkeypatch, change):
     """`change(honest, name, score_fn, val, cfg, adapter, rest)` instead of each walk; honest(score_fn, val) walks."""
     honest = tg.evaluate
 
-    def cheat(name, score_fn, val, cfg, rt, stride, size, adapter=None, *rest, **options):
+    def cheat(name, score_fn, val, cfg, rt, plan, adapter=None, *rest, **options):
         def walk(score_fn=score_fn, val=val):
-            return honest(name, score_fn, val, cfg, rt, stride, size, adapter, *rest, **options)
+            return honest(name, score_fn, val, cfg, rt, plan, adapter, *rest, **options)
         return change(walk, score_fn, val, cfg, adapter)
     monkeypatch.setattr(tg, "evaluate", cheat)
 

@@ -111,7 +111,8 @@ def test_byte_sidecars_are_the_truth(corpus, config, rt, tmp_path):
     bytes_beside(tmp_path, "000001", corpus.val[700:], sizes[700:])
     val = tg.ValData.open(config(data_path=str(tmp_path)), rt)
     assert val.sizes.tolist() == sizes.tolist()
-    result = tg.evaluate("test", tg.GPT(config()).nll, val, config(), rt, 32, 16)
+    plan = tg.plan_evaluation(val, config(), rt, 32, 16)
+    result = tg.evaluate("test", tg.GPT(config()).nll, val, config(), rt, plan)
     assert result.bytes == sizes[1:].sum()
     assert result.bpb == pytest.approx(result.loss * result.tokens / np.log(2) / sizes[1:].sum())
 

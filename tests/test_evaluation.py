@@ -70,7 +70,8 @@ def score(cfg, val, model, stride, changes, rt, clock=None):
     tg.check_combinations(cfg)
     scores = Scores(len(val.tokens) - 1)
     adapter = None if changes is None else tg.adapter_for(model, cfg, rt)
-    result = tg.evaluate("test", model.nll, val, cfg, rt, stride, cfg.eval_batch_seqs, adapter, clock, scores)
+    plan = tg.plan_evaluation(val, cfg, rt, stride, cfg.eval_batch_seqs, bool(adapter))
+    result = tg.evaluate("test", model.nll, val, cfg, rt, plan, adapter, clock, scores)
     assert (scores.given == 1).all()
     return result, scores.nll
 
@@ -130,7 +131,8 @@ def test_an_adapter_sees_only_scored_tokens_all_but_the_last_chunk(setting, rt, 
             last = first + len(tokens) - 1
             assert torch.equal(tokens, val.tokens[first:last + 1]) and (scores.given[:last] == 1).all()
             handed.append(progress)
-    tg.evaluate("test", model.nll, val, cfg, rt, stride, 4, Spy(model, cfg, rt), observe=scores)
+    plan = tg.plan_evaluation(val, cfg, rt, stride, 4, True)
+    tg.evaluate("test", model.nll, val, cfg, rt, plan, Spy(model, cfg, rt), observe=scores)
     chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
     assert handed == [i / (chunks - 1) for i in range(chunks - 1)]
 
@@ -223,7 +225,8 @@ def test_every_way_to_adapt_compiles(setting, tmp_path, monkeypatch, mode, graph
         rt, trained = make_runtime(tmp_path, compiles=compiles), model()
         trained.cfg = cfg
         adapter = None if changes is None else tg.adapter_for(trained, cfg, rt)
-        results.append(tg.evaluate("test", tg.scorer(trained, rt, adapter), val, cfg, rt, stride, 16, adapter).bpb)
+        plan = tg.plan_evaluation(val, cfg, rt, stride, 16, bool(adapter))
+        results.append(tg.evaluate("test", tg.scorer(trained, rt, adapter), val, cfg, rt, plan, adapter).bpb)
     assert results[1] == pytest.approx(results[0], rel=1e-5) and counted.frame_count <= graphs
 
 

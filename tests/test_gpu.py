@@ -119,7 +119,9 @@ def test_an_artifact_scores_the_same_on_the_cpu(config, device, dtype, near, tmp
     scores = []
     for rt in (here, there):
         loaded = tg.load_model(blob, rt, val.tokenizer_sha256)
-        scores.append(tg.evaluate("sliding", loaded.nll, tg.ValData.open(cfg, rt), cfg, rt, cfg.eval_stride, 16).bpb)
+        val = tg.ValData.open(cfg, rt)
+        plan = tg.plan_evaluation(val, cfg, rt, cfg.eval_stride, 16)
+        scores.append(tg.evaluate("sliding", loaded.nll, val, cfg, rt, plan).bpb)
     assert scores[0] == pytest.approx(scores[1], rel=near)
 
 
@@ -128,7 +130,8 @@ def test_two_walks_give_the_same_bits(config, device, tmp_path):
     model, val, walks = model_on(rt, cfg), tg.ValData.open(cfg, rt), []
     for _ in range(2):
         scores = []
-        tg.evaluate("sliding", model.nll, val, cfg, rt, cfg.eval_stride, 16, observe=lambda at, nll: scores.append(nll))
+        plan = tg.plan_evaluation(val, cfg, rt, cfg.eval_stride, 16)
+        tg.evaluate("sliding", model.nll, val, cfg, rt, plan, observe=lambda at, nll: scores.append(nll))
         walks.append(torch.cat(scores))
     assert torch.equal(*walks)
 

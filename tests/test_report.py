@@ -22,7 +22,7 @@ def test_a_trace_has_every_nat_where_it_belongs(setting, rt):
     def both(numbers, nll):
         trace(numbers, nll)
         scores(numbers, nll)
-    tg.evaluate("test", model().nll, val, cfg, rt, 8, 16, observe=both)
+    tg.evaluate("test", model().nll, val, cfg, rt, tg.plan_evaluation(val, cfg, rt, 8, 16), observe=both)
     stream, position, begun = torch.zeros(256, 2).double(), torch.zeros(32, 2).double(), 0
     for t, nats in enumerate(scores.nll.tolist()):
         begun = t if val.tokens[t] == val.bos_id else begun

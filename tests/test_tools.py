@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = ROOT.parent / "shared" / "reference" / "parity"
@@ -24,7 +26,7 @@ def load(name: str):
     return module
 
 
-parity, bench = load("parity"), load("bench")
+parity, bench, quant_bench = load("parity"), load("bench"), load("quant_bench")
 needs_fixture = pytest.mark.skipif(not (FIXTURE / "fixture.npz").is_file(), reason="no fixture beside here")
 
 
@@ -223,3 +225,18 @@ def test_ranks_that_fail_leave_one_line(tmp_path):
                            ROOT / "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "DEVICE": "cpu", "NUM_LAYERS": "many", "OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stderr) == (2, "error: NUM_LAYERS='many' is not a whole number\n")
+
+
+# ---- quant_bench ------------------------------------------------------------------------------------------
+
+def test_a_model_takes_its_own_weights_back(config):
+    cfg = config()
+    model = tg.GPT(cfg)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rounded = tg.round_model(cfg, model, {})
+    with pytest.raises(KeyError), quant_bench.using_rounded_weights(model, rounded):
+        for name, p in model.named_parameters():
+            wanted = tg.dequantise(*rounded[name]) if name in rounded else before[name]
+            assert torch.equal(p, wanted), name
+        raise KeyError
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

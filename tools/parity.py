@@ -202,7 +202,8 @@ def check_walks(fixture: Fixture, cfg: ours.Hyperparameters, report: Report, tok
     for name in ("sliding", "ttt"):
         model = fixture.model(cfg)
         adapter = ours.SgdAdapter(model, cfg, rt) if name == "ttt" else None
-        result = ours.evaluate(name, model.nll, val, cfg, rt, cfg.eval_stride, cfg.eval_batch_seqs, adapter)
+        plan = ours.plan_evaluation(val, cfg, rt, cfg.eval_stride, cfg.eval_batch_seqs, name == "ttt")
+        result = ours.evaluate(name, model.nll, val, cfg, rt, plan, adapter)
         nats, bpb = fixture.expected[name]
         report(f"{name}, nats", apart(result.loss, nats), CLOSE)
         if tokenizer:

@@ -4,14 +4,14 @@
     python tools/quant_bench.py FLOAT_MODEL [KEY=VALUE...] [--tokens N] --over 0.2     # SIZE_FIT, 20 % over the limit
 
 FLOAT_MODEL is a final_model.pt or a checkpoint (its EMA is taken); KEY=VALUE are the settings it was trained with.
-Each row rounds the weights by one rule and leaves the rest as floats. Columns: nats a token added to the loss on the
+Each row rounds the weights by one rule and leaves the rest as floats. Columns: nats per token added to the loss on the
 first N validation tokens, the same in percent (of nats, so of bits per byte), bytes of order-0 entropy of the codes,
 and the sum over matrices of trace(error hessian error^T), which GPTQ lowers, relative to what rounding to nearest
 leaves.
 """
 import argparse
+import contextlib
 import dataclasses
-import math
 import os
 import sys
 import time
@@ -68,13 +68,27 @@ def output_change(model: tg.GPT, rounded: dict, hessians: dict) -> float:
     return total
 
 
+@contextlib.contextmanager
+def using_rounded_weights(model: tg.GPT, rounded: dict[str, tuple[torch.Tensor, torch.Tensor]]):
+    """The model with rounded weights in place of its own."""
+    params = dict(model.named_parameters())
+    own = {name: params[name].detach().clone() for name in rounded}
+    try:
+        for name, (codes, scales) in rounded.items():
+            params[name].data.copy_(tg.dequantise(codes, scales))
+        yield
+    finally:
+        for name, weight in own.items():
+            params[name].data.copy_(weight)
+
+
 def measured(cfg, model, names: set, hessians: dict, used: dict,
              ids: torch.Tensor) -> tuple[float, float, float, float]:
     """(loss, order-0 bytes, output change, seconds) with `names` rounded by the settings."""
     start = time.perf_counter()
     rounded = {n: pair for n, pair in tg.round_model(cfg, model, used).items() if n in names}
     seconds = time.perf_counter() - start
-    with tg.using_rounded_weights(model, rounded):
+    with using_rounded_weights(model, rounded):
         loss = loss_on(model, ids, cfg.train_seq_len)
     size = sum(tg.entropy_bytes(codes) for codes, _ in rounded.values())
     return loss, size, output_change(model, rounded, hessians), seconds
@@ -82,34 +96,28 @@ def measured(cfg, model, names: set, hessians: dict, used: dict,
 
 def show_fit(cfg, rt, model, data, ids: torch.Tensor, step: int, over: float) -> None:
     """Fit the model to the limit it exceeds by the share `over`; the losses around it."""
-    calibration = tg.calibrate(cfg, rt, model, data, step, float("inf"))
+    hessians = tg.calibrate(cfg, rt, model, data, step, float("inf"))
     code_bytes = os.path.getsize(tg.__file__)
 
     def make(settings):
-        return tg.pack(settings, model, "0" * 64, tg.round_model(settings, model, calibration.hessians))
+        return tg.pack(settings, model, "0" * 64, tg.round_model(settings, model, hessians))
 
     def loss(settings):
-        with tg.using_rounded_weights(model, tg.round_model(settings, model, calibration.hessians)):
+        with using_rounded_weights(model, tg.round_model(settings, model, hessians)):
             return loss_on(model, ids, cfg.train_seq_len)
 
     total = len(make(cfg).blob) + code_bytes
     cfg = dataclasses.replace(cfg, artifact_limit_bytes=int(total / (1 + over)))
-    fitted, artifact = tg.fit_size(cfg, rt, model, calibration.prices, make, total, code_bytes)
+    banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
+    fitted, artifact = tg.fit_size(cfg, rt, banks, make, total, code_bytes)
     print(f"loss: float {loss_on(model, ids, cfg.train_seq_len):.5f}, "
           f"before the fit {loss(cfg):.5f} in {total:,} bytes, "
           f"after it {loss(fitted):.5f} in {len(artifact.blob) + code_bytes:,} bytes")
-    fit, low, high = tg.SizeFit(cfg, model, calibration.prices), 0.0, tg.FIT_OCTAVES
-    wanted = fit.bytes_at({s: math.log2(getattr(fitted, s) / getattr(fit.cfg, s)) for s in fit.groups})
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fit.bytes_at(dict.fromkeys(fit.groups, middle)) > wanted else (low, middle)
-    alike = tg.coarser(fit.cfg, dict.fromkeys(fit.groups, high))
-    print(f"for comparison, all steps widened alike, {2 ** high:.3f} times: {loss(alike):.5f} at the same entropy")
 
 
 def main() -> None:
     args = arguments()
-    environ = dict(os.environ) | {"SIZE_FIT" if args.over else "GPTQ_ENABLED": "1"}
+    environ = dict(os.environ) | {"SIZE_FIT": "1", "GPTQ_ENABLED": "0" if args.over else "1"}
     environ |= dict(pair.split("=", 1) for pair in args.settings)
     environ.setdefault("ARTIFACT_DIR", "/tmp")
     cfg = tg.Hyperparameters.from_env(environ | {"RUN_ID": "quant_bench"})
@@ -120,7 +128,7 @@ def main() -> None:
     step = len(data.stream) // cfg.train_batch_tokens // 2
     if args.over:
         return show_fit(cfg, rt, model, data, ids, step, args.over)
-    hessians = tg.calibrate(cfg, rt, model, data, step, float("inf")).hessians
+    hessians = tg.calibrate(cfg, rt, model, data, step, float("inf"))
     everything = set(tg.quant_specs(cfg, dict(model.named_parameters())))
     names = {n for n in everything if args.what == "all" or (n in TABLES) == (args.what == "tables")}
     float_loss = loss_on(model, ids, cfg.train_seq_len)

@@ -98,8 +98,8 @@ class Bench:
         self.model.load_state_dict(self.weights)
         adapter = tg.adapter_for(self.model, cfg, self.rt) if adapts else None
         begun, score_fn = self.now(), tg.scorer(self.model, self.rt, adapter)
-        r = tg.evaluate("bench", score_fn, self.val, cfg, self.rt, cfg.eval_stride or cfg.window, cfg.eval_batch_seqs,
-                        adapter)
+        plan = tg.plan_evaluation(self.val, cfg, self.rt, cfg.eval_stride or cfg.window, cfg.eval_batch_seqs, adapts)
+        r = tg.evaluate("bench", score_fn, self.val, cfg, self.rt, plan, adapter)
         return dataclasses.replace(r, seconds=self.now() - begun)
 
     def now(self) -> float:
