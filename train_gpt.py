@@ -2953,6 +2953,174 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
     return model.to(rt.device).eval()
 
 
+# ------------------------------------------------------------------------------------------------ ADAPTERS
+class LowRank:
+    """A matrix with a low-rank addition, as a function of its input: x W^T + scale (x a^T) b^T. a [rank, in] and
+    b [out, rank] are for all rows of x [rows, T, in], or with a leading dimension one pair per row."""
+
+    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float):
+        self.matrix, self.a, self.b, self.scale = matrix, a, b, scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix) + self.scale * (x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
+
+
+def hash_pairs(ids: Tensor, buckets: int) -> Tensor:
+    """Bucket of each (previous, current) pair as in PR 1460; the first token precedes itself.  # [rows, T]"""
+    return (torch.cat((ids[:, :1], ids[:, :-1]), dim=1) * 2039 + ids) % buckets
+
+
+def clip_rows_(grads: list[Tensor], most: float, rows: int) -> None:
+    """Clip each row's gradient, over all tensors together, to the norm `most`, in place."""
+    norms = torch.stack([grad.reshape(rows, -1).norm(dim=1) for grad in grads]).norm(dim=0)
+    factor = (most / (norms + 1e-6)).clamp(max=1)
+    for grad in grads:
+        grad.mul_(factor.view([-1, 1, 1][:grad.dim()]))
+
+
+class Adapter:
+    """Score-first test-time training (PR 461): after each chunk of scored text, a few epochs on it. A subclass says
+    which tensors train, at which rates, and how they enter a forward pass (`hook`, see GPT.hidden).
+
+    In a stream the loss of a step is the mean over TTT_BATCH_SEQS sequences of all ranks. With documents side by side
+    each row has its own mean, tensors and clipping, on the rank that holds it.
+    """
+
+    def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime, trained: list[tuple[float, Tensor]], lr: float,
+                 optimiser: str, rows: int = 0):
+        """trained: (rate over lr, tensor); rows: documents side by side, 0: a stream."""
+        self.cfg, self.rt, self.rows, self.loss_fn, self.table = cfg, rt, rows, rt.compiled(model.loss), None
+        if cfg.hash_embed_buckets:  # not in the artifact: it starts at zero
+            self.table = torch.zeros(cfg.hash_embed_buckets, model.cfg.model_dim, device=model.tok_emb.weight.device)
+            trained = [*trained, (cfg.hash_embed_lr_mult, self.table)]
+        self.trained, groups = [tensor for _, tensor in trained], collections.defaultdict(list)
+        for p in model.parameters():
+            p.requires_grad_(False)
+        for rate, tensor in trained:
+            groups[lr * rate].append(tensor.requires_grad_(True))
+        self.average = [tensor.detach().clone() for tensor in self.trained] if cfg.ttt_polyak_decay else []
+        groups = [{"params": tensors, "lr": lr, "full_lr": lr} for lr, tensors in groups.items()]
+        self.optimiser = {
+            "sgd": lambda: torch.optim.SGD(groups, momentum=cfg.ttt_momentum, fused=True),
+            "adamw": lambda: torch.optim.AdamW(groups, weight_decay=0.0, fused=True),
+            "adam": lambda: torch.optim.AdamW(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
+                                              weight_decay=cfg.ttt_weight_decay, fused=True)}[optimiser]()
+
+    def hook(self, kind: str, layer: int, matrix: Tensor):
+        if kind == "embed" and self.table is not None:
+            return lambda ids: F.embedding(ids, matrix) + F.embedding(hash_pairs(ids, len(self.table)), self.table)
+        return matrix
+
+    def learn(self, tokens: Tensor, progress: float, epochs: int) -> None:
+        """Train on scored tokens [n + 1] of a stream: n targets and the token before them. progress: 0..1 of it."""
+        length, cfg = self.cfg.train_seq_len, self.cfg
+        rows = (len(tokens) - 1) // length
+        inputs, targets = (t[:rows * length].long().view(rows, length) for t in (tokens[:-1], tokens[1:]))
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["full_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+        self.swap_averages()
+        for start in [*range(0, rows, cfg.ttt_batch_seqs)] * epochs:
+            count = min(cfg.ttt_batch_seqs, rows - start)
+            share = self.rt.share_of(count)
+            mine = slice(start + share.start, start + share.stop)
+            at_once = max(self.rt.forward_tokens(cfg) // length, 1)
+            for x, y in zip(inputs[mine].split(at_once), targets[mine].split(at_once)):
+                if len(x):  # a rank may have no part in a step
+                    (self.loss_fn(x, y, hook=self.hook) * (len(x) / count)).backward()
+            self.step()
+        self.swap_averages()
+
+    def learn_rows(self, nll: Tensor, counted: Tensor, epochs: int, rescore) -> None:
+        """Train on documents side by side. nll [rows, keep]: the scores just committed, with their autograd graph, so
+        that the first epoch needs no second forward pass; rescore() computes them anew."""
+        weight = counted / counted.sum(1, keepdim=True).clamp(min=1)
+        for epoch in range(epochs):
+            ((rescore() if epoch else nll) * weight).sum().backward()
+            self.step()
+
+    def step(self) -> None:
+        """One optimiser step on the gradients in `.grad`, which a stream sums over ranks."""
+        for tensor in self.trained:
+            tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        grads = [tensor.grad for tensor in self.trained]
+        if not self.rows:
+            self.rt.sum_many_(grads)
+        if self.cfg.ttt_grad_clip:
+            clip_rows_(grads, self.cfg.ttt_grad_clip, self.rows or 1)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        if self.average:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.trained, 1 - self.cfg.ttt_polyak_decay)
+
+    @torch.no_grad()
+    def swap_averages(self) -> None:
+        """Exchange weights and average: the average scores, the weights train. (PR 550 trained the average, which
+        shrank every chunk's update to a 500th.)"""
+        if self.average:
+            kept = [tensor.clone() for tensor in self.trained]
+            torch._foreach_copy_(self.trained, self.average)
+            torch._foreach_copy_(self.average, kept)
+
+
+class SgdAdapter(Adapter):
+    """Trains the weights themselves (PR 461, 549, 1092), except the first TTT_FREEZE_BLOCKS blocks. (The published filter
+    by parameter name froze hardly anything, because the matrices are in banks.)"""
+
+    def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
+        self.frozen = min(cfg.ttt_freeze_blocks, model.cfg.num_layers)
+        fixed = tuple(f"blocks.{i}." for i in range(self.frozen))
+        settings = {"mlp_down_bank": (cfg.ttt_proj_lr_mult, 3.0), "mlp_up_bank": (cfg.ttt_fc_lr_mult, 0.5)}
+        rates = {name: given if given >= 0 else published if cfg.ttt_optimizer == "adamw" else 1.0
+                 for name, (given, published) in settings.items()}
+        trained = [(rates.get(name, 1.0), p) for name, p in model.named_parameters()
+                   if p.numel() and rates.get(name, 1.0) and not name.startswith(fixed)]
+        super().__init__(model, cfg, rt, trained, cfg.ttt_lr, cfg.ttt_optimizer)
+        if not self.frozen and self.table is None:
+            self.hook = None  # reuses the graphs compiled for scoring without adaptation
+
+    def hook(self, kind: str, layer: int, matrix: Tensor):
+        """A frozen block's slices of the banks get no gradient."""
+        return matrix.detach() if 0 <= layer < self.frozen else super().hook(kind, layer, matrix)
+
+
+class LoraAdapter(Adapter):
+    """Trains low-rank additions to frozen matrices (LoRA; the record of 2026-03-17, PR 550): one set for the stream, or
+    one for each of the documents side by side."""
+
+    def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
+        rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
+        self.scale, self.pairs, self.initial, trained = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
+        generator = torch.Generator().manual_seed(cfg.seed)
+
+        def add(kind: str, layer: int, matrix: Tensor) -> Tensor:
+            if kind in cfg.lora_kinds and (layer < 0 or layer in cfg.lora_layer_ids):
+                a = torch.empty(rank, matrix.size(1)).uniform_(-1, 1, generator=generator) * matrix.size(1) ** -0.5
+                initial = [t.to(matrix.device) for t in (a, torch.zeros(matrix.size(0), rank))]
+                pair = self.pairs[kind, layer] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in initial]
+                self.initial += initial
+                trained.extend((cfg.lora_layer_rates.get(layer, 1.0), t) for t in pair)
+            return matrix
+        model.layer_weights(False, add)
+        model.output_weight(False, add)
+        super().__init__(model, cfg, rt, trained, cfg.ttt_lora_lr, cfg.ttt_lora_optimizer, rows)
+
+    def hook(self, kind: str, layer: int, matrix: Tensor):
+        pair = self.pairs.get((kind, layer))
+        return LowRank(matrix, *pair, self.scale) if pair else super().hook(kind, layer, matrix)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the initial values, in place, for other documents."""
+        torch._foreach_copy_(self.trained, [start.expand_as(t) for start, t in zip(self.initial, self.trained)])
+        for state in self.optimiser.state.values():
+            torch._foreach_zero_(list(state.values()))
+
+
+def adapter_for(model: GPT, cfg: Hyperparameters, rt: Runtime) -> Adapter:
+    return {"sgd": SgdAdapter, "lora": LoraAdapter}[cfg.ttt_mode](model, cfg, rt)
+
+
 # ------------------------------------------------------------------------------------------------ EVALUATION
 @dataclass(frozen=True)
 class EvalResult:
@@ -3203,175 +3371,6 @@ class Scored:
         return EvalResult(name, loss, bpb, tokens, size, time.perf_counter() - start_s)
 
 
-class LowRank:
-    """A matrix with a low-rank addition, as a function of its input: x W^T + scale (x a^T) b^T.
-
-    a [rank, in] and b [out, rank] for all rows of x [rows, T, in], or with a leading dimension one pair a row.
-    """
-
-    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float):
-        self.matrix, self.a, self.b, self.scale = matrix, a, b, scale
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix) + self.scale * (x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
-
-
-def hash_pairs(ids: Tensor, buckets: int) -> Tensor:
-    """Bucket of each (previous, current) pair as in PR 1460; the first token precedes itself.  # [rows, T]"""
-    return (torch.cat((ids[:, :1], ids[:, :-1]), dim=1) * 2039 + ids) % buckets
-
-
-def clip_rows_(grads: list[Tensor], most: float, rows: int) -> None:
-    """Scale each row's gradient, of all tensors together, down to the norm `most`, in place."""
-    norms = torch.stack([grad.reshape(rows, -1).norm(dim=1) for grad in grads]).norm(dim=0)
-    factor = (most / (norms + 1e-6)).clamp(max=1)
-    for grad in grads:
-        grad.mul_(factor.view([-1, 1, 1][:grad.dim()]))
-
-
-class Adapter:
-    """Score-first test-time training (PR 461): after each chunk of scored text, a few passes over it. This is what
-    all kinds share; a kind says which tensors move, how fast, and how they enter a forward pass (`hook`: GPT.hidden).
-
-    A step in the stream goes down the mean over TTT_BATCH_SEQS sequences, whatever the ranks. A step on documents goes
-    down each one's own mean; it happens on the rank that has them, and nothing of it leaves their rows.
-    """
-
-    def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime, moving: list[tuple[float, Tensor]], lr: float,
-                 optimiser: str, rows: int = 0):
-        """moving: (rate over lr, tensor); rows: documents side by side, 0: a stream."""
-        self.cfg, self.rt, self.rows, self.loss_fn, self.table = cfg, rt, rows, rt.compiled(model.loss), None
-        if cfg.hash_embed_buckets:  # no part of the artifact, and zero until it has learnt
-            self.table = torch.zeros(cfg.hash_embed_buckets, model.cfg.model_dim, device=model.tok_emb.weight.device)
-            moving = [*moving, (cfg.hash_embed_lr_mult, self.table)]
-        self.moving, groups = [tensor for _, tensor in moving], collections.defaultdict(list)
-        for p in model.parameters():
-            p.requires_grad_(False)
-        for rate, tensor in moving:
-            groups[lr * rate].append(tensor.requires_grad_(True))
-        self.average = [tensor.detach().clone() for tensor in self.moving] if cfg.ttt_polyak_decay else []
-        groups = [{"params": tensors, "lr": lr, "full_lr": lr} for lr, tensors in groups.items()]  # one update a rate
-        self.optimiser = {
-            "sgd": lambda: torch.optim.SGD(groups, momentum=cfg.ttt_momentum, fused=True),
-            "adamw": lambda: torch.optim.AdamW(groups, weight_decay=0.0, fused=True),
-            "adam": lambda: torch.optim.AdamW(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
-                                              weight_decay=cfg.ttt_weight_decay, fused=True)}[optimiser]()
-
-    def hook(self, kind: str, layer: int, matrix: Tensor):
-        if kind == "embed" and self.table is not None:
-            return lambda ids: F.embedding(ids, matrix) + F.embedding(hash_pairs(ids, len(self.table)), self.table)
-        return matrix
-
-    def learn(self, tokens: Tensor, progress: float, epochs: int) -> None:
-        """Adapt to scored tokens [n + 1] of a stream: n targets and the token before them. progress: 0..1 of it."""
-        length, cfg = self.cfg.train_seq_len, self.cfg
-        rows = (len(tokens) - 1) // length
-        inputs, targets = (t[:rows * length].long().view(rows, length) for t in (tokens[:-1], tokens[1:]))
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["full_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
-        self.swap_averages()
-        for start in [*range(0, rows, cfg.ttt_batch_seqs)] * epochs:
-            count = min(cfg.ttt_batch_seqs, rows - start)
-            share = self.rt.share_of(count)
-            mine = slice(start + share.start, start + share.stop)
-            at_once = max(self.rt.forward_tokens(cfg) // length, 1)
-            for x, y in zip(inputs[mine].split(at_once), targets[mine].split(at_once)):
-                if len(x):  # a rank may have no part in a step
-                    (self.loss_fn(x, y, hook=self.hook) * (len(x) / count)).backward()
-            self.step()
-        self.swap_averages()
-
-    def learn_rows(self, nll: Tensor, counted: Tensor, epochs: int, rescore) -> None:
-        """Adapt to documents side by side. nll [rows, keep]: scores just committed, with the graph that made them, so
-        that the first step needs no other forward pass; rescore() makes them anew."""
-        weight = counted / counted.sum(1, keepdim=True).clamp(min=1)
-        for epoch in range(epochs):
-            ((rescore() if epoch else nll) * weight).sum().backward()
-            self.step()
-
-    def step(self) -> None:
-        """Down the gradients in `.grad`, summed over ranks in a stream."""
-        for tensor in self.moving:
-            tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-        grads = [tensor.grad for tensor in self.moving]
-        if not self.rows:
-            self.rt.sum_many_(grads)
-        if self.cfg.ttt_grad_clip:
-            clip_rows_(grads, self.cfg.ttt_grad_clip, self.rows or 1)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        if self.average:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.average, self.moving, 1 - self.cfg.ttt_polyak_decay)
-
-    @torch.no_grad()
-    def swap_averages(self) -> None:
-        """Change places with the average: scores come from it, but learning goes on from the weights themselves.
-        (PR 550 also learnt from the average, which shrank every chunk's update to a 500th.)"""
-        if self.average:
-            kept = [tensor.clone() for tensor in self.moving]
-            torch._foreach_copy_(self.moving, self.average)
-            torch._foreach_copy_(self.average, kept)
-
-
-class SgdAdapter(Adapter):
-    """Learning moves the weights themselves (PR 461, 549, 1092): all but the first TTT_FREEZE_BLOCKS blocks. (With
-    banks the published filter, on names, froze hardly anything.)"""
-
-    def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
-        self.frozen = min(cfg.ttt_freeze_blocks, model.cfg.num_layers)
-        fixed = tuple(f"blocks.{i}." for i in range(self.frozen))
-        settings = {"mlp_down_bank": (cfg.ttt_proj_lr_mult, 3.0), "mlp_up_bank": (cfg.ttt_fc_lr_mult, 0.5)}
-        rates = {name: given if given >= 0 else published if cfg.ttt_optimizer == "adamw" else 1.0
-                 for name, (given, published) in settings.items()}
-        moving = [(rates.get(name, 1.0), p) for name, p in model.named_parameters()
-                  if p.numel() and rates.get(name, 1.0) and not name.startswith(fixed)]
-        super().__init__(model, cfg, rt, moving, cfg.ttt_lr, cfg.ttt_optimizer)
-        if not self.frozen and self.table is None:
-            self.hook = None  # the graphs that scored without adaptation serve as they are
-
-    def hook(self, kind: str, layer: int, matrix: Tensor):
-        """A frozen block's matrices get no gradient, so their slices of the banks stay where they are."""
-        return matrix.detach() if 0 <= layer < self.frozen else super().hook(kind, layer, matrix)
-
-
-class LoraAdapter(Adapter):
-    """Learning moves low-rank additions to matrices that stay as they are (the record of 2026-03-17; PR 550, which gave
-    up its banks for it): one set for the stream, or one for each of the documents side by side."""
-
-    def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
-        rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
-        self.scale, self.pairs, self.initial, moving = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
-        generator = torch.Generator().manual_seed(cfg.seed)
-
-        def add(kind: str, layer: int, matrix: Tensor) -> Tensor:
-            if kind in cfg.lora_kinds and (layer < 0 or layer in cfg.lora_layer_ids):
-                a = torch.empty(rank, matrix.size(1)).uniform_(-1, 1, generator=generator) * matrix.size(1) ** -0.5
-                born = [t.to(matrix.device) for t in (a, torch.zeros(matrix.size(0), rank))]
-                pair = self.pairs[kind, layer] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in born]
-                self.initial += born
-                moving.extend((cfg.lora_layer_rates.get(layer, 1.0), t) for t in pair)
-            return matrix
-        model.layer_weights(False, add)
-        model.output_weight(False, add)
-        super().__init__(model, cfg, rt, moving, cfg.ttt_lora_lr, cfg.ttt_lora_optimizer, rows)
-
-    def hook(self, kind: str, layer: int, matrix: Tensor):
-        pair = self.pairs.get((kind, layer))
-        return LowRank(matrix, *pair, self.scale) if pair else super().hook(kind, layer, matrix)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Forget everything, in place: other documents come."""
-        torch._foreach_copy_(self.moving, [born.expand_as(t) for born, t in zip(self.initial, self.moving)])
-        for state in self.optimiser.state.values():
-            torch._foreach_zero_(list(state.values()))
-
-
-def adapter_for(model: GPT, cfg: Hyperparameters, rt: Runtime) -> Adapter:
-    return {"sgd": SgdAdapter, "lora": LoraAdapter}[cfg.ttt_mode](model, cfg, rt)
-
-
 def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtime, plan: list[ScoredChunk],
              adapter: Adapter | None = None, clock: EvalClock | None = None, observe=None) -> EvalResult:
     """The one loop over the validation text: score a chunk, commit its scores, only then let an adapter train on it.
@@ -3601,7 +3600,7 @@ def precision_tag(cfg: Hyperparameters) -> str:
 def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapter, val: ValData) -> None:
     """What is about to adapt, in the lines that this field's log readers know."""
     targets, lora, stride = len(val.tokens) - 1, cfg.ttt_mode == "lora", cfg.eval_stride or cfg.window
-    moving = sum(t.numel() for t in adapter.moving) // max(adapter.rows, 1)
+    trained = sum(t.numel() for t in adapter.trained) // max(adapter.rows, 1)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if adapter.rows:
         rt.log(f"ttt_document:start documents={int((val.tokens[:-1] == val.bos_id).sum())} "
@@ -3612,7 +3611,7 @@ def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapt
                f"total_windows={len(Windows.sliding(targets, cfg.window, stride).low)} stride={stride} "
                f"ttt_lr={cfg.ttt_lora_lr if lora else cfg.ttt_lr} ttt_epochs={cfg.ttt_epochs} "
                f"freeze_blocks={0 if lora else cfg.ttt_freeze_blocks}")
-    rt.log(f"ttt_sliding:params unfrozen={moving} frozen={frozen}")
+    rt.log(f"ttt_sliding:params unfrozen={trained} frozen={frozen}")
     rt.log(f"ttt_lora:rank={cfg.ttt_lora_rank} alpha={cfg.ttt_lora_alpha or cfg.ttt_lora_rank:g} "
            f"targets={cfg.ttt_lora_targets} layers={','.join(map(str, cfg.lora_layer_ids))} "
            f"optimizer={cfg.ttt_lora_optimizer} lr={cfg.ttt_lora_lr}" if lora else

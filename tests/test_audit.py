@@ -258,10 +258,10 @@ def adapter_remembers(monkeypatch):
     def change(walk, score_fn, val, cfg, adapter):
         if not adapter:
             return walk()
-        for tensor, before in zip(adapter.moving, kept):
+        for tensor, before in zip(adapter.trained, kept):
             tensor.data.copy_(before)
         result = walk()
-        kept[:] = [tensor.detach().clone() for tensor in adapter.moving]
+        kept[:] = [tensor.detach().clone() for tensor in adapter.trained]
         return result
     around(monkeypatch, change)
 
@@ -474,7 +474,7 @@ def noisy_gradients(monkeypatch):
     generator.seed()
 
     def step(self):
-        for grad in (t.grad for t in self.moving if t.grad is not None):
+        for grad in (t.grad for t in self.trained if t.grad is not None):
             grad *= 1 + 1e-7 * torch.randn(grad.shape, generator=generator)
         honest(self)
     monkeypatch.setattr(tg.Adapter, "step", step)

@@ -319,7 +319,7 @@ def own_scores(model, call: Call, hook) -> Tensor:
 def lent_to_all(hook, row: int):
     """Inside, every row of a batch has the additions of one, if an adapter keeps some for each."""
     adapter = getattr(hook, "__self__", None)
-    moving = [t.data for t in adapter.moving] if getattr(adapter, "rows", 0) else []  # .data: a graph may wait for them
+    moving = [t.data for t in adapter.trained] if getattr(adapter, "rows", 0) else []  # .data: a graph may wait for them
     kept = [t.clone() for t in moving]
     for tensor, before in zip(moving, kept):
         tensor.copy_(before[row].expand_as(tensor))
