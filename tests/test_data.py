@@ -164,7 +164,7 @@ def test_a_data_set_finds_its_tokenizer_and_vocabulary(corpus, tmp_path):
 def test_a_vocabulary_finds_its_data_and_tokenizer(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     three = lambda variables: attrgetter("data_path", "tokenizer_path", "vocab_size")(tg.settings_from(variables))
-    with pytest.raises(tg.UserError, match="no data for VOCAB_SIZE=384; `bash run.sh data fineweb --vocab-size 384`"):
+    with pytest.raises(tg.UserError, match="no data for VOCAB_SIZE=384 in data.datasets; `bash run.sh data fineweb --vocab-size 384`"):
         tg.settings_from({"VOCAB_SIZE": "384"})
     with pytest.raises(tg.UserError, match="VOCAB_SIZE='many' is not a whole number"):
         tg.settings_from({"VOCAB_SIZE": "many"})
