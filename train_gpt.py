@@ -1120,7 +1120,7 @@ def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
                             if dataset_facts(path.parent).vocab_size == str(size)), "")
             if not default:
                 raise UserError(f"no data for VOCAB_SIZE={size} in {root}; `bash run.sh data fineweb --vocab-size "
-                                f"{size}` fetches FineWeb, `bash run.sh data text FILE --vocab-size {size}` uses your text")
+                                f"{size}` fetches it, `bash run.sh data text FILE --vocab-size {size}` uses your text")
     facts = dataset_facts(found.get("DATA_PATH", default))
     if tokenizer_sha256 and "DATA_PATH" not in found and facts.tokenizer_sha256 != tokenizer_sha256:
         fitting = [path.parent for path in sorted(Path(default).parent.glob("*/dataset.json"))
