@@ -51,11 +51,14 @@ choose_python() {  # MODULE...: sets $python
   [ "$(cat .venv/installed 2>&1)" != "$(pinned 2>&1)" ] || return 0
   if has python3 "$@"; then python=python3; return; fi
   $python -m pip --version >/dev/null 2>&1 || make_venv
-  note "installing requirements.txt and tests/requirements.txt into .venv"
-  $python -m pip install --disable-pip-version-check $([ -t 1 ] || echo --quiet) \
-    -r requirements.txt -r tests/requirements.txt ||
-    die "pip failed, for the reason above; without a network, use a python3 that has the packages"
+  pip_install requirements.txt tests/requirements.txt
   pinned >.venv/installed  # last: an interrupted install is done again
+}
+pip_install() {  # FILE...: the packages they list, into .venv
+  local files="$*"
+  note "installing ${files// / and } into .venv"
+  $python -m pip install --disable-pip-version-check $([ -t 1 ] || echo --quiet) "${@/#/-r}" ||
+    die "pip failed, for the reason above; without a network, use a python3 that has the packages"
 }
 make_venv() {
   local base='' candidate problem
@@ -102,6 +105,10 @@ has_shards() {
 choose_data() {  # PROFILE: DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE belong together and come from one place
   local data
   data=$(sed -n 's/^DATA_PATH=//p' "profiles/$1.env")
+  if [ "${VOCAB_SIZE:-}" ] && [ -z "${DATA_PATH:-}$artifact" ] && [[ $data != *_sp"$VOCAB_SIZE" ]]; then
+    left_out='DATA_PATH TOKENIZER_PATH'  # train_gpt.py finds the data of another vocabulary
+    return
+  fi
   if [ "$1" = default ] && [ -z "${DATA_PATH:-}$artifact" ] && ! has_shards "$data"; then
     note "no FineWeb in $data, so this run uses the small embedded text;" \
       "to fetch it: bash run.sh data fineweb --variant sp1024 --train-shards 80"
@@ -185,7 +192,14 @@ case $command in
     for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # somebody names the tests to run
     workers=$("$python" -c 'import xdist' 2>/dev/null && echo '-n 2') || true
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$python" -m pytest ${where:+tests $workers} "$@" ;;
-  data) shift; to_run; tool data/prepare.py "$@" ;;
+  data)
+    shift
+    to_run
+    # pyarrow is large, so it comes with the first .parquet file; a python3 of the user's stays as it is
+    if [[ " $*" == *.parquet* && $python == .venv/* ]] && ! $python -c 'import pyarrow' 2>/dev/null; then
+      pip_install data/requirements.txt
+    fi
+    tool data/prepare.py "$@" ;;
   bench | parity | record | report) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac

@@ -1026,26 +1026,39 @@ def dataset_facts(folder: str | Path) -> DatasetFacts:
 
 def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
     """The variables, with those of DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE that are not given filled in as dataset.json
-    tells them. `tokenizer_sha256`: of the tokenizer that an artifact was made with, which then has to be that one."""
-    found, default = dict(environ), Hyperparameters.data_path
+    tells them. `tokenizer_sha256`: of the tokenizer that an artifact was made with, which then has to be that one.
+    VOCAB_SIZE alone means FineWeb with that vocabulary, else any data set that has it; UserError if there is none."""
+    found, default, usual = dict(environ), Hyperparameters.data_path, Hyperparameters.tokenizer_path
+    if "VOCAB_SIZE" in found:
+        size = Hyperparameters.from_env({"VOCAB_SIZE": found["VOCAB_SIZE"]}).vocab_size
+        default, usual = default.replace("1024", str(size)), usual.replace("1024", str(size))
+        if not (tokenizer_sha256 or "DATA_PATH" in found or os.path.isdir(default)):
+            root = Path(default).parent
+            default = next((str(path.parent) for path in sorted(root.glob("*/dataset.json"))
+                            if dataset_facts(path.parent).vocab_size == str(size)), "")
+            if not default:
+                raise UserError(f"no data for VOCAB_SIZE={size} in {root}; `bash run.sh data fineweb --vocab-size "
+                                f"{size}` fetches it, `bash run.sh data text FILE --vocab-size {size}` uses your text")
     facts = dataset_facts(found.get("DATA_PATH", default))
     if tokenizer_sha256 and "DATA_PATH" not in found and facts.tokenizer_sha256 != tokenizer_sha256:
         fitting = [path.parent for path in sorted(Path(default).parent.glob("*/dataset.json"))
                    if dataset_facts(path.parent).tokenizer_sha256 == tokenizer_sha256]
         if fitting:
             found["DATA_PATH"], facts = str(fitting[0]), dataset_facts(fitting[0])
+    found.setdefault("DATA_PATH", default)
     if facts.vocab_size:
         found.setdefault("VOCAB_SIZE", facts.vocab_size)
     if "TOKENIZER_PATH" not in found:
-        data, usual = Path(found.get("DATA_PATH", default)), Path(Hyperparameters.tokenizer_path)
-        folders = data.parent.parent / "tokenizers", data, usual.parent
-        paths = [*(folder / facts.tokenizer for folder in folders if facts.tokenizer), usual,
+        data = Path(found["DATA_PATH"])
+        folders = data.parent.parent / "tokenizers", data, Path(usual).parent
+        paths = [*(folder / facts.tokenizer for folder in folders if facts.tokenizer), Path(usual),
                  *(path for folder in folders for path in sorted(folder.glob("*.model")))]
         wanted = tokenizer_sha256 or facts.tokenizer_sha256
         for path in filter(Path.is_file, paths if wanted or facts.tokenizer else []):
             if not wanted or hashlib.sha256(path.read_bytes()).hexdigest() == wanted:
                 found["TOKENIZER_PATH"] = str(path)
                 break
+    found.setdefault("TOKENIZER_PATH", usual)
     return found
 
 

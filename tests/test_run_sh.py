@@ -25,6 +25,7 @@ case $line in
   tools/shell.py*) exec "$SHELL_PYTHON" "$@" ;;
   tools/*.py* | data/prepare.py*) env ;;&
   *device_count*) echo "${GPUS:-0}" ;;
+  "-c import pyarrow") exit "${LACKS_PYARROW:-0}" ;;
   "-c import xdist") exit "${LACKS_XDIST:-0}" ;;
   "tools/record.py build") [ -z "${BUILT:-}" ] || { mkdir -p runs && printf '%s' "$BUILT" >runs/train_gpt.py; } ;;
   *find_spec*) [ -z "${REAL_PYTHON:-}" ] || exec "$REAL_PYTHON" "$@"; exit "${LACKS_PACKAGES:-0}" ;;
@@ -231,6 +232,32 @@ def test_data_tokenizer_and_vocabulary_come_from_one_place(house):
     assert found(house("pr1092", TOKENIZER_PATH="t")) == [fineweb[0], "t", "1024"]
     assert found(house(GPUS="1")) == [EMBEDDED, None, None]  # no FineWeb here
     assert found(house(GPUS="1", TOKENIZER_PATH="t")) == [EMBEDDED, "t", None]
+
+
+def test_another_vocabulary_has_other_data(house):
+    """VOCAB_SIZE alone: train_gpt.py finds its data, whatever the profile names."""
+    three = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
+    for profile in PROFILES:
+        result = house(profile, "VOCAB_SIZE=8192", GPUS="1")
+        assert [result.env.get(key) for key in three] == [None, None, "8192"] and "FineWeb" not in result.err
+    same = house("smoke", VOCAB_SIZE="1024")
+    assert same.env["DATA_PATH"] == EMBEDDED and same.env["TOKENIZER_PATH"]
+
+
+def test_parquet_files_bring_their_package(house):
+    """Into .venv only, and when one is named."""
+    new = {"LACKS_PACKAGES": "1", "LACKS_PYARROW": "1"}
+    assert installs(house("data", "text", "a.jsonl", **new)) == 1  # .venv itself
+    named = house("data", "text", "a b.parquet", **new)
+    assert installs(named) == 1 and "data/requirements.txt" in named.err
+    assert any("data/requirements.txt" in call for call in named.calls) and "text a b.parquet" in named.calls[-1]
+    assert installs(house("data", "text", "a.parquet", **{**new, "LACKS_PYARROW": "0"})) == 0
+    failed = house("data", "text", "a.parquet", **new, PIP_STATUS="1")
+    assert failed.code == 2 and "error: pip failed" in failed.err
+
+
+def test_the_users_python_is_given_no_package(house):
+    assert installs(house("data", "text", "a.parquet", LACKS_PYARROW="1")) == 0
 
 
 def test_brackets_in_a_path_are_letters(house):
