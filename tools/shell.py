@@ -82,17 +82,20 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def user_errors() -> tuple[type[Exception], ...]:
+    """train_gpt.UserError if train_gpt is imported: not every tool needs it, and with it PyTorch."""
+    return tuple(sys.modules[name].UserError for name in ("train_gpt",) if name in sys.modules)
+
+
 def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
     """`main`, with a user's error turned into one line on stderr and exit code 2, as train_gpt.py does."""
-    from train_gpt import UserError
-
     @functools.wraps(main)
     def guarded(*arguments) -> int:
         try:
             code = main(*arguments)
             sys.stdout.flush()
             return code
-        except (UsageError, UserError) as error:
+        except (UsageError, *user_errors()) as error:
             print(f"error: {error}", file=sys.stderr)
         except BrokenPipeError:  # the reader, `head` say, has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
