@@ -1,6 +1,7 @@
 """tools/parity.py against the reference fixture and a spoilt copy of it; tools/bench.py's reading of logs."""
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -21,6 +22,19 @@ FIXTURE = ROOT.parent / "shared" / "reference" / "parity"
 
 
 needs_fixture = pytest.mark.skipif(not (FIXTURE / "fixture.npz").is_file(), reason="no fixture beside here")
+
+
+def test_no_tool_imports_a_command():
+    """What two of them need is a module of its own below both."""
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tools").glob("*.py")}
+    commands = {name for name, tree in trees.items() if any(
+        isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)}
+    assert set(trees) - commands == {"benchlib", "shell"}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            imported = [node.module] if isinstance(node, ast.ImportFrom) else \
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not commands & set(imported), f"tools/{name}.py, line {node.lineno}"
 
 
 # ---- parity ------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ limit is noticing.
 """
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -30,7 +29,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
-from shell import one_line_errors  # noqa: E402
+from shell import Parser, one_line_errors  # noqa: E402
 toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest brings
 
 NEAREST = {  # room -> its test files, the likeliest to notice first
@@ -109,7 +108,7 @@ def copy_repository(root: Path, copy: Path) -> Path:
 
 @one_line_errors
 def main(argv: list[str], root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("list", type=Path)
     parser.add_argument("--only", default="", metavar="PART", help="mistakes with this in their name")
     parser.add_argument("--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="so many at a time")
