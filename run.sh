@@ -154,7 +154,8 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
     export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}  # the audit's files go beside the log
     "${launch[@]}" train_gpt.py
   fi
-  RUN_SH_COMMAND="bash run.sh audit" exec "${launch[@]}" tools/audit.py "${of:-${ARTIFACT_DIR:-${OUT_DIR:-.}}/final_model.ptz}"
+  export RUN_SH_COMMAND="bash run.sh audit"
+  exec "${launch[@]}" tools/audit.py "${of:-${ARTIFACT_DIR:-${OUT_DIR:-.}}/final_model.ptz}"
 }
 
 # ---- 6 commands

@@ -130,7 +130,7 @@ def test_length_and_window(made, corpus):
     model = tg.load_model(tg.read_file(made.summary["artifact_path"]), sample.open_runtime(cfg), digest)
     lengths, hidden = [], model.hidden
     model.hidden = lambda ids, **how: lengths.append(ids.size(1)) or hidden(ids, **how)
-    tokens = sample.continuation(model, [1, 5, 6], sample.never(corpus.tokenizer), 8, 0.8, 50, 0)
+    tokens = sample.continuation(model, [1, 5, 6], sample.barred_ids(corpus.tokenizer), 8, 0.8, 50, 0)
     assert len(list(itertools.islice(tokens, 20))) == 20
     assert lengths == [3, 4, 5, 6, 7] + [8] * 15
     assert list(sample.until_end(corpus.tokenizer, iter([9, 10, 11]), 2)) == [9, 10]

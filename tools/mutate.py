@@ -7,8 +7,8 @@ The list is TOML (tables [[mutant]]) or JSON of the same shape. A mistake is an 
 `old`, `new`, if need be `file` (train_gpt.py), `count` (how often `old` stands there: 1) and `tests` (files or ids;
 else the files nearest to the room). What cannot be planted "does not apply": the list is out of date. Exit code 1 if
 a mistake survives or does not apply. All is done in copies of the repository (what git tracks or does not ignore);
-the tests run on one without a mistake first, since a test that always fails notices everything. Running into the time
-limit is noticing.
+the tests run on one without a mistake first, since a test that always fails would notice everything. A test
+that runs into the time limit has noticed.
 """
 from __future__ import annotations
 

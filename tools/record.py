@@ -114,7 +114,7 @@ def print_densely(tree: ast.Module) -> str:
 
 
 def minify(source: str) -> str:
-    """The stripped program, densely printed. Raises RecordError unless its syntax tree is that of the stripped source."""
+    """The stripped program, densely printed. Raises RecordError unless its syntax tree is the stripped source's."""
     try:
         tree = ast.parse(source, feature_version=OLDEST_PYTHON)
     except SyntaxError as error:
@@ -139,7 +139,7 @@ def latin1_literal(data: bytes) -> str:
 
 
 def build(source: str) -> bytes:
-    """The self-extracting script of a source text."""
+    """The self-extracting script of a source text. Raises RecordError."""
     packed = lzma.compress(minify(source).encode(), lzma.FORMAT_RAW, filters=[LZMA2])
     title = (ast.get_docstring(ast.parse(source)) or PAYLOAD).splitlines()[0]
     doc = (f"{title}\n\nBuilt by tools/record.py from the source with sha256 {sha256(source.encode())},\n"
@@ -211,7 +211,7 @@ def read_events(path: Path) -> dict[str, dict]:
 
 
 class Log:
-    """RUN.txt, RUN.jsonl and RUN.summary.json of one run, held against each other. Raises RecordError."""
+    """RUN.txt, RUN.jsonl and RUN.summary.json of one run, compared with each other. Raises RecordError."""
 
     def __init__(self, path: Path, sources: set[str]):
         self.path, self.text, self.beside = path, read_source(path), path.with_suffix(".summary.json")
@@ -236,24 +236,24 @@ class Log:
 
     def check(self) -> None:
         """The summary says what was measured and logged. Raises RecordError."""
-        def demand(key: str, told, measured, holds=None) -> None:
-            if not (told == measured if holds is None else holds):
-                raise RecordError(f"{self.beside}: {key} is {told}, but {self.path.stem}'s log says {measured}")
+        def require(key: str, reported, measured, holds=None) -> None:
+            if not (reported == measured if holds is None else holds):
+                raise RecordError(f"{self.beside}: {key} is {reported}, but {self.path.stem}'s log says {measured}")
 
         for key, ending in EVENTS.items():
             name = next((name for name in self.events if name.endswith(ending)), None)
             measured = self.events[name]["bpb"] if name else None
-            demand(key, self.summary.get(key), measured)
+            require(key, self.summary.get(key), measured)
             if measured is not None and key in SCORES:
                 printed = self.line(rf"^{re.escape(name)}_exact .*val_bpb:(\S+)$")
-                demand(key, f"{measured:.8f}", printed)
+                require(key, f"{measured:.8f}", printed)
         last = self.events["validation"]
         size = int(self.line(r"^Serialized model \S+: (\d+) bytes$"))
-        demand("artifact_bytes", self.summary["artifact_bytes"], self.events["artifact"]["bytes"])
-        demand("artifact_bytes", self.summary["artifact_bytes"], size)
-        demand("steps", self.summary["steps"], last["step"])
+        require("artifact_bytes", self.summary["artifact_bytes"], self.events["artifact"]["bytes"])
+        require("artifact_bytes", self.summary["artifact_bytes"], size)
+        require("steps", self.summary["steps"], last["step"])
         spent, seconds = self.summary["seconds"]["train"], round(last["train_time_s"], 3)
-        demand("seconds of training", spent, seconds, abs(spent - seconds) < 0.5 + 0.01 * seconds)
+        require("seconds of training", spent, seconds, abs(spent - seconds) < 0.5 + 0.01 * seconds)
         limit = self.settings["max_wallclock_seconds"]
         if limit and spent > limit + 0.5 + 2 * spent / max(last["step"], 1):  # the last step may end after it
             raise RecordError(f"{self.path} trained for {spent} s, over MAX_WALLCLOCK_SECONDS={limit:g}")
@@ -262,8 +262,8 @@ class Log:
     def settings(self) -> dict:
         return self.events["settings"]["all"]
 
-    def likeness(self) -> dict:
-        """What all runs of a record have in common, by the names that a person knows."""
+    def common(self) -> dict:
+        """What all runs of a record must have in common, by the names that a user knows."""
         fixed = {k.upper(): v for k, v in self.settings.items() if k not in FREE and not k.startswith("audit")}
         text = next(event for name, event in self.events.items() if name.endswith("_roundtrip"))
         return {**fixed, "validation text": f"{text['tokens']} tokens of {text['bytes']} bytes",
@@ -277,21 +277,21 @@ def read_run(path: Path, sources: set[str]) -> dict:
     try:
         log.check()
         changed = {k.upper(): v for k, v in log.events["settings"]["changed"].items() if k not in FREE}
-        return {**log.summary, "log": path, "seed": int(log.line(r"^seed:(\d+)")), "likeness": log.likeness(),
+        return {**log.summary, "log": path, "seed": int(log.line(r"^seed:(\d+)")), "common": log.common(),
                 "settings": " ".join(f"{k}={v}" for k, v in changed.items()) or "none"}
     except (LookupError, TypeError, AttributeError, StopIteration) as error:
         raise RecordError(f"{path} is not the log of a finished run: it lacks {error}") from None
 
 
-def demand_alike(runs: list[dict]) -> None:
+def require_alike(runs: list[dict]) -> None:
     """One mean is of runs of one system. Raises RecordError with what differs."""
-    first = runs[0]["likeness"]
+    first = runs[0]["common"]
     for run in runs[1:]:
-        other = run["likeness"]
+        other = run["common"]
         keys = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
         if keys:
-            told = ", ".join(f"{key}: {first.get(key)} and {other.get(key)}" for key in keys)
-            raise RecordError(f"{runs[0]['log']} and {run['log']} are runs of unlike settings ({told}); "
+            unlike = ", ".join(f"{key}: {first.get(key)} and {other.get(key)}" for key in keys)
+            raise RecordError(f"{runs[0]['log']} and {run['log']} are runs of unlike settings ({unlike}); "
                               "a record is of one system")
 
 
@@ -308,7 +308,7 @@ def submission(runs: list[dict], args, code_bytes: int) -> dict:
                                 "seconds": r["seconds"]} for r in runs}
     if len(results) < len(runs):
         raise RecordError("two logs have the same seed")
-    about = runs[0]["likeness"]
+    about = runs[0]["common"]
     return {"author": args.author, "github_id": args.github_id, "name": args.name, "date": args.date,
             "blurb": args.blurb, "val_bpb": statistics.fmean(scores), "score": SCORES[key],
             "val_bpb_std": statistics.stdev(scores) if len(scores) > 1 else None,
@@ -366,7 +366,7 @@ def make_folder(args) -> Path:
     source = read_source(args.source)
     built = build(source)
     runs = [read_run(log, {sha256(source.encode()), sha256(built)}) for log in args.log]
-    demand_alike(runs)
+    require_alike(runs)
     record = submission(runs, args, len(built))
     if not args.artifact.is_file() or args.artifact.stat().st_size not in {r["artifact_bytes"] for r in runs}:
         raise RecordError(f"{args.artifact} is not the artifact of these runs: there is none of that size")
