@@ -20,6 +20,8 @@ import pytest
 from conftest import ROOT, environment
 
 pytest.importorskip("python_minifier")
+sys.path.append(str(ROOT / "tools"))
+import record  # noqa: E402
 
 
 def load(path, name: str):
@@ -28,9 +30,6 @@ def load(path, name: str):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-record = load(ROOT / "tools" / "record.py", "tools_record")
 
 
 cached_build = functools.cache(record.build)

@@ -138,7 +138,7 @@ class Bench:
         return benchlib.read_log(text, int(self.settings["TRAIN_BATCH_TOKENS"]))
 
     def measure(self) -> dict:
-        """All runs; a side that fails is reported and left out, for the machine may not be there a second time."""
+        """All runs; a side that fails is reported and left out, so that the others' numbers are kept."""
         self.prepare()
         for pair in range(self.args.repeat):
             seed, order = int(self.settings.get("SEED", 1337)) + pair, list(self.sides)

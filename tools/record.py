@@ -33,10 +33,9 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tools"))
-from shell import Parser, UsageError, one_line_errors  # noqa: E402
+from shell import Parser, UsageError, one_line_errors
 
+ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 10)
 LIMIT_BYTES = 16_000_000
 PAYLOAD = "train_gpt.min.py"  # what the unpacked text is called in tracebacks; never a file

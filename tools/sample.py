@@ -44,7 +44,7 @@ def barred_ids(tokenizer) -> list[int]:
 @torch.inference_mode()
 def continuation(model: tg.GPT, ids: list[int], barred: list[int], window: int, temperature: float, top_k: int,
                  seed: int) -> Iterator[int]:
-    """Endless ids that follow `ids`, each drawn from the model's prediction after the last `window`; top_k 0: from all."""
+    """Endless ids after `ids`, each drawn from the model's prediction after the last `window`; top_k 0: from all."""
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     while True:
         context = torch.tensor([ids[-window:]], device=device)
