@@ -933,7 +933,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line, like every other error here."""
 
     def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message} ({self.prog} --help says more)")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
