@@ -36,7 +36,8 @@ NEAREST = {  # room -> its test files, the likeliest to notice first
     "CONFIG": "config", "RUNTIME": "runtime training", "DATA": "data bytes", "METRIC": "data evaluation",
     "QUANTISER": "quantiser", "KERNELS": "kernels", "MODEL": "reference_model model golden", "PARAMETERS": "optimisers",
     "OPTIMISERS": "optimisers", "SCHEDULES": "schedules", "AVERAGING": "averaging", "TRAINING": "training pipeline",
-    "ROUNDING": "rounding quantiser", "ARTIFACT": "artifact", "EVALUATION": "evaluation adapters", "MAIN": "pipeline"}
+    "ROUNDING": "rounding quantiser", "ARTIFACT": "artifact", "ADAPTERS": "adapters",
+    "EVALUATION": "evaluation adapters clocks", "MAIN": "pipeline"}
 
 
 class Mutant(NamedTuple):
