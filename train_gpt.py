@@ -1174,13 +1174,14 @@ class BpbMeter:
 
 # ------------------------------------------------------------------------------------------------ QUANTISER
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # PR 1092's candidates for a row's clip
-SCALE_FLOOR = 2.0 ** -20  # keeps rows of zeros defined; far below any trained row, so it shapes nothing
-# (PR 1092 floors scales at 1/31, which forces most rows onto one coarse grid.)
+SCALE_FLOOR = 2.0 ** -20  # for rows of zeros; below any trained row (PR 1092's 1/31 puts most rows on one coarse grid)
+GPTQ_BLOCK = 128      # columns rounded before their errors are passed on to the rest of the matrix
+GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one family is rounded: signed codes of `bits` with one fp16 scale a row."""
+    """How one family is rounded: signed codes of `bits` with one fp16 scale per row."""
 
     bits: int
     clip: str = "percentile"   # or "amax", "sdclip"
@@ -1188,23 +1189,23 @@ class QuantSpec:
     widen: float = 1.0         # steps are this much wider than the clip rule has them; the outer codes are then unused
 
     @property
-    def top(self) -> int:
+    def max_code(self) -> int:
         """The largest code; codes are symmetric, so that rounding has no bias."""
         return 2 ** (self.bits - 1) - 1
 
 
 def upper_quantile(magnitudes: Tensor, share: float) -> Tensor:
-    """Linear-interpolated quantile of each row, for shares near 1: a few largest values instead of a sort."""
+    """Linearly interpolated quantile of each row. For shares near 1: topk instead of a sort.  # [..., rows, 1]"""
     position = share * (magnitudes.size(-1) - 1)
     below = math.floor(position)
     largest = magnitudes.topk(magnitudes.size(-1) - below, dim=-1).values  # [..., rows, few], descending
-    low, high = largest[..., -1:], largest[..., -2:-1] if below + 1 < magnitudes.size(-1) else largest[..., -1:]
+    low, high = largest[..., -1:], largest[..., -2:][..., :1]
     return low + (high - low) * (position - below)
 
 
 def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """The one rounding: nearest code, ties to even, clipped.  # float, same shape as weight"""
-    return (weight / scale).round().clamp(-spec.top, spec.top)
+    return (weight / scale).round().clamp(-spec.max_code, spec.max_code)
 
 
 def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -1213,32 +1214,25 @@ def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def storable(scale: Tensor) -> Tensor:
+    """The scale as the export stores it: floored, in fp16 precision."""
     return scale.clamp(min=SCALE_FLOOR).half().float()
 
 
 def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales by the spec's clip rule.
+    """Steps by the clip rule alone.  # [..., rows, 1]
 
-    sdclip (R1394) ignores the largest weights: the step is `sigmas` / top of the row's standard deviation, and what it
-    is in bits is left to the entropy coder, log2(sigmas) less than `bits`.
+    amax: the largest weight of a row gets the largest code. percentile (PR 1092): the one of five quantiles of a row's
+    magnitudes that gets the largest code at the least squared error. sdclip (R1394): `sigmas` standard deviations get
+    it, larger weights are clipped, and the entropy coder needs about log2(sigmas) bits fewer than `bits` per weight.
     """
     if spec.clip == "sdclip":
-        return spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.top
+        return spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.max_code
     magnitudes = weight.abs()
     if spec.clip == "amax":
-        return magnitudes.amax(-1, keepdim=True) / spec.top
-    best = storable(upper_quantile(magnitudes, PERCENTILES[0]) / spec.top)
-    best_error = rounding_error(weight, best, spec)
-    for share in PERCENTILES[1:]:
-        scale = storable(upper_quantile(magnitudes, share) / spec.top)
-        error = rounding_error(weight, scale, spec)
-        best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
-    return best
-
-
-def rounding_error(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Sum of squares of each row.  # [..., rows, 1]"""
-    return (round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True)
+        return magnitudes.amax(-1, keepdim=True) / spec.max_code
+    scales = torch.stack([storable(upper_quantile(magnitudes, share) / spec.max_code) for share in PERCENTILES])
+    errors = [(round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True) for scale in scales]
+    return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
 def quantise(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -1248,92 +1242,82 @@ def quantise(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 weight of codes and scales."""
     return codes.float() * scales.float()
 
 
 def soft_round(codes: Tensor) -> Tensor:
-    """u - sin(2 pi u) / (2 pi): between no rounding and rounding; fixed and flat at whole numbers, steepest between.
-
-    PR 550 adds the sine, which pushes weights off the grid, and stretches its period with the temperature.
-    """
+    """u - sin(2 pi u) / (2 pi): halfway to rounding, with fixed points and slope 0 at whole numbers. (PR 550 adds the
+    sine, which pushes weights off the grid, and stretches its period with the temperature.)"""
     return codes - torch.sin(2 * math.pi * codes) / (2 * math.pi)
 
 
 def entropy_bytes(codes: Tensor) -> float:
-    """Order-0 entropy of a matrix of codes."""
+    """Order-0 entropy of int8 codes, in bytes."""
     counts = torch.bincount(codes.flatten().int() + 128).double()
     return float(-torch.special.xlogy(counts, counts / counts.sum()).sum()) / math.log(2) / 8
 
 
 def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tensor | None = None) -> Tensor:
-    """With scale = row_scales(weight): dequantise(*quantise(weight)), and the identity to the gradient.
-
-    With `hardness` (0-d, in 0..1) the value goes from soft_round to rounding, and the gradient is soft_round's.
-    """
-    carrier = weight if hardness is None else soft_round(weight / scale) * scale
+    """Straight-through rounding: with scale = row_scales(weight), the value is dequantise(*quantise(weight)) and the
+    gradient the identity's. With `hardness` (0-d, in 0..1) the value goes from soft_round to rounding, and the gradient
+    is soft_round's."""
+    smooth = weight if hardness is None else soft_round(weight / scale) * scale
     with torch.no_grad():
         codes = round_to(weight, scale, spec)
         if hardness is not None:
-            codes = torch.lerp((carrier / scale).clamp(-spec.top, spec.top), codes, hardness)
+            codes = torch.lerp((smooth / scale).clamp(-spec.max_code, spec.max_code), codes, hardness)
         rounded = codes * scale
-    return rounded + (carrier - carrier.detach())  # the bracket is exactly 0 and carries the gradient
-
-
-GPTQ_BLOCK = 128      # columns rounded before the rest of the matrix hears of their errors
-GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
+    return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
 def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> tuple[Tensor, Tensor]:
-    """`quantise`, but what rounding a column changes in the output, the columns still to come make up for.
+    """`quantise`, but the columns still to be rounded compensate the error of those already rounded.
 
-    It lowers trace(error hessian error^T), the change of the outputs of weight [n, rows, columns], where hessian
+    Minimises trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
     without input become 0. The scales are `row_scales`, those late QAT trained on. Source: GPTQ, arXiv 2210.17323.
-    Raises UserError with the name of a matrix.
+    Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be used.
     """
     weight, hessian = weight.float(), hessian.float()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
-    columns, dead = order[:, None], (diagonal == 0)  # [n, 1, columns], [n, columns]
-    wanted = weight.masked_fill(dead[:, None], 0).gather(-1, columns.expand_as(weight))
-    hessian = (hessian + torch.diag_embed(dead.float())).gather(-1, columns.expand_as(hessian))
-    hessian = hessian.gather(-2, columns.mT.expand_as(hessian))
+    dead = diagonal == 0                                                               # [n, columns]
+    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]     # [n, 1, columns]
+    hessian = (hessian + torch.diag_embed(dead.float())).take_along_dim(order, -1).take_along_dim(order.mT, -2)
     factor = inverse_factor(hessian.double(), names)
     scale = row_scales(weight, spec)  # of the rows as they are: all columns of a row share one grid
-    codes = round_in_turn(wanted, scale, factor, spec)
-    back = order.argsort(dim=-1)[:, None].expand_as(weight)
-    return codes.gather(-1, back).to(torch.int8), scale.half()
+    codes = round_columns(weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale, factor, spec)
+    return codes.take_along_dim(order.argsort(dim=-1), -1).to(torch.int8), scale.half()
 
 
-def round_in_turn(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes of [n, rows, columns], column after column, each error passed on to the columns behind by `factor`."""
-    left, codes = weight.clone(), torch.empty_like(weight)
+def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes of [n, rows, columns], column after column, each error passed on to the later columns by `factor`."""
+    weight, codes = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.size(-1), GPTQ_BLOCK):
         stop = min(start + GPTQ_BLOCK, weight.size(-1))
-        errors = torch.empty_like(left[..., start:stop])
+        errors = torch.empty_like(weight[..., start:stop])
         for j in range(start, stop):
-            column = left[..., j:j + 1]
+            column = weight[..., j:j + 1]
             codes[..., j:j + 1] = code = round_to(column, scale, spec)
             error = (column - code * scale) / factor[:, j:j + 1, j:j + 1]
-            left[..., j + 1:stop] -= error * factor[:, j:j + 1, j + 1:stop]
+            weight[..., j + 1:stop] -= error * factor[:, j:j + 1, j + 1:stop]
             errors[..., j - start:j - start + 1] = error
-        left[..., stop:] -= errors @ factor[:, start:stop, stop:]
+        weight[..., stop:] -= errors @ factor[:, start:stop, stop:]
     return codes
 
 
 def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
-    """Upper-triangular U with U^T U = (hessian + damping)^-1: its row j says how the columns after j best make up for
-    an error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
-    share = torch.full((len(hessian), 1), GPTQ_DAMPING, dtype=hessian.dtype, device=hessian.device)
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    """Upper-triangular U with U^T U = (hessian + damping)^-1: row j says how the columns after j best compensate an
+    error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
+    identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    damping = torch.full_like(mean, GPTQ_DAMPING)
     for _ in range(3):
-        damped = hessian + torch.diag_embed((share * diagonal).expand(hessian.shape[:2]))
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))  # from the far corner: damped = R R^T, R upper
+        lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * identity).flip(-2, -1))
         failed = (failed != 0) | ~lower.isfinite().all(-1).all(-1)
-        if not failed.any():
-            identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
+        if not failed.any():  # flipped back: hessian + damping = R R^T with R upper-triangular
             return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True).float()
-        share = torch.where(failed[:, None], 10 * share, share)
+        damping = torch.where(failed[:, None, None], 10 * damping, damping)
     raise UserError(f"GPTQ: the Hessian of {names[int(failed.nonzero()[0])]} is singular or not finite, even damped; "
                     "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
 
@@ -1343,10 +1327,10 @@ def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
 def load_kernels() -> None:
     """Define the Triton kernels and register them as torch.ops.golf.*, which torch.compile takes as they are.
 
-    Each has its reference, in plain operations, where it is used. All is in here because importing this file must not
-    need Triton. Tiles and warps are what usually does well for bf16 on Hopper; nobody has tuned or timed them.
+    Each has its reference, in plain operations, where it is used. They are defined in here because importing this file
+    must not need Triton. Tile sizes and warps are usual ones for bf16 on Hopper, not tuned.
     """
-    global triton, tl, product_tile  # Triton looks for what a kernel calls among the module's names
+    global triton, tl, product_tile  # Triton looks up what a kernel calls among the module's globals
     import triton
     import triton.language as tl
 
@@ -1356,20 +1340,20 @@ def load_kernels() -> None:
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK)
         inside = at < vocab
-        x = tl.load(logits + row * vocab + at, mask=inside, other=0.0).to(tl.float32)
-        curve = 1 - 2 / (tl.exp(2 * x / cap) + 1)  # tanh
-        capped = tl.where(inside, cap * curve, -float("inf"))
-        top = tl.max(capped, axis=0)
-        share = tl.exp(capped - top)
-        total = tl.sum(share, axis=0)
-        wanted = at == tl.load(targets + row)
-        tl.store(losses + row, top + tl.log(total) - tl.sum(tl.where(wanted, cap * curve, 0.0), axis=0))
-        grad = (share / total - wanted.to(tl.float32)) * (1 - curve * curve) * scale
+        logit = tl.load(logits + row * vocab + at, mask=inside, other=0.0).to(tl.float32)
+        tanh = 1 - 2 / (tl.exp(2 * logit / cap) + 1)
+        capped = tl.where(inside, cap * tanh, -float("inf"))
+        largest = tl.max(capped, axis=0)
+        exps = tl.exp(capped - largest)
+        partition = tl.sum(exps, axis=0)
+        is_target = at == tl.load(targets + row)
+        tl.store(losses + row, largest + tl.log(partition) - tl.sum(tl.where(is_target, cap * tanh, 0.0), axis=0))
+        grad = (exps / partition - is_target.to(tl.float32)) * (1 - tanh * tanh) * scale
         tl.store(logits + row * vocab + at, grad.to(logits.dtype.element_ty), mask=inside)
 
     @triton.jit
     def product_tile(a, b, i, j, rows, columns, depth, b_row, b_depth, SIDE: tl.constexpr, DEPTH: tl.constexpr):
-        """fp32 tile (i, j) of a b^T; a lies row by row, b by its strides. Beyond the edges it holds zeros."""
+        """fp32 tile (i, j) of a b^T, zero beyond the edges; `a` is contiguous, b has the strides b_row, b_depth."""
         r, c = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE)
         tile = tl.zeros((SIDE, SIDE), dtype=tl.float32)
         for start in range(0, depth, DEPTH):
@@ -1384,7 +1368,7 @@ def load_kernels() -> None:
     @triton.jit
     def mlp_tile(a, b, leaky, out, rows, columns, depth, b_row, b_depth, slope, FORWARD: tl.constexpr,
                  SIDE: tl.constexpr, DEPTH: tl.constexpr):
-        """Tile of a b^T, which on the way there is leaky and squared, on the way back multiplied by the derivative."""
+        """Tile of a b^T: in the forward pass LeakyReLU²(a b^T), in the backward pass its product with the derivative."""
         r, c, tile = product_tile(a, b, tl.program_id(1), tl.program_id(0), rows, columns, depth, b_row, b_depth,
                                   SIDE, DEPTH)  # neighbours share the tall side's rows; the weight stays in the cache
         at = r.to(tl.int64)[:, None] * columns + c[None, :]
@@ -1415,46 +1399,42 @@ def load_kernels() -> None:
             tl.store(out + at, tile, mask=inside)
             tl.store(out + mirrored, tl.trans(tile), mask=(r[None, :] <= c[:, None]) & (c[:, None] < rows))
 
-    side, shape = 128, {"SIDE": 128, "DEPTH": 64, "num_warps": 8}
-    def mlp(a: Tensor, b: Tensor, leaky: Tensor, slope: float, forward: bool) -> Tensor:
-        out, grid = torch.empty_like(leaky), (triton.cdiv(leaky.size(1), side), triton.cdiv(len(a), side))
-        mlp_tile[grid](a.contiguous(), b, leaky, out, *leaky.shape, a.size(1), *b.stride(), slope, FORWARD=forward,
-                       **shape)
-        return out
-
-    def register(schema: str, function, fake, mutates: tuple = ()) -> None:
+    def register(schema: str, allocate, launch, mutates: tuple = ()) -> None:
+        """An operator: `launch` fills what `allocate` returns. Tracing, which has no data, stops at `allocate`."""
+        def run(*args):
+            out = allocate(*args)
+            launch(out, *args)
+            return out
         name = schema.split("(")[0]
-        torch.library.custom_op(f"golf::{name}", function, mutates_args=mutates,
-                                schema=schema.removeprefix(name)).register_fake(fake)
+        torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
+                                schema=schema.removeprefix(name)).register_fake(allocate)
 
-    def capped_rows(logits, targets, cap, scale):
-        losses, block = logits.new_empty(len(logits), dtype=torch.float32), triton.next_power_of_2(logits.size(1))
+    side, shape = 128, {"SIDE": 128, "DEPTH": 64, "num_warps": 8}
+
+    def capped_rows(losses, logits, targets, cap, scale):
+        block = triton.next_power_of_2(logits.size(1))
         capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=block,
                                  num_warps=min(16, max(4, block // 1024)))
-        return losses
 
-    def mlp_up(x, weight, slope):
-        leaky = x.new_empty(len(x), len(weight))
-        return mlp(x, weight, leaky, slope, True), leaky
+    def mlp(out, a, b, leaky, slope, forward):
+        grid = triton.cdiv(leaky.size(1), side), triton.cdiv(len(a), side)
+        mlp_tile[grid](a.contiguous(), b, leaky, out, *leaky.shape, a.size(1), *b.stride(), slope, FORWARD=forward,
+                       **shape)
 
-    def mlp_back(upstream, weight, leaky):
-        return mlp(upstream, weight.t(), leaky, 0.0, False)
-
-    def symmetric(x, add, alpha, beta):
-        out, tiles = x.new_empty(len(x), x.size(1), x.size(1)), triton.cdiv(x.size(1), side)
-        x = x.contiguous()
+    def symmetric(out, x, add, alpha, beta):
+        x, tiles = x.contiguous(), triton.cdiv(x.size(1), side)
         symmetric_tile[tiles, tiles, len(x)](x, x if add is None else add.contiguous(), out, *x.shape[1:], alpha, beta,
                                              ADDS=add is not None, **shape)
-        return out
 
-    register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor", capped_rows,
-             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), mutates=("logits",))
-    register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)", mlp_up,
-             lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))))
-    register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor", mlp_back,
-             lambda upstream, weight, leaky: torch.empty_like(leaky))
-    register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor", symmetric,
-             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)))
+    register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor",
+             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), capped_rows, mutates=("logits",))
+    register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)",
+             lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))),
+             lambda out, x, weight, slope: mlp(out[0], x, weight, out[1], slope, True))
+    register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor", lambda *args: torch.empty_like(args[2]),
+             lambda out, upstream, weight, leaky: mlp(out, upstream, weight.t(), leaky, 0.0, False))
+    register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor",
+             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), symmetric)
 
 
 # ------------------------------------------------------------------------------------------------ MODEL
