@@ -34,6 +34,7 @@ import io
 import json
 import lzma
 import math
+import operator
 import os
 import re
 import resource
@@ -1105,13 +1106,14 @@ class BpbMeter:
 
 # ------------------------------------------------------------------------------------------------ QUANTISER
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # PR 1092's candidates for a row's clip
-SCALE_FLOOR = 2.0 ** -20  # keeps rows of zeros defined; far below any trained row, so it shapes nothing
-# (PR 1092 floors scales at 1/31, which forces most rows onto one coarse grid.)
+SCALE_FLOOR = 2.0 ** -20  # for rows of zeros; below any trained row (PR 1092's 1/31 puts most rows on one coarse grid)
+GPTQ_BLOCK = 128      # columns rounded before their errors are passed on to the rest of the matrix
+GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one family is rounded: signed codes of `bits` with one fp16 scale a row."""
+    """How one family is rounded: signed codes of `bits` with one fp16 scale per row."""
 
     bits: int
     clip: str = "percentile"   # or "amax", "sdclip"
@@ -1119,23 +1121,23 @@ class QuantSpec:
     widen: float = 1.0         # steps are this much wider than the clip rule has them; the outer codes are then unused
 
     @property
-    def top(self) -> int:
+    def max_code(self) -> int:
         """The largest code; codes are symmetric, so that rounding has no bias."""
         return 2 ** (self.bits - 1) - 1
 
 
 def upper_quantile(magnitudes: Tensor, share: float) -> Tensor:
-    """Linear-interpolated quantile of each row, for shares near 1: a few largest values instead of a sort."""
+    """Linearly interpolated quantile of each row. For shares near 1: topk instead of a sort.  # [..., rows, 1]"""
     position = share * (magnitudes.size(-1) - 1)
     below = math.floor(position)
     largest = magnitudes.topk(magnitudes.size(-1) - below, dim=-1).values  # [..., rows, few], descending
-    low, high = largest[..., -1:], largest[..., -2:-1] if below + 1 < magnitudes.size(-1) else largest[..., -1:]
+    low, high = largest[..., -1:], largest[..., -2:][..., :1]
     return low + (high - low) * (position - below)
 
 
 def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """The one rounding: nearest code, ties to even, clipped.  # float, same shape as weight"""
-    return (weight / scale).round().clamp(-spec.top, spec.top)
+    return (weight / scale).round().clamp(-spec.max_code, spec.max_code)
 
 
 def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -1144,32 +1146,25 @@ def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def storable(scale: Tensor) -> Tensor:
+    """The scale as the export stores it: floored, in fp16 precision."""
     return scale.clamp(min=SCALE_FLOOR).half().float()
 
 
 def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales by the spec's clip rule.
+    """Steps by the clip rule alone.  # [..., rows, 1]
 
-    sdclip (R1394) ignores the largest weights: the step is `sigmas` / top of the row's standard deviation, and what it
-    is in bits is left to the entropy coder, log2(sigmas) less than `bits`.
+    amax: the largest weight of a row gets the largest code. percentile (PR 1092): the one of five quantiles of a row's
+    magnitudes that gets the largest code at the least squared error. sdclip (R1394): `sigmas` standard deviations get
+    it, larger weights are clipped, and the entropy coder needs about log2(sigmas) bits fewer than `bits` per weight.
     """
     if spec.clip == "sdclip":
-        return spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.top
+        return spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.max_code
     magnitudes = weight.abs()
     if spec.clip == "amax":
-        return magnitudes.amax(-1, keepdim=True) / spec.top
-    best = storable(upper_quantile(magnitudes, PERCENTILES[0]) / spec.top)
-    best_error = rounding_error(weight, best, spec)
-    for share in PERCENTILES[1:]:
-        scale = storable(upper_quantile(magnitudes, share) / spec.top)
-        error = rounding_error(weight, scale, spec)
-        best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
-    return best
-
-
-def rounding_error(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Sum of squares of each row.  # [..., rows, 1]"""
-    return (round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True)
+        return magnitudes.amax(-1, keepdim=True) / spec.max_code
+    scales = torch.stack([storable(upper_quantile(magnitudes, share) / spec.max_code) for share in PERCENTILES])
+    errors = [(round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True) for scale in scales]
+    return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
 def quantise(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -1179,105 +1174,99 @@ def quantise(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 weight of codes and scales."""
     return codes.float() * scales.float()
 
 
 def soft_round(codes: Tensor) -> Tensor:
-    """u - sin(2 pi u) / (2 pi): between no rounding and rounding; fixed and flat at whole numbers, steepest between.
-
-    PR 550 adds the sine, which pushes weights off the grid, and stretches its period with the temperature.
-    """
+    """u - sin(2 pi u) / (2 pi): halfway to rounding, with fixed points and slope 0 at whole numbers. (PR 550 adds the
+    sine, which pushes weights off the grid, and stretches its period with the temperature.)"""
     return codes - torch.sin(2 * math.pi * codes) / (2 * math.pi)
 
 
 def entropy_bytes(codes: Tensor) -> float:
-    """Order-0 entropy of a matrix of codes."""
+    """Order-0 entropy of int8 codes, in bytes."""
     counts = torch.bincount(codes.flatten().int() + 128).double()
     return float(-torch.special.xlogy(counts, counts / counts.sum()).sum()) / math.log(2) / 8
 
 
 def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tensor | None = None) -> Tensor:
-    """With scale = row_scales(weight): dequantise(*quantise(weight)), and the identity to the gradient.
-
-    With `hardness` (0-d, in 0..1) the value goes from soft_round to rounding, and the gradient is soft_round's.
-    """
-    carrier = weight if hardness is None else soft_round(weight / scale) * scale
+    """Straight-through rounding: with scale = row_scales(weight), the value is dequantise(*quantise(weight)) and the
+    gradient the identity's. With `hardness` (0-d, in 0..1) the value goes from soft_round to rounding, and the gradient
+    is soft_round's."""
+    smooth = weight if hardness is None else soft_round(weight / scale) * scale
     with torch.no_grad():
         codes = round_to(weight, scale, spec)
         if hardness is not None:
-            codes = torch.lerp((carrier / scale).clamp(-spec.top, spec.top), codes, hardness)
+            codes = torch.lerp((smooth / scale).clamp(-spec.max_code, spec.max_code), codes, hardness)
         rounded = codes * scale
-    return rounded + (carrier - carrier.detach())  # the bracket is exactly 0 and carries the gradient
-
-
-GPTQ_BLOCK = 128      # columns rounded before the rest of the matrix hears of their errors
-GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
+    return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
 def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> tuple[Tensor, Tensor]:
-    """`quantise`, but what rounding a column changes in the output, the columns still to come make up for.
+    """`quantise`, but the columns still to be rounded compensate the error of those already rounded.
 
-    It lowers trace(error hessian error^T), the change of the outputs of weight [n, rows, columns], where hessian
+    Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
     without input become 0. The scales are `row_scales`, those late QAT trained on. Source: GPTQ, arXiv 2210.17323.
-    Raises UserError with the name of a matrix.
+    Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be used.
     """
     weight, hessian = weight.float(), hessian.float()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
-    columns, dead = order[:, None], (diagonal == 0)  # [n, 1, columns], [n, columns]
-    wanted = weight.masked_fill(dead[:, None], 0).gather(-1, columns.expand_as(weight))
-    hessian = (hessian + torch.diag_embed(dead.float())).gather(-1, columns.expand_as(hessian))
-    hessian = hessian.gather(-2, columns.mT.expand_as(hessian))
+    dead = diagonal == 0                                                               # [n, columns]
+    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]     # [n, 1, columns]
+    hessian = (hessian + torch.diag_embed(dead.float())).take_along_dim(order, -1).take_along_dim(order.mT, -2)
     factor = inverse_factor(hessian.double(), names)
     scale = row_scales(weight, spec)  # of the rows as they are: all columns of a row share one grid
-    codes = round_in_turn(wanted, scale, factor, spec)
-    back = order.argsort(dim=-1)[:, None].expand_as(weight)
-    return codes.gather(-1, back).to(torch.int8), scale.half()
+    codes = round_columns(weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale, factor, spec)
+    return codes.take_along_dim(order.argsort(dim=-1), -1).to(torch.int8), scale.half()
 
 
-def round_in_turn(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes of [n, rows, columns], column after column, each error passed on to the columns behind by `factor`."""
-    left, codes = weight.clone(), torch.empty_like(weight)
+def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes of [n, rows, columns], column after column, each error passed on to the later columns by `factor`."""
+    weight, codes = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.size(-1), GPTQ_BLOCK):
         stop = min(start + GPTQ_BLOCK, weight.size(-1))
-        errors = torch.empty_like(left[..., start:stop])
+        errors = torch.empty_like(weight[..., start:stop])
         for j in range(start, stop):
-            column = left[..., j:j + 1]
+            column = weight[..., j:j + 1]
             codes[..., j:j + 1] = code = round_to(column, scale, spec)
             error = (column - code * scale) / factor[:, j:j + 1, j:j + 1]
-            left[..., j + 1:stop] -= error * factor[:, j:j + 1, j + 1:stop]
+            weight[..., j + 1:stop] -= error * factor[:, j:j + 1, j + 1:stop]
             errors[..., j - start:j - start + 1] = error
-        left[..., stop:] -= errors @ factor[:, start:stop, stop:]
+        weight[..., stop:] -= errors @ factor[:, start:stop, stop:]
     return codes
 
 
 def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
-    """Upper-triangular U with U^T U = (hessian + damping)^-1: its row j says how the columns after j best make up for
-    an error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
-    share = torch.full((len(hessian), 1), GPTQ_DAMPING, dtype=hessian.dtype, device=hessian.device)
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    """Upper-triangular U with U^T U = (hessian + damping)^-1: row j says how the columns after j best compensate an
+    error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
+    identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    damping = torch.full_like(mean, GPTQ_DAMPING)
     for _ in range(3):
-        damped = hessian + torch.diag_embed((share * diagonal).expand(hessian.shape[:2]))
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))  # from the far corner: damped = R R^T, R upper
+        lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * identity).flip(-2, -1))
         failed = (failed != 0) | ~lower.isfinite().all(-1).all(-1)
-        if not failed.any():
-            identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
+        if not failed.any():  # flipped back: hessian + damping = R R^T with R upper-triangular
             return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True).float()
-        share = torch.where(failed[:, None], 10 * share, share)
+        damping = torch.where(failed[:, None, None], 10 * damping, damping)
     raise UserError(f"GPTQ: the Hessian of {names[int(failed.nonzero()[0])]} is singular or not finite, even damped; "
                     "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
 
 
 # ------------------------------------------------------------------------------------------------ KERNELS
+CE_CHUNK_ROWS = 1024  # rows of logits in memory at a time: large enough for fast products, small enough for the cache
+CE_CHUNK_LOGITS_CUDA = 2 ** 24  # a GPU has no such cache but needs large products, and a compiled graph few chunks
+
+
 @functools.cache
 def load_kernels() -> None:
     """Define the Triton kernels and register them as torch.ops.golf.*, which torch.compile takes as they are.
 
-    Each has its reference, in plain operations, where it is used. All is in here because importing this file must not
-    need Triton. Tiles and warps are what usually does well for bf16 on Hopper; nobody has tuned or timed them.
+    Each has its reference, in plain operations, where it is used. They are defined in here because importing this file
+    must not need Triton. Tile sizes and warps are usual ones for bf16 on Hopper, not tuned.
     """
-    global triton, tl, product_tile  # Triton looks for what a kernel calls among the module's names
+    global triton, tl, product_tile  # Triton looks up what a kernel calls among the module's globals
     import triton
     import triton.language as tl
 
@@ -1287,20 +1276,20 @@ def load_kernels() -> None:
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK)
         inside = at < vocab
-        x = tl.load(logits + row * vocab + at, mask=inside, other=0.0).to(tl.float32)
-        curve = 1 - 2 / (tl.exp(2 * x / cap) + 1)  # tanh
-        capped = tl.where(inside, cap * curve, -float("inf"))
-        top = tl.max(capped, axis=0)
-        share = tl.exp(capped - top)
-        total = tl.sum(share, axis=0)
-        wanted = at == tl.load(targets + row)
-        tl.store(losses + row, top + tl.log(total) - tl.sum(tl.where(wanted, cap * curve, 0.0), axis=0))
-        grad = (share / total - wanted.to(tl.float32)) * (1 - curve * curve) * scale
+        logit = tl.load(logits + row * vocab + at, mask=inside, other=0.0).to(tl.float32)
+        tanh = 1 - 2 / (tl.exp(2 * logit / cap) + 1)
+        capped = tl.where(inside, cap * tanh, -float("inf"))
+        largest = tl.max(capped, axis=0)
+        exps = tl.exp(capped - largest)
+        partition = tl.sum(exps, axis=0)
+        is_target = at == tl.load(targets + row)
+        tl.store(losses + row, largest + tl.log(partition) - tl.sum(tl.where(is_target, cap * tanh, 0.0), axis=0))
+        grad = (exps / partition - is_target.to(tl.float32)) * (1 - tanh * tanh) * scale
         tl.store(logits + row * vocab + at, grad.to(logits.dtype.element_ty), mask=inside)
 
     @triton.jit
     def product_tile(a, b, i, j, rows, columns, depth, b_row, b_depth, SIDE: tl.constexpr, DEPTH: tl.constexpr):
-        """fp32 tile (i, j) of a b^T; a lies row by row, b by its strides. Beyond the edges it holds zeros."""
+        """fp32 tile (i, j) of a b^T, zero beyond the edges; `a` is contiguous, b has the strides b_row, b_depth."""
         r, c = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE)
         tile = tl.zeros((SIDE, SIDE), dtype=tl.float32)
         for start in range(0, depth, DEPTH):
@@ -1315,7 +1304,7 @@ def load_kernels() -> None:
     @triton.jit
     def mlp_tile(a, b, leaky, out, rows, columns, depth, b_row, b_depth, slope, FORWARD: tl.constexpr,
                  SIDE: tl.constexpr, DEPTH: tl.constexpr):
-        """Tile of a b^T, which on the way there is leaky and squared, on the way back multiplied by the derivative."""
+        """Tile of LeakyReLU²(a b^T) in the forward pass, of a b^T times the derivative in the backward pass."""
         r, c, tile = product_tile(a, b, tl.program_id(1), tl.program_id(0), rows, columns, depth, b_row, b_depth,
                                   SIDE, DEPTH)  # neighbours share the tall side's rows; the weight stays in the cache
         at = r.to(tl.int64)[:, None] * columns + c[None, :]
@@ -1346,58 +1335,47 @@ def load_kernels() -> None:
             tl.store(out + at, tile, mask=inside)
             tl.store(out + mirrored, tl.trans(tile), mask=(r[None, :] <= c[:, None]) & (c[:, None] < rows))
 
-    side, shape = 128, {"SIDE": 128, "DEPTH": 64, "num_warps": 8}
-    def mlp(a: Tensor, b: Tensor, leaky: Tensor, slope: float, forward: bool) -> Tensor:
-        out, grid = torch.empty_like(leaky), (triton.cdiv(leaky.size(1), side), triton.cdiv(len(a), side))
-        mlp_tile[grid](a.contiguous(), b, leaky, out, *leaky.shape, a.size(1), *b.stride(), slope, FORWARD=forward,
-                       **shape)
-        return out
-
-    def register(schema: str, function, fake, mutates: tuple = ()) -> None:
+    def register(schema: str, allocate, launch, mutates: tuple = ()) -> None:
+        """An operator: `launch` fills what `allocate` returns. Tracing, which has no data, stops at `allocate`."""
+        def run(*args):
+            out = allocate(*args)
+            launch(out, *args)
+            return out
         name = schema.split("(")[0]
-        torch.library.custom_op(f"golf::{name}", function, mutates_args=mutates,
-                                schema=schema.removeprefix(name)).register_fake(fake)
+        torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
+                                schema=schema.removeprefix(name)).register_fake(allocate)
 
-    def capped_rows(logits, targets, cap, scale):
-        losses, block = logits.new_empty(len(logits), dtype=torch.float32), triton.next_power_of_2(logits.size(1))
+    side, shape = 128, {"SIDE": 128, "DEPTH": 64, "num_warps": 8}
+
+    def capped_rows(losses, logits, targets, cap, scale):
+        block = triton.next_power_of_2(logits.size(1))
         capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=block,
                                  num_warps=min(16, max(4, block // 1024)))
-        return losses
 
-    def mlp_up(x, weight, slope):
-        leaky = x.new_empty(len(x), len(weight))
-        return mlp(x, weight, leaky, slope, True), leaky
+    def mlp(out, a, b, leaky, slope, forward):
+        grid = triton.cdiv(leaky.size(1), side), triton.cdiv(len(a), side)
+        mlp_tile[grid](a.contiguous(), b, leaky, out, *leaky.shape, a.size(1), *b.stride(), slope, FORWARD=forward,
+                       **shape)
 
-    def mlp_back(upstream, weight, leaky):
-        return mlp(upstream, weight.t(), leaky, 0.0, False)
-
-    def symmetric(x, add, alpha, beta):
-        out, tiles = x.new_empty(len(x), x.size(1), x.size(1)), triton.cdiv(x.size(1), side)
-        x = x.contiguous()
+    def symmetric(out, x, add, alpha, beta):
+        x, tiles = x.contiguous(), triton.cdiv(x.size(1), side)
         symmetric_tile[tiles, tiles, len(x)](x, x if add is None else add.contiguous(), out, *x.shape[1:], alpha, beta,
                                              ADDS=add is not None, **shape)
-        return out
 
-    register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor", capped_rows,
-             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), mutates=("logits",))
-    register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)", mlp_up,
-             lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))))
-    register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor", mlp_back,
-             lambda upstream, weight, leaky: torch.empty_like(leaky))
-    register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor", symmetric,
-             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)))
-
-
-# ------------------------------------------------------------------------------------------------ MODEL
-BIGRAM_FACTORS, BIGRAM_SCALE = (36313, 27191), 0.05            # PR 1092: factors of the token and its predecessors,
-TRIGRAM_FACTORS, TRIGRAM_SCALE = (36313, 27191, 51497), 0.03   # and the initial scale of the table's output
-VALUE_SCALE = 0.1
-CE_CHUNK_ROWS = 1024  # rows of logits alive at a time: enough to feed a matrix unit, little enough to stay cached
-CE_CHUNK_LOGITS_CUDA = 2 ** 24  # a GPU has no such cache but needs large products, and a compiled graph few chunks
+    register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor",
+             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), capped_rows, mutates=("logits",))
+    register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)",
+             lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))),
+             lambda out, x, weight, slope: mlp(out[0], x, weight, out[1], slope, True))
+    register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor",
+             lambda upstream, weight, leaky: torch.empty_like(leaky),
+             lambda out, upstream, weight, leaky: mlp(out, upstream, weight.t(), leaky, 0.0, False))
+    register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor",
+             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), symmetric)
 
 
 class ScaledNorm(torch.autograd.Function):
-    """scale * RMS norm of fp32, in two passes over x and three back; the composed operation makes five and more."""
+    """scale * RMS norm in fp32, with fewer passes over memory than the composed operation: two forward, three back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: float) -> Tensor:
@@ -1413,98 +1391,6 @@ class ScaledNorm(torch.autograd.Function):
         y, inverse = ctx.saved_tensors
         along = torch.linalg.vecdot(upstream, y).unsqueeze(-1).div_(y.size(-1) * ctx.scale ** 2)
         return torch.addcmul(upstream, y, along, value=-1).mul_(inverse), None
-
-
-def norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * RMS norm over the last dimension, without a gain. Half precision has a fused kernel of PyTorch's."""
-    return ScaledNorm.apply(x, scale) if x.dtype == torch.float32 else F.rms_norm(x, (x.size(-1),)) * scale
-
-
-def rope_table(length: int, dims: int, cfg: Hyperparameters, device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, in fp32.  # [length, dims/2] each
-
-    The base grows (NTK) with the trained length, and beyond it with the window's; a shorter window keeps the trained
-    base. PR 1092 counts from 1024 while it trains on 2048, so its base is always stretched to 22,082;
-    ROPE_TRAIN_SEQ_LEN=1024 keeps that.
-    """
-    stretch = torch.sym_max(torch.sym_max(length, cfg.train_seq_len) / cfg.rope_train_seq_len, 1.0)  # no branch, so
-    base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)        # that graphs for any length pass
-    frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dimensions of each head as pairs (i, i + half); the rest passes.  # [batch, T, heads, d]"""
-    half = cos.size(-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    first, second, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
-    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
-
-
-def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self-attention: remove from each head's output its part along the position's own value.
-
-    y: [batch, T, heads, d], v: [batch, T, kv_heads, d] -> [batch, T, heads, d].
-    """
-    y = y.unflatten(2, (v.size(2), -1))                  # [batch, T, kv_heads, group, d]
-    square = torch.linalg.vecdot(v, v).clamp(min=1e-24)  # [batch, T, kv_heads]
-    v = v.unsqueeze(-2)                                  # [batch, T, kv_heads, 1, d]
-    share = torch.linalg.vecdot(y, v) / square.unsqueeze(-1)
-    return torch.addcmul(y, share.unsqueeze(-1), v, value=-1).flatten(2, 3)
-
-
-def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
-    """softcap * tanh(hidden weight^T / softcap) in fp32; `weight` as in `project`.  # [..., vocab]"""
-    return softcap * torch.tanh(project(hidden, weight).float() / softcap)
-
-
-class CappedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of soft-capped logits, in nats, that never holds the logits of the whole batch.
-
-    The gradient is made chunk by chunk in the forward pass, while the chunk's logits are at hand; the backward pass
-    only scales it. hidden: [N, dim], weight: [vocab, dim], targets: int64 [N]. With `kernels` "triton" one kernel
-    reads a chunk's logits once and leaves the gradient in their place, so that they never stand in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, kernels: str) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        total = hidden.new_zeros((), dtype=torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_hidden = []
-        size = max(CE_CHUNK_ROWS, CE_CHUNK_LOGITS_CUDA // len(weight)) if hidden.is_cuda else CE_CHUNK_ROWS
-        for rows, wanted in zip(hidden.split(size), targets.unsqueeze(1).split(size)):
-            if kernels == "triton":
-                grad = F.linear(rows, weight)
-                total += torch.ops.golf.capped_rows(grad, wanted, softcap, 1 / len(hidden)).sum()
-            else:
-                curve = F.linear(rows, weight).float().div_(softcap).tanh_()
-                top = curve.amax(-1, keepdim=True)
-                grad = (curve - top).mul_(softcap).exp_()
-                partition = grad.sum(-1, keepdim=True)
-                total += (partition.log() + softcap * (top - curve.gather(1, wanted))).sum()
-                if not (wants_hidden or wants_weight):
-                    continue
-                grad.div_(partition * len(hidden))                                           # softmax,
-                grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1 / len(hidden)))  # less the one-hot target,
-                grad = grad.addcmul_(grad, curve.square_(), value=-1).to(hidden.dtype)       # times d softcap / d logit
-            if wants_hidden:
-                grad_hidden.append(grad @ weight)
-            if wants_weight:
-                grad_weight += grad.t() @ rows
-        ctx.save_for_backward(torch.cat(grad_hidden) if grad_hidden else None,
-                              None if grad_weight is None else grad_weight.to(weight.dtype))
-        return total / len(hidden)
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None, None, None
-
-
-def project(x: Tensor, weight) -> Tensor:
-    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one: see `GPT.hidden`."""
-    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
 
 
 class SquaredLeakyReLU(torch.autograd.Function):
@@ -1523,8 +1409,8 @@ class SquaredLeakyReLU(torch.autograd.Function):
 
 
 class FusedMlp(torch.autograd.Function):
-    """`SquaredLeakyReLU` between two projections, by Triton: up-projection and activation in one kernel, and on the way
-    back the gradient of the activation in the kernel that makes it.  # x [N, dim], up [mlp, dim], down [dim, mlp]"""
+    """`SquaredLeakyReLU` between two projections, by Triton: each kernel computes a product and applies the activation
+    or, in the backward pass, its derivative.  # x [N, dim], up [mlp, dim], down [dim, mlp]"""
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
@@ -1539,41 +1425,134 @@ class FusedMlp(torch.autograd.Function):
         return grad @ up, grad.t() @ x, upstream.t() @ y, None
 
 
+class CappedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of soft-capped logits, in nats, that never holds the logits of the whole batch.
+
+    The gradient is computed chunk by chunk in the forward pass, from the chunk's logits; the backward pass only scales
+    it. hidden: [N, dim], weight: [vocab, dim], targets: int64 [N]. With `kernels` "triton" one kernel reads a chunk's
+    logits once and overwrites them with their gradient, so that they are never stored in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, kernels: str) -> Tensor:
+        total, grad_hidden = hidden.new_zeros((), dtype=torch.float32), []
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        size = max(CE_CHUNK_ROWS, CE_CHUNK_LOGITS_CUDA // len(weight)) if hidden.is_cuda else CE_CHUNK_ROWS
+        for rows, target in zip(hidden.split(size), targets.unsqueeze(1).split(size)):
+            if kernels == "triton":
+                grad = F.linear(rows, weight)
+                total += torch.ops.golf.capped_rows(grad, target, softcap, 1 / len(hidden)).sum()
+            else:
+                tanh = F.linear(rows, weight).float().div_(softcap).tanh_()
+                largest = tanh.amax(-1, keepdim=True)
+                grad = (tanh - largest).mul_(softcap).exp_()
+                partition = grad.sum(-1, keepdim=True)
+                total += (partition.log() + softcap * (largest - tanh.gather(1, target))).sum()
+                grad.div_(partition * len(hidden))                                           # softmax,
+                grad.scatter_add_(1, target, grad.new_full(target.shape, -1 / len(hidden)))  # less the one-hot target,
+                grad = grad.addcmul_(grad, tanh.square_(), value=-1).to(hidden.dtype)        # times d softcap / d logit
+            if ctx.needs_input_grad[0]:
+                grad_hidden.append(grad @ weight)
+            if grad_weight is not None:
+                grad_weight += grad.t() @ rows
+        ctx.save_for_backward(torch.cat(grad_hidden) if grad_hidden else None,
+                              None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None, None, None
+
+
+# ------------------------------------------------------------------------------------------------ MODEL
+BIGRAM_FACTORS, BIGRAM_SCALE = (36313, 27191), 0.05            # PR 1092: factors of the token and its predecessors,
+TRIGRAM_FACTORS, TRIGRAM_SCALE = (36313, 27191, 51497), 0.03   # and the initial scale of the table's output
+VALUE_SCALE = 0.1
+
+
+class CastedLinear(nn.Linear):
+    """A linear layer with fp32 parameters that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * RMS norm over the last dimension, without a gain. For half precision PyTorch has a fused kernel."""
+    return ScaledNorm.apply(x, scale) if x.dtype == torch.float32 else F.rms_norm(x, (x.size(-1),)) * scale
+
+
+def rope_table(length: int, dims: int, cfg: Hyperparameters, device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, in fp32.  # [length, dims/2] each
+
+    NTK scaling: the base grows with the longer of training length and window, from ROPE_TRAIN_SEQ_LEN on. (PR 1092
+    counts from 1024 while it trains on 2048, which stretches its base to 22,082; ROPE_TRAIN_SEQ_LEN=1024 keeps that.)
+    """
+    stretch = torch.sym_max(torch.sym_max(length, cfg.train_seq_len) / cfg.rope_train_seq_len, 1.0)  # one graph for
+    base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)                         # every length
+    frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first dimensions of each head as pairs (i, i + half), keep the rest.  # [batch, T, heads, d]"""
+    half = cos.size(-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    first, second, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
+
+
+def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self-attention (XSA): remove from each head's output its projection on the position's own value.
+    y: [batch, T, heads, d], v: [batch, T, kv_heads, d] -> [batch, T, heads, d]."""
+    y = y.unflatten(2, (v.size(2), -1))                  # [batch, T, kv_heads, group, d]
+    square = torch.linalg.vecdot(v, v).clamp(min=1e-24)  # [batch, T, kv_heads]
+    v = v.unsqueeze(-2)                                  # [batch, T, kv_heads, 1, d]
+    share = torch.linalg.vecdot(y, v) / square.unsqueeze(-1)
+    return torch.addcmul(y, share.unsqueeze(-1), v, value=-1).flatten(2, 3)
+
+
+def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
+    """softcap * tanh(hidden weight^T / softcap) in fp32; `weight` as in `project`.  # [..., vocab]"""
+    return softcap * torch.tanh(project(hidden, weight).float() / softcap)
+
+
+def project(x: Tensor, weight) -> Tensor:
+    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one: see `GPT.hidden`."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+
+
 class SmearGate(nn.Module):
-    """Each position takes a learnt share of its predecessor, dimension by dimension; half at the start."""
+    """Mix each position with its predecessor by a learnt share per dimension, initially half.  # [batch, T, dim]"""
 
     def __init__(self, dim: int):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        share = torch.sigmoid(self.gate).to(x.dtype)
-        return torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], share)
+        return torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], torch.sigmoid(self.gate).to(x.dtype))
 
 
-class Table(nn.Module):
+class ProjectedEmbedding(nn.Module):
     """A narrow embedding table, a projection to `width` where needed, and a learnt scale."""
 
     def __init__(self, rows: int, dim: int, width: int, scale: float):
         super().__init__()
         self.embed = nn.Embedding(rows, dim)
-        self.proj = nn.Linear(dim, width, bias=False) if dim != width else None
+        self.proj = CastedLinear(dim, width, bias=False) if dim != width else None
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, index: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """`table`: the weight of `embed`, perhaps rounded.  # int64 [batch, T] -> `dtype` [batch, T, width]"""
         x = F.embedding(index, table).to(dtype)
-        if self.proj is not None:
-            x = F.linear(x, self.proj.weight.to(dtype))
-        return x * self.scale.to(dtype)
+        return (x if self.proj is None else self.proj(x)) * self.scale.to(dtype)
 
 
 def hash_ngrams(ids: Tensor, factors: tuple[int, ...], buckets: int) -> Tensor:
-    """Bucket of each position's n-gram, n = len(factors); the first n-1 positions share the last bucket.
-
-    XOR of factor_j * id_{t-j}, in int32 as published, modulo buckets - 1.  # [batch, T] -> int64 [batch, T]
-    """
-    ids, reach = ids.int(), len(factors) - 1
-    length = ids.size(1)
+    """Bucket of each position's n-gram, n = len(factors): XOR of factor_j * id_{t-j}, in int32 as published, modulo
+    buckets - 1; the first n-1 positions share the last bucket.  # [batch, T] -> int64 [batch, T]"""
+    ids, reach, length = ids.int(), len(factors) - 1, ids.size(1)
     mixed = ids[:, reach:] * factors[0]
     for back, factor in enumerate(factors[1:], 1):
         mixed = mixed ^ (ids[:, reach - back:length - back] * factor)
@@ -1591,21 +1570,19 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.attend = cfg.num_heads, cfg.num_kv_heads, attend
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        self.attn_gate = nn.Linear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
+        self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
     def forward(self, x, weights, rope, value_embedding, first_value, keep: int):
-        """Output of the last `keep` positions [batch, keep, dim] and this layer's values before mixing."""
-        query_w, key_w, value_w, out_w = weights
-        cos, sin = rope
-        recent = x[:, -keep:]
+        """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
+        those of the first layer [batch, T, kv_heads, d]."""
+        (query_w, key_w, value_w, out_w), (cos, sin), recent = weights, rope, x[:, -keep:]
         q = norm(project(recent, query_w).unflatten(-1, (self.heads, -1)))
         k = norm(project(x, key_w).unflatten(-1, (self.kv_heads, -1)))
         value = project(x, value_w)
         if value_embedding is not None:
             value = value + value_embedding
-        value = value.unflatten(-1, (self.kv_heads, -1))
-        v = value
+        v = value = value.unflatten(-1, (self.kv_heads, -1))
         if self.vr_lambda is not None:
             mix = self.vr_lambda.to(x.dtype)
             v = mix[0] * first_value + mix[1] * value
@@ -1614,8 +1591,7 @@ class Attention(nn.Module):
         if self.exclusive:
             y = subtract_own_value(y, v[:, -keep:])
         if self.attn_gate is not None:
-            gate = F.linear(recent, self.attn_gate.weight.to(x.dtype), self.attn_gate.bias.to(x.dtype))
-            y = y * torch.sigmoid(gate).unsqueeze(-1)
+            y = y * torch.sigmoid(self.attn_gate(recent)).unsqueeze(-1)
         return project(y.flatten(2), out_w), value
 
 
@@ -1628,7 +1604,7 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
-        self.dtg_gate = nn.Linear(cfg.model_dim, 1) if cfg.dtg_enabled else None
+        self.dtg_gate = CastedLinear(cfg.model_dim, 1) if cfg.dtg_enabled else None
         self.norm_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
@@ -1641,8 +1617,7 @@ class Block(nn.Module):
         out = torch.addcmul(x, self.attn_scale.to(x.dtype), y)
         out = torch.addcmul(out, self.mlp_scale.to(x.dtype), self.mlp(norm(out, self.norm_scale), weights))
         if self.dtg_gate is not None:
-            gate = F.linear(x.detach(), self.dtg_gate.weight.to(x.dtype), self.dtg_gate.bias.to(x.dtype))
-            out = x + torch.sigmoid(gate) * (out - x)
+            out = x + torch.sigmoid(self.dtg_gate(x.detach())) * (out - x)
         return out, value
 
     def mlp(self, x: Tensor, weights: LayerWeights) -> Tensor:
@@ -1652,14 +1627,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model. All large matrices lie in four banks, so that the optimiser can batch them.
+    """The language model. All large matrices are slices of four banks, so that the optimiser can batch them.
 
     qo_bank [2L, dim, dim]: L query then L output matrices; kv_bank [2L, kv_dim, dim]: keys then values;
     mlp_up_bank [L, mlp, dim]; mlp_down_bank [L, dim, mlp]; each matrix as [out, in].
 
-    `qat_specs` maps parameter names to the QuantSpec they are exported with; a call with qat=True sees those weights
-    rounded so, on the scales of the last `refresh_scales`. The switch is an argument, so that a compiled graph cannot
-    overlook it (PR 1092's flag was folded at the first trace, and its banks never looked at it).
+    `qat_specs` maps parameter names to the QuantSpec they are exported with; a call with qat=True rounds those weights
+    on the scales of the last `refresh_scales`. `qat` is an argument because a compiled graph sees a change of it; PR
+    1092's class flag is a constant of the first trace, and its banks do not read it.
     """
 
     def __init__(self, cfg: Hyperparameters, attend=attend_sdpa, dtype: torch.dtype = torch.float32, qat_specs=None,
@@ -1672,10 +1647,9 @@ class GPT(nn.Module):
         self.register_buffer("hardness", torch.ones(()) if cfg.soft_round else None, persistent=False)
         layers, dim, kv_dim = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
-        self.bigram = (Table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
-                       if cfg.bigram_vocab_size else None)
-        self.trigram = (Table(cfg.trigram_vocab_size, cfg.trigram_dim, dim, TRIGRAM_SCALE)
-                        if cfg.trigram_vocab_size else None)
+        table = lambda rows, *args: ProjectedEmbedding(rows, *args) if rows else None
+        self.bigram = table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
+        self.trigram = table(cfg.trigram_vocab_size, cfg.trigram_dim, dim, TRIGRAM_SCALE)
         self.smear = SmearGate(dim)
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim))
         self.qo_bank = nn.Parameter(torch.empty(2 * layers, dim, dim))
@@ -1683,7 +1657,7 @@ class GPT(nn.Module):
         self.mlp_up_bank = nn.Parameter(torch.empty(layers, cfg.mlp_dim, dim))
         self.mlp_down_bank = nn.Parameter(torch.empty(layers, dim, cfg.mlp_dim))
         self.blocks = nn.ModuleList(Block(cfg, layer, attend, kernels) for layer in range(layers))
-        self.ve_shared = Table(cfg.vocab_size, cfg.ve_dim, kv_dim, VALUE_SCALE) if cfg.ve_layer_ids else None
+        self.ve_shared = table(cfg.vocab_size if cfg.ve_layer_ids else 0, cfg.ve_dim, kv_dim, VALUE_SCALE)
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in cfg.ve_layer_ids)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(dim, cfg.vocab_size, bias=False)
         self.mtp_heads = nn.ModuleList(nn.Linear(dim, cfg.vocab_size, bias=False) for _ in range(cfg.mtp_num_heads))
@@ -1692,13 +1666,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Queries, keys, values, MLP-up and small projections orthogonal; attention-out, MLP-down, output heads,
-        hashed tables zero; token table N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1); value table N(0, 0.01);
-        attention gate open (bias 4), block gate fairly open (bias 2). Vectors are set where they are declared."""
+        """Queries, keys, values, MLP-up, projections of tables   orthogonal
+        attention-out, MLP-down, output heads, gates' weights     0
+        hashed tables; value table                                0; N(0, 0.01)
+        token table                                               N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
+        bias of attention gate; of block gate                     4 (open); 2 (fairly open)
+        Vectors are initialised where they are declared."""
         layers = self.cfg.num_layers
         for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix)
-        for zeroed in (self.qo_bank[layers:], self.mlp_down_bank, *(head.weight for head in self.mtp_heads)):
+        heads = [head for head in (*self.mtp_heads, self.lm_head) if head is not None]
+        for zeroed in (self.qo_bank[layers:], self.mlp_down_bank, *(head.weight for head in heads)):
             zeroed.zero_()
         self.tok_emb.weight.normal_(std=self.cfg.tied_embed_init_std if self.cfg.tie_embeddings else 1.0)
         for table, std in ((self.bigram, 0.0), (self.trigram, 0.0), (self.ve_shared, 0.01)):
@@ -1706,8 +1684,6 @@ class GPT(nn.Module):
                 table.embed.weight.normal_(std=std)
                 if table.proj is not None:
                     nn.init.orthogonal_(table.proj.weight)
-        if self.lm_head is not None:
-            self.lm_head.weight.zero_()
         for block in self.blocks:
             for gate, bias in ((block.attn.attn_gate, 4.0), (block.dtg_gate, 2.0)):
                 if gate is not None:
@@ -1716,65 +1692,61 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def refresh_scales(self, hardness: float = 1.0) -> None:
-        """Fit the scales that QAT rounds on to the present weights, by the export's rule. Once a step, and outside
-        the compiled graph: a sum in another order could pick another clip, and the codes would not be the export's."""
+        """Fit the scales QAT rounds on to the present weights, by the export's rule. Called once per step and outside
+        the compiled graph, where a sum in another order could pick another clip than the export does."""
         if self.hardness is not None:
             self.hardness.fill_(hardness)
         for name, spec in self.qat_specs.items():
             scale = row_scales(self.get_parameter(name), spec)
-            if name in self.qat_scales:
-                self.qat_scales[name].copy_(scale)  # in place, where a compiled graph looks for it
-            else:
-                self.qat_scales[name] = scale
+            self.qat_scales.setdefault(name, scale).copy_(scale)  # in place, where a compiled graph reads it
 
-    def fake_quantised(self, name: str, weight: Tensor, qat: bool) -> Tensor:
-        """A weight as the forward pass sees it: rounded under QAT if it is exported rounded."""
+    def fake_quantised(self, name: str, qat: bool) -> Tensor:
+        """A parameter as the forward pass sees it: rounded under QAT if it is exported rounded."""
+        weight = operator.attrgetter(name)(self)
         if not qat or name not in self.qat_specs:
             return weight
         return fake_quantise(weight, self.qat_scales[name], self.qat_specs[name], self.hardness)
 
     def layer_weights(self, qat: bool, hook=None) -> list[LayerWeights]:
-        """Per layer, its slices of the banks in the activation dtype. One rounding and one cast a bank, and `unbind`
+        """Per layer, its slices of the banks in the activation dtype. One rounding and one cast per bank, and `unbind`
         rather than indexing: the gradient of a bank is then one stack, not a sum of mostly empty banks."""
-        qo, kv, up, down = (self.fake_quantised(name, getattr(self, name), qat).to(self.dtype).unbind()
+        qo, kv, up, down = (self.fake_quantised(name, qat).to(self.dtype).unbind()
                             for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"))
-        layers = self.cfg.num_layers
-        plain = [LayerWeights(*parts) for parts in zip(qo, kv, kv[layers:], qo[layers:], up, down)]
-        if hook is None:
-            return plain
-        return [LayerWeights(*(hook(kind, layer, w) for kind, w in zip(LayerWeights._fields, weights)))
-                for layer, weights in enumerate(plain)]
+        layers, hook = self.cfg.num_layers, hook or (lambda kind, layer, weight: weight)
+        return [LayerWeights(*(hook(kind, layer, weight) for kind, weight in zip(LayerWeights._fields, weights)))
+                for layer, weights in enumerate(zip(qo, kv, kv[layers:], qo[layers:], up, down))]
+
+    def look_up(self, name: str, index: Tensor, qat: bool) -> Tensor:
+        """Rows of the ProjectedEmbedding `name`, in the activation dtype.  # int64 [batch, T] -> [batch, T, width]"""
+        return getattr(self, name)(index, self.fake_quantised(f"{name}.embed.weight", qat), self.dtype)
 
     def embed(self, ids: Tensor, qat: bool, hook=None) -> Tensor:
         """Token, bigram and trigram embeddings, normalised and smeared.  # [batch, T, dim]"""
-        table = self.fake_quantised("tok_emb.weight", self.tok_emb.weight, qat)
+        table = self.fake_quantised("tok_emb.weight", qat)
         table = table if hook is None else hook("embed", -1, table)
         x = (F.embedding(ids, table) if isinstance(table, Tensor) else table(ids)).to(self.dtype)
         for name, table, factors in (("bigram", self.bigram, BIGRAM_FACTORS),
                                      ("trigram", self.trigram, TRIGRAM_FACTORS)):
             if table is not None:
-                buckets = hash_ngrams(ids, factors, table.embed.num_embeddings)
-                x = x + table(buckets, self.fake_quantised(f"{name}.embed.weight", table.embed.weight, qat), self.dtype)
+                x = x + self.look_up(name, hash_ngrams(ids, factors, table.embed.num_embeddings), qat)
         return self.smear(norm(x))
 
     def value_embeddings(self, ids: Tensor, qat: bool) -> dict[int, Tensor]:
         """Layer -> what is added to its values.  # [batch, T, kv_dim]"""
         if self.ve_shared is None:
             return {}
-        table = self.fake_quantised("ve_shared.embed.weight", self.ve_shared.embed.weight, qat)
-        shared = self.ve_shared(ids, table, self.dtype)
+        shared = self.look_up("ve_shared", ids, qat)
         return {layer: shared * scale.to(self.dtype)
                 for layer, scale in zip(self.cfg.ve_layer_ids, self.ve_layer_scales)}
 
     def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, hook=None) -> Tensor:
         """The trunk: normalised final states of the last `keep` positions (all, if None).
 
-        ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions
-        only: a sliding window that scores 64 of 2,048 tokens pays for 64 there.
+        ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions only.
 
         `hook(kind, layer, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
-        input - to add something to its output, or to look at what comes in. The token table (a function of ids) and
-        the output matrix are kinds "embed" and "head", of layer -1.
+        input, for instance to add a low-rank term to its output or to record its input. The token table (a function of
+        ids) and the output matrix are kinds "embed" and "head", of layer -1.
         """
         cfg, length = self.cfg, ids.size(1)
         rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device)
@@ -1785,9 +1757,8 @@ class GPT(nn.Module):
             decoder = layer - cfg.num_layers // 2
             if decoder >= 0 and skips:
                 x = torch.addcmul(x, self.skip_weights[decoder].to(x.dtype), skips.pop())
-            wanted = keep or length
-            wanted = wanted if layer == cfg.num_layers - 1 else length
-            x, value = block(x, x0, weights, rope, extra.get(layer), first_value, wanted)
+            kept = keep or length if layer == cfg.num_layers - 1 else length
+            x, value = block(x, x0, weights, rope, extra.get(layer), first_value, kept)
             first_value = value if layer == 0 else first_value
             if decoder < 0:
                 skips.append(x)
@@ -1795,8 +1766,8 @@ class GPT(nn.Module):
 
     def output_weight(self, qat: bool = False, hook=None):
         """The output matrix in the activation dtype, or what `hook` makes of it.  # [vocab, dim]"""
-        name, layer = ("tok_emb.weight", self.tok_emb) if self.lm_head is None else ("lm_head.weight", self.lm_head)
-        weight = self.fake_quantised(name, layer.weight, qat).to(self.dtype)
+        name = "tok_emb.weight" if self.lm_head is None else "lm_head.weight"
+        weight = self.fake_quantised(name, qat).to(self.dtype)
         return weight if hook is None else hook("head", -1, weight)
 
     def logits(self, hidden: Tensor, qat: bool = False, hook=None) -> Tensor:
@@ -1809,14 +1780,16 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, hook=None) -> Tensor:
-        """Mean cross-entropy in nats over [batch, T], plus that of the MTP heads while training."""
+        """Mean cross-entropy in nats per token over [batch, T]; while training, plus MTP_LOSS_WEIGHT times the mean of
+        that of the multi-token-prediction heads."""
         cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, hook=hook)
         weight = self.output_weight(qat, hook)
-        if not isinstance(weight, Tensor):  # a dressed head: nobody has written its gradient out
+        if not isinstance(weight, Tensor):  # a function has no written-out gradient
             return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
-        loss = CappedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), cap, self.kernels)
-        ahead = [CappedCrossEntropy.apply(hidden[:, :-k].flatten(0, 1), head.weight.to(self.dtype),
-                                          targets[:, k:].flatten(), cap, self.kernels)
+        cross_entropy = lambda hidden, weight, targets: CappedCrossEntropy.apply(
+            hidden.flatten(0, 1), weight, targets.flatten(), cap, self.kernels)
+        loss = cross_entropy(hidden, weight, targets)
+        ahead = [cross_entropy(hidden[:, :-k], head.weight.to(self.dtype), targets[:, k:])
                  for k, head in enumerate(self.mtp_heads, 1)]
         return loss + self.cfg.mtp_loss_weight * torch.stack(ahead).mean() if ahead and self.training else loss
 
@@ -1886,8 +1859,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at 0
 
 def symmetric_product(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0,
                       kernels: str = "torch") -> Tensor:
-    """x x^T, or alpha x x^T + beta add for a symmetric `add`. Triton makes the tiles from the diagonal upwards and
-    mirrors them.  # [n, rows, columns] -> [n, rows, rows]"""
+    """x x^T, or alpha x x^T + beta add for a symmetric `add`.  # [n, rows, columns] -> [n, rows, rows]"""
     if kernels == "triton":
         load_kernels()
         return torch.ops.golf.symmetric(x, add, alpha, beta)
@@ -1909,8 +1881,8 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kernels: str
 class Muon:
     """Momentum, orthogonalised, on banks [n, rows, columns]; each rank works on its slices of every bank.
 
-    One step is launch_reduce -> (clip) -> launch_update -> finish; between the calls the network works. With one rank
-    the shard is the bank and nothing is sent. Buffers: `momentum`, and `row_memory` for NorMuon (PR 173), per shard.
+    One step is launch_reduce -> (clip) -> launch_update -> finish; transfers run between the calls. With one rank the
+    shard is the bank and nothing is sent. Buffers, per shard: `momentum`, and `row_memory` for NorMuon (PR 173).
     """
 
     def __init__(self, banks: list[Tensor], cfg: Hyperparameters, rt: Runtime):
@@ -1921,15 +1893,11 @@ class Muon:
 
     def launch_reduce(self) -> list[tuple[Tensor, object]]:
         """Start to sum the gradients over ranks: (this rank's shard, handle to wait for) of each bank."""
+        if self.rt.world_size == 1:
+            return [(bank.grad, None) for bank in self.banks]
         wire = torch.bfloat16 if self.cfg.grad_quant else torch.float32
-        started = []
-        for bank, n in zip(self.banks, self.slices):
-            if self.rt.world_size == 1:
-                started.append((bank.grad, None))
-                continue
-            padded = F.pad(bank.grad.to(wire), (0, 0, 0, 0, 0, n * self.rt.world_size - len(bank)))
-            started.append(self.rt.launch_reduce_scatter(padded))
-        return started
+        padded = lambda bank, n: F.pad(bank.grad.to(wire), (0, 0, 0, 0, 0, n * self.rt.world_size - len(bank)))
+        return [self.rt.launch_reduce_scatter(padded(bank, n)) for bank, n in zip(self.banks, self.slices)]
 
     def launch_update(self, shards: list[Tensor], momentum: float) -> list[tuple[Tensor, object]]:
         """Orthogonalise this rank's slices and start to gather every rank's: (whole update, handle) of each bank."""
@@ -1944,12 +1912,13 @@ class Muon:
         return started
 
     def finish(self, updates: list[Tensor], lr: float) -> None:
+        """Decay the banks and add the updates, which are larger for tall matrices."""
         for bank, update in zip(self.banks, updates):
-            stretch = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
-            bank.mul_(1 - lr * self.cfg.muon_wd).add_(update[:len(bank)].to(bank.dtype), alpha=-lr * stretch)
+            aspect = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
+            bank.mul_(1 - lr * self.cfg.muon_wd).add_(update[:len(bank)].to(bank.dtype), alpha=-lr * aspect)
 
     def state(self) -> dict:
-        """Buffers of whole banks, whatever the world size that made them."""
+        """Buffers of whole banks, which any world size can load."""
         whole = lambda shards: [self.rt.wait(self.rt.launch_all_gather(s))[:len(b)].clone()
                                 for s, b in zip(shards, self.banks)]
         return {"momentum": whole(self.momentum), "row_memory": whole(self.row_memory)}
@@ -1989,10 +1958,8 @@ class Optimisers:
 
     @torch.no_grad()
     def step(self, plan: StepPlan) -> Tensor:
-        """Apply the gradients in `.grad`, which add up to the global one over ranks, and drop them.
-
-        Gradients are clipped after they are summed (PR 1092 clips each rank's own). Returns the norm before clipping.
-        """
+        """Apply the gradients in `.grad`, whose sum over ranks is the global one, and drop them. They are clipped after
+        they are summed (PR 1092 clips each rank's own). Returns the norm before clipping."""
         started = self.muon.launch_reduce()
         grads = self.rt.sum_many_([p.grad for p in self.replicated])
         shards = [self.rt.wait(pair) for pair in started]
@@ -2020,53 +1987,48 @@ class Optimisers:
 # ------------------------------------------------------------------------------------------------ SCHEDULES
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step does, decided from progress alone."""
+    """What one step does; depends on progress only."""
 
     lr_scale: float
     momentum: float
     qat: bool
-    snapshot: bool   # SWA takes one after this step
-    hardness: float = 1.0  # of soft-rounding QAT, 0..1
+    snapshot: bool         # SWA takes one after this step
+    hardness: float = 1.0  # of soft-rounding QAT: from 0 at its start to 1, the export's rounding, in its last tenth
 
 
 def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -> StepPlan:
-    """The plan of step `step` (from 0), `elapsed_s` of training time having passed at `pace_s` a step."""
+    """The plan of step `step` (from 0), after `elapsed_s` seconds of training at `pace_s` seconds per step."""
     scale = lr_scale(cfg, step, elapsed_s, pace_s)
     ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    rounded = qat_progress(cfg, scale, budget_spent(cfg, step, elapsed_s))
+    return StepPlan(lr_scale=scale,
+                    momentum=(1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum,
+                    qat=rounded is not None,
+                    snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
+                    hardness=min(max((rounded or 0.0) / 0.9, 0.0), 1.0))
+
+
+def qat_progress(cfg: Hyperparameters, scale: float, spent: float) -> float | None:
+    """How far QAT is: 0 when it starts, 1 at the end of training, None before it starts. It is counted in what starts
+    QAT, so that a run that ends by the clock reaches 1 as well (PR 550 counts ITERATIONS)."""
     if cfg.qat_enabled:
-        qat = True
-    elif cfg.late_qat_frac > 0:
-        qat = budget_spent(cfg, step, elapsed_s) >= cfg.late_qat_frac
-    else:
-        qat = scale < cfg.late_qat_threshold
-    return StepPlan(scale, (1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum, qat,
-                    scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
-                    hardness(cfg, scale, budget_spent(cfg, step, elapsed_s)))
-
-
-def hardness(cfg: Hyperparameters, scale: float, spent: float) -> float:
-    """How hard soft-rounding QAT rounds: from 0, when QAT starts, to 1, where its last tenth rounds as the export does.
-
-    It follows what started QAT, so that a run cut short by the clock gets there too (PR 550 counts ITERATIONS).
-    """
-    if cfg.qat_enabled:
-        progress = spent
-    elif cfg.late_qat_frac > 0:
-        progress = (spent - cfg.late_qat_frac) / max(1 - cfg.late_qat_frac, 1e-9)
-    else:
-        lowest = cfg.min_lr if cfg.warmdown_frac > 0 else 0.0
-        progress = (cfg.late_qat_threshold - scale) / max(cfg.late_qat_threshold - lowest, 1e-9)
-    return min(max(progress / 0.9, 0.0), 1.0)
+        return spent
+    if cfg.late_qat_frac > 0:
+        late = spent - cfg.late_qat_frac
+        return late / max(1 - cfg.late_qat_frac, 1e-9) if late >= 0 else None
+    lowest = cfg.min_lr if cfg.warmdown_frac > 0 else 0.0
+    late = cfg.late_qat_threshold - scale
+    return late / max(cfg.late_qat_threshold - lowest, 1e-9) if late > 0 else None
 
 
 def budget_spent(cfg: Hyperparameters, step: int, elapsed_s: float) -> float:
-    """Share of the step or time budget that is gone, whichever is larger. 0..1"""
+    """The larger of the shares of the step and the time budget that are used, 0..1."""
     by_time = elapsed_s / cfg.train_seconds if cfg.train_seconds else 0.0
     return min(max(step / max(cfg.iterations, 1), by_time), 1.0)
 
 
 def lr_scale(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -> float:
-    """Constant, then linear to 0 (or MIN_LR), timed so that the end meets the step limit or the clock."""
+    """Constant, then linear to 0 (or MIN_LR) at the step limit or the end of time, whichever comes first."""
     if cfg.warmdown_frac > 0:
         left = 1.0 - budget_spent(cfg, step, elapsed_s)
         return 1.0 if left > cfg.warmdown_frac else max(left / cfg.warmdown_frac, cfg.min_lr)
@@ -2078,41 +2040,40 @@ def lr_scale(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -
 
 # ------------------------------------------------------------------------------------------------ AVERAGING
 class Averager:
-    """Averages of the weights, in fp32 on the device: an EMA, and one mean of snapshots whose window is the end of
-    training (SWA) or the last LAWA_K of them (LAWA, which wins if both are on). At the end the mean is used if there
-    is one, else the EMA."""
+    """Averages of the weights, in fp32 on the device: an EMA, and a mean of snapshots, either of all from the end of
+    training (SWA) or of the last LAWA_K (LAWA, which wins if both are on). `apply` prefers the mean to the EMA."""
 
     def __init__(self, cfg: Hyperparameters, params: list[Tensor]):
         self.cfg, self.params, self.snapshots, self.count = cfg, params, [], 0
-        self.ema = self._copy() if cfg.ema_enabled else []
+        self.ema = self.copy_params() if cfg.ema_enabled else []
 
-    def _copy(self) -> list[Tensor]:
+    def copy_params(self) -> list[Tensor]:
         return [p.detach().float().clone() for p in self.params]
 
     def restart_ema(self) -> None:
-        """Put the present weights in place of the exponential average. Its decay ramp belongs to the start of training
-        and does not begin again: the average would end with a memory of a few dozen steps."""
-        self.ema = self._copy()
+        """Start the EMA from the present weights. Its decay does not ramp up again: the memory would end up too short."""
+        self.ema = self.copy_params()
 
     @torch.no_grad()
     def update(self, step: int, plan: StepPlan) -> None:
         """Take in the weights after step number `step` (counted from 1)."""
         cfg = self.cfg
         if self.ema:  # the first steps get a short memory: with 0.997 alone a short run averages its start
-            decay = min(cfg.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.ema, self.params, 1 - decay)
-        if cfg.lawa_enabled and step % cfg.lawa_freq == 0:
-            self.snapshots, self.count = [*self.snapshots, self._copy()][-cfg.lawa_k:], min(self.count + 1, cfg.lawa_k)
-        elif cfg.swa_enabled and not cfg.lawa_enabled and plan.snapshot:
+            torch._foreach_lerp_(self.ema, self.params, 1 - min(cfg.ema_decay, (1 + step) / (10 + step)))
+        if cfg.lawa_enabled:
+            if step % cfg.lawa_freq == 0:
+                self.snapshots = [*self.snapshots, self.copy_params()][-cfg.lawa_k:]
+                self.count = len(self.snapshots)
+        elif cfg.swa_enabled and plan.snapshot:
             if self.snapshots:  # all snapshots count, so that their sum is enough
                 torch._foreach_add_(self.snapshots[0], self.params)
             else:
-                self.snapshots = [self._copy()]
+                self.snapshots = [self.copy_params()]
             self.count += 1
 
     @torch.no_grad()
     def apply(self) -> str:
-        """Load the chosen average into the parameters; returns the log line that says which."""
+        """Load the average into the parameters; returns the log line that says which."""
         if self.count:
             mean = [sum(copies) / self.count for copies in zip(*self.snapshots)]
             line = (f"lawa:applying LAWA averaging k={self.count}" if self.cfg.lawa_enabled else
@@ -2145,8 +2106,12 @@ class TrainState:
     first_step_s: float = 0.0
 
     def pace(self, elapsed_s: float) -> float:
-        """Seconds a step, the first one left out: it may have compiled. 0 when unknown."""
+        """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
         return (elapsed_s - self.first_step_s) / (self.step - 1) if self.step > 1 else 0.0
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps (0: never) is to happen after this one."""
+        return bool(every) and self.step % every == 0
 
     def pack(self) -> dict:
         return {"model": self.model.state_dict(), "optimisers": self.optimisers.state(),
@@ -2165,7 +2130,7 @@ def checkpoint_path(rt: Runtime) -> Path:
 
 
 def resumable_settings(cfg: Hyperparameters) -> str:
-    """The settings a checkpoint must share with the run that goes on from it."""
+    """JSON of the settings a checkpoint must share with the run that resumes from it."""
     free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
             "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size",
             "micro_batch_tokens"}
@@ -2187,7 +2152,7 @@ def torch_bytes(value) -> bytes:
 
 
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Go on where the checkpoint of RUN_ID stopped. Raises UserError."""
+    """Resume from the checkpoint of RUN_ID. Raises UserError if it is missing, damaged or of other settings."""
     path = checkpoint_path(rt)
     try:
         packed = torch.load(path, map_location=rt.device, weights_only=True)
@@ -2218,7 +2183,7 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> T
 
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
-    """Run every graph training will need before the clock starts, then put everything back."""
+    """Compile every graph training will need before the clock starts, by steps that are then undone."""
     rt.log(f"warm-up: {cfg.warmup_steps} steps, before the clock starts")
     start = copy.deepcopy(state.pack())
     may_round = cfg.qat_enabled or cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0
@@ -2233,7 +2198,8 @@ def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainDat
 def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, validate) -> TrainState:
     """Train until the step limit or the clock ends it; the model is left with the averaged weights.
 
-    `validate(name, score_fn)` gives an object with `loss` and `bpb`; its time is not counted.
+    `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
+    training time. Raises UserError when the loss is no longer finite.
     """
     state = TrainState(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())), Stopwatch())
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
@@ -2243,17 +2209,15 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     if cfg.resume:
         load_checkpoint(cfg, rt, state)
     model.train()
-    stop = False
+    out_of_time = False
     while True:
         elapsed = rt.agree(state.watch.elapsed())
-        timing = f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / max(state.step, 1):.2f}ms"
-        stop = stop or state.step >= cfg.iterations
-        if stop or cfg.val_loss_every and state.step % cfg.val_loss_every == 0:
+        done = out_of_time or state.step >= cfg.iterations
+        if done or state.due(cfg.val_loss_every):
             with state.watch.paused():
                 result = validate("validation", score_fn)
-            rt.log(f"step:{state.step}/{cfg.iterations} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {timing}",
-                   "validation", step=state.step, val_loss=result.loss, val_bpb=result.bpb, train_time_s=elapsed)
-        if stop:
+            log_losses(cfg, rt, state, elapsed, "validation", {"val_loss": result.loss, "val_bpb": result.bpb})
+        if done:
             break
         plan = plan_step(cfg, state.step, elapsed, state.pace(elapsed))
         announce(rt, state, plan, cfg)
@@ -2263,16 +2227,14 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         rt.keep_pace()
         elapsed = rt.agree(state.watch.elapsed())
         state.first_step_s = state.first_step_s or elapsed
-        stop = bool(cfg.train_seconds) and elapsed >= cfg.train_seconds
-        if cfg.train_log_every and (state.step <= 10 or state.step % cfg.train_log_every == 0 or stop
-                                    or state.step == cfg.iterations):
+        out_of_time = bool(cfg.train_seconds) and elapsed >= cfg.train_seconds
+        last = out_of_time or state.step == cfg.iterations
+        if cfg.train_log_every and (state.step <= 10 or last or state.due(cfg.train_log_every)):
             loss = rt.sum_(loss).item()
-            rt.log(f"step:{state.step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
-                   f"step_avg:{1000 * elapsed / state.step:.2f}ms", "train", step=state.step, train_loss=loss,
-                   train_time_s=elapsed, lr_scale=plan.lr_scale)
+            log_losses(cfg, rt, state, elapsed, "train", {"train_loss": loss}, lr_scale=plan.lr_scale)
             if not math.isfinite(loss):
                 raise UserError(f"training diverged: loss {loss} at step {state.step}; lower MATRIX_LR or SCALAR_LR")
-        if cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0:
+        if state.due(cfg.checkpoint_every):
             with state.watch.paused():
                 save_checkpoint(cfg, rt, state)
     if state.step < cfg.iterations:
@@ -2282,13 +2244,22 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     return state
 
 
+def log_losses(cfg: Hyperparameters, rt: Runtime, state: TrainState, elapsed_s: float, event: str, losses: dict,
+               **unprinted) -> None:
+    """One line with progress, losses and time; all of that and what is `unprinted` go to the event log."""
+    printed = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
+    rt.log(f"step:{state.step}/{cfg.iterations} {printed} train_time:{1000 * elapsed_s:.0f}ms "
+           f"step_avg:{1000 * elapsed_s / max(state.step, 1):.2f}ms", event, step=state.step, **losses,
+           train_time_s=elapsed_s, **unprinted)
+
+
 def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameters) -> None:
-    """Switch late QAT on, for good, and log the turning points of the schedule."""
+    """Switch late QAT on for the rest of the run, and log the turning points of the schedule."""
     if plan.qat and not state.qat:
         state.qat = True
         rt.log(f"late_qat:enabled step:{state.step} scale:{plan.lr_scale:.4f}", "late_qat", step=state.step)
         if cfg.ema_reset_at_qat and state.averager.ema and state.step:
-            state.averager.restart_ema()  # weights that were never rounded would blur those that learn to be
+            state.averager.restart_ema()  # keeps weights from before rounding out of the average
             rt.log(f"ema:restarted step:{state.step}")
     if state.step in (0, 10) and not cfg.warmdown_frac and plan.lr_scale < 1:
         rt.log(f"warning: the run is shorter than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate is at "
