@@ -55,16 +55,14 @@ from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------------ CONFIG
 class UserError(Exception):
-    """Something the user can mend. `main` prints it as one line, without a traceback, and exits with 2."""
+    """A mistake of the user's. `main` prints it as one line, without a traceback, and exits with 2."""
 
 
-def env_field(default, help: str, *, lo=None, hi=None, choices=(), aliases=(), group=""):
-    """One setting: its type is the annotation, its variable the upper-cased name (or a published alias).
-
-    `group` is a published name that sets several settings at once; a setting's own name wins over it.
-    """
-    meta = {"help": help, "lo": lo, "hi": hi, "choices": tuple(choices), "aliases": tuple(aliases), "group": group}
-    return dataclasses.field(default=default, metadata=meta)
+def env_field(default, help: str, *, lo=None, hi=None, choices="", alias="", group="", section=""):
+    """One setting: its type is the annotation, its variable the upper-cased name (or a published alias). `group`: a
+    published name that sets several settings, unless their own names do. `section`: the one this setting begins."""
+    meta = {"lo": lo, "hi": hi, "choices": choices.split(), "alias": alias, "group": group, "section": section}
+    return dataclasses.field(default=default, metadata={"help": help, **meta})
 
 
 @dataclass(frozen=True)
@@ -72,27 +70,24 @@ class Hyperparameters:
     """Every setting of a run. Defaults are those of PR 1092's best run unless the help says otherwise."""
 
     # Run
-    run_id: str = env_field("", "name of the run and its log files; made up when empty")
+    run_id: str = env_field("", "name of the run and its log files; generated when empty", section="Run")
     seed: int = env_field(1337, "seed of the initial weights", lo=0)
-    artifact_dir: str = env_field(".", "folder for logs/, checkpoints/ and the model files", aliases=("OUT_DIR",))
-    device: str = env_field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on a CPU",
-                           choices=("auto", "bf16", "fp32"))
-    compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    attention: str = env_field("auto", "attention kernel; auto: the best one there is",
-                               choices=("auto", "fa3", "cudnn", "flash", "math"))
-    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far held against "
-                             "references in Triton's interpreter only, never on a GPU; auto: torch for now",
-                             choices=("auto", "torch", "triton"))
+    artifact_dir: str = env_field(".", "folder for logs/, checkpoints/ and the model files", alias="OUT_DIR")
+    device: str = env_field("auto", "where to compute", choices="auto cpu cuda")
+    dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
+    compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
+    attention: str = env_field("auto", "attention kernel; auto: the best there is", choices="auto fa3 cudnn flash math")
+    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far tested in Triton's "
+                             "interpreter only, never on a GPU; auto: torch for now", choices="auto torch triton")
     # Data
     data_path: str = env_field("./data/datasets/fineweb10B_sp1024", "folder with fineweb_{train,val}_*.bin; its "
-                               "dataset.json, if there, says what tokenizer and vocabulary it has")
+                               "dataset.json, if there is one, names tokenizer and vocabulary size", section="Data")
     tokenizer_path: str = env_field("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of that data")
-    train_batch_tokens: int = env_field(786_432, "tokens of one optimiser step, over all ranks", lo=1)
-    micro_batch_tokens: int = env_field(0, "most tokens of one forward pass; 0: 98,304 on CUDA, 4,096 on a CPU", lo=0)
+    train_batch_tokens: int = env_field(786_432, "tokens per optimiser step, over all ranks", lo=1)
+    micro_batch_tokens: int = env_field(0, "maximum tokens per forward pass; 0: 98,304 on CUDA, 4,096 on CPU", lo=0)
     # Model
-    vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536)
-    train_seq_len: int = env_field(2048, "tokens of a training sequence; sets the rotary base too", lo=2)
+    vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536, section="Model")
+    train_seq_len: int = env_field(2048, "tokens per training sequence; sets the rotary base too", lo=2)
     num_layers: int = env_field(11, "transformer blocks", lo=1, hi=256)
     model_dim: int = env_field(512, "width of the residual stream", lo=2)
     num_heads: int = env_field(8, "query heads", lo=1)
@@ -100,65 +95,61 @@ class Hyperparameters:
     mlp_mult: float = env_field(3.0, "MLP width over model width", lo=0.01, hi=64)
     leaky_slope: float = env_field(0.75, "negative slope of LeakyReLU, whose square is the activation", lo=0, hi=1)
     tie_embeddings: bool = env_field(True, "use the embedding table as output layer")
-    tied_embed_init_std: float = env_field(0.005, "spread of the initial embedding", lo=0, hi=100)
+    tied_embed_init_std: float = env_field(0.005, "standard deviation of the initial embedding", lo=0, hi=100)
     rope_base: float = env_field(10_000.0, "base of the rotary frequencies", lo=1, hi=1e9)
-    rope_dims: int = env_field(16, "rotated dimensions a head; 0: all", lo=0)
-    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN stretches the rotary base (NTK); 1024 as PR 1092",
-                                        lo=1)
+    rope_dims: int = env_field(16, "rotated dimensions per head; 0: all", lo=0)
+    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN scales the rotary base up (NTK)", lo=1)
     logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap)", lo=1e-3, hi=1e4)
     qk_gain_init: float = env_field(1.5, "initial gain of each query head", lo=0, hi=1000)
     ln_scale: bool = env_field(True, "scale normalised inputs by 1/sqrt(layer+1)")
-    xsa_last_n: int = env_field(11, "exclusive self-attention on this many last layers", lo=0)
+    xsa_last_n: int = env_field(11, "exclusive self-attention in this many last layers", lo=0)
     bigram_vocab_size: int = env_field(2048, "buckets of the hashed bigram table; 0: none", lo=0)
     bigram_dim: int = env_field(128, "width of the bigram table", lo=1)
     trigram_vocab_size: int = env_field(0, "buckets of the hashed trigram table; 0: none", lo=0)
     trigram_dim: int = env_field(128, "width of the trigram table", lo=1)
     ve_enabled: bool = env_field(True, "add a shared token embedding to the values of VE_LAYERS")
-    ve_dim: int = env_field(128, "width of the value embedding", lo=1, aliases=("VALUE_EMBED_DIM",))
-    ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, with commas")
-    gated_attention: bool = env_field(False, "a learnt gate on each head's output")
+    ve_dim: int = env_field(128, "width of the value embedding", lo=1, alias="VALUE_EMBED_DIM")
+    ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, comma-separated")
+    gated_attention: bool = env_field(False, "a learned gate on each head's output")
     value_residual: bool = env_field(False, "mix the first layer's values into every later layer")
-    dtg_enabled: bool = env_field(False, "a learnt gate on each block's update")
+    dtg_enabled: bool = env_field(False, "a learned gate on each block's update")
     mtp_num_heads: int = env_field(0, "extra heads that predict tokens further ahead; training only", lo=0, hi=16)
     mtp_loss_weight: float = env_field(0.2, "weight of their mean loss", lo=0, hi=100)
     # Optimisers
-    matrix_lr: float = env_field(0.025, "learning rate of the banks (Muon)", lo=0, hi=100)
+    matrix_lr: float = env_field(0.025, "learning rate of the banks (Muon)", lo=0, hi=100, section="Optimisers")
     scalar_lr: float = env_field(0.025, "learning rate of vectors, gates and small projections (AdamW)", lo=0, hi=100)
-    tied_embed_lr: float = env_field(0.035, "learning rate of the tables when embeddings are tied (AdamW)",
-                                     lo=0, hi=100)
-    embed_lr: float = env_field(0.6, "learning rate of the tables when they are not", lo=0, hi=100)
+    tied_embed_lr: float = env_field(0.035, "learning rate of the tables with TIE_EMBEDDINGS=1 (AdamW)", lo=0, hi=100)
+    embed_lr: float = env_field(0.6, "the same with TIE_EMBEDDINGS=0", lo=0, hi=100)
     head_lr: float = env_field(0.008, "learning rate of an untied output layer and of MTP heads", lo=0, hi=100)
     muon_momentum: float = env_field(0.99, "momentum of Muon", lo=0, hi=0.9999)
-    muon_momentum_warmup_start: float = env_field(0.92, "its first value", lo=0, hi=0.9999)
-    muon_momentum_warmup_steps: int = env_field(1500, "steps from the first value to MUON_MOMENTUM", lo=0)
+    muon_momentum_warmup_start: float = env_field(0.92, "its initial value", lo=0, hi=0.9999)
+    muon_momentum_warmup_steps: int = env_field(1500, "steps from the initial value to MUON_MOMENTUM", lo=0)
     muon_backend_steps: int = env_field(5, "Newton-Schulz iterations", lo=1, hi=20)
     muon_wd: float = env_field(0.04, "weight decay of the banks", lo=0, hi=10)
-    normuon: bool = env_field(False, "even out the rows of Muon's update (PR 173); off in PR 1092")
-    muon_beta2: float = env_field(0.95, "memory of those row norms; used with NORMUON=1 only", lo=0, hi=0.9999)
+    normuon: bool = env_field(False, "normalise the rows of Muon's update (NorMuon, PR 173); off in PR 1092")
+    muon_beta2: float = env_field(0.95, "decay of those row norms; used with NORMUON=1 only", lo=0, hi=0.9999)
     adam_wd: float = env_field(0.04, "weight decay of AdamW, output heads excepted", lo=0, hi=10)
     beta1: float = env_field(0.9, "AdamW's first beta", lo=0, hi=0.9999)
     beta2: float = env_field(0.95, "AdamW's second beta", lo=0, hi=0.99999)
     adam_eps: float = env_field(1e-8, "AdamW's epsilon", lo=0, hi=1)
-    grad_clip_norm: float = env_field(0.3, "norm the global gradient is clipped to; 0: not", lo=0, hi=1e6)
+    grad_clip_norm: float = env_field(0.3, "norm the global gradient is clipped to; 0: no clipping", lo=0, hi=1e6)
     grad_quant: bool = env_field(False, "send bank gradients between ranks in bf16 instead of fp32")
-    control_tensor_name_patterns: str = env_field(
-        "", "name parts, with commas: further parameters kept as floats and trained as control tensors")
+    control_tensor_name_patterns: str = env_field("", "more control tensors (floats): parts of names, comma-separated")
     # Schedule
-    iterations: int = env_field(20_000, "most optimiser steps", lo=0)
+    iterations: int = env_field(20_000, "maximum optimiser steps", lo=0, section="Schedule")
     max_wallclock_seconds: float = env_field(600.0, "training stops here; 0: no limit", lo=0, hi=1e7)
     warmup_steps: int = env_field(20, "steps that compile every graph and are then undone", lo=0)
     warmdown_iters: int = env_field(3500, "the learning rate falls to 0 over this many last steps", lo=0)
-    warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: use WARMDOWN_ITERS",
-                                     lo=0, hi=1)
+    warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: off", lo=0, hi=1)
     min_lr: float = env_field(0.0, "with WARMDOWN_FRAC: lowest learning-rate scale", lo=0, hi=1)
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
-    val_batch_size: int = env_field(524_288, "most tokens of one validation forward pass, over all ranks", lo=1)
+    val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
     checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: none", lo=0)
-    resume: bool = env_field(False, "go on from the checkpoint of RUN_ID")
+    resume: bool = env_field(False, "continue from the checkpoint of RUN_ID")
     # Averaging
-    ema_enabled: bool = env_field(True, "export an exponential average of the weights")
-    ema_decay: float = env_field(0.997, "its decay a step; shorter memory in the first steps", lo=0, hi=0.99999)
+    ema_enabled: bool = env_field(True, "export an exponential moving average of the weights", section="Averaging")
+    ema_decay: float = env_field(0.997, "its decay per step; lower in the first steps", lo=0, hi=0.99999)
     swa_enabled: bool = env_field(False, "export the mean of snapshots instead (collected, never used, in PR 1092)")
     swa_every: int = env_field(50, "steps between snapshots", lo=1)
     swa_start_frac: float = env_field(0.2, "snapshots start when the learning-rate scale falls below", lo=0, hi=1.01)
@@ -166,91 +157,71 @@ class Hyperparameters:
     lawa_k: int = env_field(10, "snapshots of LAWA", lo=1)
     lawa_freq: int = env_field(100, "steps between them", lo=1)
     # Quantisation and artifact
-    qat_enabled: bool = env_field(False, "train on rounded weights from the first step")
-    late_qat_threshold: float = env_field(0.15, "train on them once the learning-rate scale falls below; 0: never",
-                                          lo=0, hi=1)
-    late_qat_frac: float = env_field(0.0, "instead: once this fraction of the budget is spent; 0: not so", lo=0, hi=1)
-    soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550, its formula mended)")
-    ema_reset_at_qat: bool = env_field(True, "start the EMA afresh when QAT starts (PR 1216)")
+    qat_enabled: bool = env_field(False, "fake quantisation from the first step", section="Quantisation and artifact")
+    late_qat_threshold: float = env_field(0.15, "the same once the learning-rate scale is below; 0: never", lo=0, hi=1)
+    late_qat_frac: float = env_field(0.0, "instead: once this fraction of the budget is spent; 0: off", lo=0, hi=1)
+    soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550, its formula corrected)")
+    ema_reset_at_qat: bool = env_field(True, "restart the EMA when QAT starts (PR 1216)")
     mlp_quant_bits: int = env_field(6, "bits of the MLP banks", lo=2, hi=8, group="MATRIX_BITS")
-    attn_qat_bits: int = env_field(6, "bits of the attention banks", lo=2, hi=8, aliases=("ATTN_QUANT_BITS",),
-                                   group="MATRIX_BITS")
+    attn_qat_bits: int = env_field(6, "bits of attention's", lo=2, hi=8, alias="ATTN_QUANT_BITS", group="MATRIX_BITS")
     embed_bits: int = env_field(8, "bits of the token table and output layer", lo=2, hi=8)
     bigram_bits: int = env_field(8, "bits of the hashed tables", lo=2, hi=8)
     ve_bits: int = env_field(8, "bits of the value-embedding table", lo=2, hi=8)
-    clip_rule: str = env_field("percentile", "where a row's largest code lies: at the best of five percentiles, at the "
-                               "largest weight, or at so many standard deviations",
-                              choices=("percentile", "amax", "sdclip"))
-    mlp_clip_sigmas: float = env_field(12.85, "with sdclip: standard deviations, MLP banks", lo=0.1, hi=1000,
-                                       group="MATRIX_CLIP_SIGMAS")
-    attn_clip_sigmas: float = env_field(12.85, "with sdclip: the same, attention banks", lo=0.1, hi=1000,
-                                        group="MATRIX_CLIP_SIGMAS")
-    embed_clip_sigmas: float = env_field(20.0, "with sdclip: the same, all tables", lo=0.1, hi=1000)
-    mlp_clip_widen: float = env_field(1.0, "MLP banks: steps this much wider than the rule's, for a smaller file",
-                                      lo=1, hi=100)
-    attn_clip_widen: float = env_field(1.0, "the same, attention banks", lo=1, hi=100)
-    embed_clip_widen: float = env_field(1.0, "the same, all tables", lo=1, hi=100)
-    fp16_keep_name_patterns: str = env_field("", "name parts, with commas: parameters stored as fp16, not rounded")
-    int8_keep_float_fp32_name_patterns: str = env_field(
-        "", "name parts, with commas: parameters stored as fp32 in the artifact")
+    clip_rule: str = env_field("percentile", "clip of each row: the best of five percentiles, the largest weight or "
+                               "k standard deviations", choices="percentile amax sdclip")
+    mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
+    attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
+    embed_clip_sigmas: float = env_field(20.0, "k of sdclip, all tables", lo=0.1, hi=1000)
+    mlp_clip_widen: float = env_field(1.0, "widens the steps of the MLP banks, for a smaller file", lo=1, hi=100)
+    attn_clip_widen: float = env_field(1.0, "the same for the attention banks", lo=1, hi=100)
+    embed_clip_widen: float = env_field(1.0, "the same for all tables", lo=1, hi=100)
+    fp16_keep_name_patterns: str = env_field("", "stored as fp16, not rounded: parts of names, comma-separated")
+    int8_keep_float_fp32_name_patterns: str = env_field("", "stored as fp32: parts of names, comma-separated")
     gptq_enabled: bool = env_field(False, "round so that each layer's output changes least (GPTQ), not to the nearest")
-    gptq_calibration: str = env_field("train", "on what: the training batches that would come next, or text that the "
-                                      "model writes itself", choices=("train", "self"))
-    gptq_calibration_batches: int = env_field(16, "batches of it: TRAIN_BATCH_TOKENS each, or 4 sequences of own text",
-                                              lo=1)
-    gptq_reserve_seconds: float = env_field(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration; 0: 2 % of it",
-                                            lo=0, hi=1e7)
-    compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range if its "
-                              "package constriction is there, else lzma",
-                              choices=("auto", "range", "lzma", "zstd"), aliases=("COMPRESSOR",))
+    gptq_calibration: str = env_field("train", "on training batches or text the model generates", choices="train self")
+    gptq_calibration_batches: int = env_field(16, "of TRAIN_BATCH_TOKENS, or of 4 generated sequences", lo=1)
+    gptq_reserve_seconds: float = env_field(0.0, "calibration's part of MAX_WALLCLOCK_SECONDS; 0: 2 %", lo=0, hi=1e7)
+    compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range, or lzma "
+                              "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
     artifact_limit_bytes: int = env_field(16_000_000, "code + artifact above this ends the run with an error", lo=1)
-    code_bytes: int = env_field(0, "bytes of the code that is submitted; 0: of this file. run.sh gives those of the "
-                                "built one (tools/record.py)", lo=0)
+    code_bytes: int = env_field(0, "size of the submitted code; 0: of this file; run.sh gives the built file's", lo=0)
     size_fit: bool = env_field(False, "instead of that error, round more coarsely where it costs least until it fits")
     # Evaluation
-    eval_seq_len: int = env_field(2048, "tokens of an evaluation window; 0: TRAIN_SEQ_LEN", lo=0)
+    eval_seq_len: int = env_field(2048, "tokens per evaluation window; 0: TRAIN_SEQ_LEN", lo=0, section="Evaluation")
     eval_stride: int = env_field(64, "tokens newly scored by each sliding window; 0: no sliding evaluation", lo=0)
-    eval_batch_seqs: int = env_field(32, "windows of one forward pass", lo=1)
-    eval_artifact: str = env_field("", "no training: score this artifact, whose model settings replace those given "
-                                   "here")
-    eval_max_seconds: float = env_field(600.0, "for reading the artifact, compilation and all final scores together: "
-                                        "adaptation gives way, scoring never; 0: no limit", lo=0, hi=1e7)
-    ttt_enabled: bool = env_field(True, "score once more with test-time training on what was scored before")
-    ttt_mode: str = env_field("sgd", "what learns: the weights, or low-rank additions to them", choices=("sgd", "lora"))
-    ttt_reset: str = env_field("stream", "learn along the whole text, or (lora) afresh in each document",
-                               choices=("stream", "document"))
+    eval_batch_seqs: int = env_field(32, "windows per forward pass", lo=1)
+    eval_artifact: str = env_field("", "score this artifact, with the model settings it holds, instead of training")
+    eval_max_seconds: float = env_field(600.0, "for loading, compilation and all final scores together: cuts "
+                                        "adaptation short, never scoring; 0: no limit", lo=0, hi=1e7)
+    ttt_enabled: bool = env_field(True, "score once more with test-time training (TTT) on tokens already scored")
+    ttt_mode: str = env_field("sgd", "what adapts: the weights, or low-rank additions to them", choices="sgd lora")
+    ttt_reset: str = env_field("stream", "adapt along the text or (lora) in each document", choices="stream document")
     ttt_epochs: int = env_field(3, "passes over each scored chunk", lo=0)
     ttt_chunk_tokens: int = env_field(32_768, "tokens scored before each adaptation", lo=1)
-    ttt_batch_seqs: int = env_field(32, "sequences of one adaptation step, over all ranks", lo=1)
-    ttt_grad_clip: float = env_field(1.0, "norm an adaptation gradient is clipped to; 0: not", lo=0, hi=1e6)
-    ttt_polyak_decay: float = env_field(0.0, "score with the average of the adapted weights; its decay a step; 0: none",
-                                        lo=0, hi=0.99999)
+    ttt_batch_seqs: int = env_field(32, "sequences per adaptation step, over all ranks", lo=1)
+    ttt_grad_clip: float = env_field(1.0, "norm an adaptation gradient is clipped to; 0: no clipping", lo=0, hi=1e6)
+    ttt_polyak_decay: float = env_field(0.0, "score with averaged weights of this decay; 0: off", lo=0, hi=0.99999)
     ttt_temp: float = env_field(1.0, "logits are divided by this while scoring with TTT", lo=1e-3, hi=1000)
-    ttt_optimizer: str = env_field("sgd", "what adapts the weights", choices=("sgd", "adamw"))
+    ttt_optimizer: str = env_field("sgd", "optimiser of the weights", choices="sgd adamw")
     ttt_lr: float = env_field(0.03, "its learning rate, a cosine over the chunks", lo=0, hi=100)
     ttt_momentum: float = env_field(0.9, "momentum of sgd", lo=0, hi=0.9999)
-    ttt_freeze_blocks: int = env_field(0, "first blocks that stay as they are", lo=0)
-    ttt_proj_lr_mult: float = env_field(-1.0, "rate of MLP-down over TTT_LR; -1: 3 for adamw (PR 1092), else 1",
-                                        lo=-1, hi=1000)
-    ttt_fc_lr_mult: float = env_field(-1.0, "rate of MLP-up over TTT_LR; -1: 0.5 for adamw (PR 1092), else 1",
-                                      lo=-1, hi=1000)
-    ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, aliases=("LORA_RANK",))
+    ttt_freeze_blocks: int = env_field(0, "first blocks that stay frozen", lo=0)
+    ttt_proj_lr_mult: float = env_field(-1.0, "MLP-down's rate over TTT_LR; -1: 3 for adamw, else 1", lo=-1, hi=1000)
+    ttt_fc_lr_mult: float = env_field(-1.0, "MLP-up's rate over TTT_LR; -1: 0.5 for adamw, else 1", lo=-1, hi=1000)
+    ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, alias="LORA_RANK")
     ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0, hi=1e5)
-    ttt_lora_targets: str = env_field("q,v,head", "which matrices get one: of q, k, v, o, mlp, head, with commas")
+    ttt_lora_targets: str = env_field("q,v,head", "matrices that get one: of q, k, v, o, mlp, head, comma-separated")
     ttt_lora_layers: str = env_field("", "in which layers (from 0), like 7-10 or 8,9,10; empty: all")
-    ttt_lora_layer_rates: str = env_field("", "layers that learn at another rate, like 7:0.6,8:0.8")
-    ttt_lora_optimizer: str = env_field("adam", "what adapts the additions", choices=("adam", "sgd"))
+    ttt_lora_layer_rates: str = env_field("", "layers with another learning rate, relative to TTT_LORA_LR: 7:0.6,8:0.8")
+    ttt_lora_optimizer: str = env_field("adam", "optimiser of the additions", choices="adam sgd")
     ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0, hi=100)
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
     ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0, hi=10)
-    ttt_batch_docs: int = env_field(64, "documents adapted side by side on a rank; fewer cost as much", lo=1,
-                                    aliases=("TTT_BATCH_SIZE",))
-    ttt_doc_chunk_tokens: int = env_field(256, "tokens of a document scored before each of its adaptations", lo=1,
-                                          aliases=("TTT_CHUNK_SIZE",))
+    ttt_batch_docs: int = env_field(64, "documents in a rank's batch; fewer are padded", lo=1, alias="TTT_BATCH_SIZE")
+    ttt_doc_chunk_tokens: int = env_field(256, "document tokens scored per adaptation", lo=1, alias="TTT_CHUNK_SIZE")
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
-    hash_embed_buckets: int = env_field(0, "rows of a hashed-pair embedding that starts at zero and learns in the "
-                                        "stream alone, 4,096 or 16,384 as published (PR 1460); 0: none", lo=0)
+    hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
 
     @property
@@ -268,12 +239,12 @@ class Hyperparameters:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the export looks at text: its seconds are then training time."""
+        """Whether the export reads text: its seconds then count as training time."""
         return self.gptq_enabled or self.size_fit
 
     @property
     def train_seconds(self) -> float:
-        """Seconds for training steps: the clock's limit less what calibration takes of it. 0: no limit."""
+        """Seconds for training steps: the time limit less what calibration takes of it. 0: no limit."""
         limit = self.max_wallclock_seconds
         return limit - (self.gptq_reserve_seconds or 0.02 * limit) if limit and self.calibrates else limit
 
@@ -291,34 +262,35 @@ class Hyperparameters:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def ve_layer_ids(self) -> tuple[int, ...]:
+        """Layers with the value embedding. Raises UserError, as the next three properties do."""
+        return parse_list("VE_LAYERS", self.ve_layers if self.ve_enabled else "", "a list of layer numbers like 9,10",
+                          lambda parts: tuple(map(int, parts)))
+
+    @property
     def lora_kinds(self) -> tuple[str, ...]:
-        """Which matrices LoRA adds to, by the names of LayerWeights. Raises KeyError."""
+        """Which matrices LoRA adds to, by the names of LayerWeights."""
         kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "mlp": ["up", "down"], "head": ["head"]}
-        return tuple(kind for part in self.ttt_lora_targets.split(",") for kind in kinds[part.strip()])
+        return parse_list("TTT_LORA_TARGETS", self.ttt_lora_targets, "some of q,k,v,o,mlp,head",
+                          lambda parts: tuple(kind for part in parts for kind in kinds[part]))
 
     @property
     def lora_layer_ids(self) -> tuple[int, ...]:
-        """Layers LoRA adds to, in order. Raises ValueError."""
-        spans = [[int(end) for end in part.split("-", 1)] for part in self.ttt_lora_layers.split(",") if part.strip()]
+        """Layers LoRA adds to, in order."""
+        spans = parse_list("TTT_LORA_LAYERS", self.ttt_lora_layers, "layers like 7-10 or 8,9,10",
+                           lambda parts: [[int(end) for end in part.split("-", 1)] for part in parts])
         chosen = {layer for span in spans for layer in range(min(span), max(span) + 1)}
-        return tuple(sorted(chosen)) if spans else tuple(range(self.num_layers))
+        return tuple(sorted(chosen or range(self.num_layers)))
 
     @property
     def lora_layer_rates(self) -> dict[int, float]:
-        """Layer -> its rate over TTT_LORA_LR, where it is not 1. Raises ValueError."""
-        pairs = [part.split(":") for part in self.ttt_lora_layer_rates.split(",") if part.strip()]
-        return {int(layer): float(rate) for layer, rate in pairs}
-
-    @property
-    def ve_layer_ids(self) -> tuple[int, ...]:
-        return tuple(int(part) for part in self.ve_layers.split(",") if part.strip()) if self.ve_enabled else ()
+        """Layer -> its learning rate over TTT_LORA_LR, where that is not 1."""
+        return parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", lambda parts: {
+            int(layer): float(rate) for layer, rate in (part.split(":") for part in parts)})
 
     @classmethod
     def from_env(cls, environ) -> Hyperparameters:
-        """Settings from a mapping of variables.
-
-        Raises UserError on a bad value, a near miss of a name or a contradiction.
-        """
+        """Settings from a mapping of variables. Raises UserError on a bad value, a misspelt name or a contradiction."""
         refuse_near_misses(environ)
         values = {}
         for f in dataclasses.fields(cls):
@@ -337,155 +309,123 @@ class Hyperparameters:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
 
-INT_LIMIT = 2 ** 31 - 1  # of whole numbers that have no other upper bound
-
-
-OTHER_RANKS_WAIT_SECONDS = 3.0  # for torchrun to end them once rank 0 has failed
-
-
 def process_environment() -> dict[str, str]:
     return dict(os.environ)
 
 
 def env_names(f: dataclasses.Field) -> tuple[str, ...]:
-    return (f.name.upper(), *f.metadata["aliases"], *filter(None, [f.metadata["group"]]))
+    return tuple(filter(None, (f.name.upper(), f.metadata["alias"], f.metadata["group"])))
+
+
+INT_LIMIT = 2 ** 31 - 1  # upper bound of integers that declare none
+TYPES = {"bool": ("0 or 1", lambda text: {"0": False, "1": True}[text.strip()]), "int": ("a whole number", int),
+         "float": ("a number", float), "str": ("text", str)}  # annotation -> what is wanted, parser
 
 
 def parse_value(name: str, f: dataclasses.Field, text: str):
-    """The value of one variable, checked for type and range."""
-    meta, kind = f.metadata, f.type
+    """The value of one variable. Raises UserError if its type or range is wrong."""
+    (wanted, parse), meta = TYPES[f.type], f.metadata
     try:
-        if kind == "bool":
-            value = {"0": False, "1": True}[text.strip()]
-        else:
-            value = {"int": lambda t: int(t.replace("_", "")), "float": float, "str": str}[kind](text)
+        value = parse(text)
     except (ValueError, KeyError):
-        wanted = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
         raise UserError(f"{name}={text!r} is not {wanted}") from None
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{name}={text!r} is not one of {', '.join(meta['choices'])}")
-    lo, hi = meta["lo"], INT_LIMIT if kind == "int" and meta["hi"] is None else meta["hi"]
-    if kind == "float" and not math.isfinite(value) or lo is not None and value < lo or hi is not None and value > hi:
-        raise UserError(f"{name}={text} is out of range: {describe_range(f)}")
+    if meta["lo"] is not None and not meta["lo"] <= value <= (INT_LIMIT if meta["hi"] is None else meta["hi"]):
+        raise UserError(f"{name}={text.strip()} is out of range: {describe_range(f)}")  # NaN, too
     return value
 
 
-def describe_range(f: dataclasses.Field) -> str:
-    meta = f.metadata
-    if meta["choices"]:
-        return ", ".join(meta["choices"])
-    if f.type == "bool":
-        return "0, 1"
-    if meta["hi"] is not None:
-        return f"{meta['lo']} to {meta['hi']}"
-    return f"{meta['lo']} or more" if meta["lo"] is not None else "text"
-
-
-def is_valid(name: str, f: dataclasses.Field, text: str) -> bool:
+def parse_list(name: str, text: str, wanted: str, parse):
+    """`parse` of the parts of a comma-separated text. Raises UserError if they are not what is wanted."""
     try:
-        parse_value(name, f, text)
-    except UserError:
-        return False
-    return True
+        return parse([part.strip() for part in text.split(",") if part.strip()])
+    except (ValueError, KeyError):
+        raise UserError(f"{name}={text!r} is not {wanted}") from None
+
+
+def describe_range(f: dataclasses.Field) -> str:
+    lo, hi = f.metadata["lo"], f.metadata["hi"]
+    if lo is None:
+        return "0, 1" if f.type == "bool" else ", ".join(f.metadata["choices"]) or "text"
+    return f"{lo} or more" if hi is None else f"{lo} to {hi}"
 
 
 def refuse_near_misses(environ) -> None:
-    """A variable that is nearly named like a setting, and has a value that this setting could have, is a typing error;
-    any other one belongs to another program. Raises UserError."""
+    """Raise UserError for a variable that is spelt almost like a setting, if its value would be valid for that setting;
+    all others belong to other programs."""
     known = {name: f for f in dataclasses.fields(Hyperparameters) for name in env_names(f)}
     for name in sorted(set(environ) - set(known) - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}):  # torchrun's own
         alike = [k for k in known if abs(len(k) - len(name)) <= 1 and len(name) >= 5]
-        near = difflib.get_close_matches(name, alike, 1, cutoff=0.88)  # OMP_NUM_THREADS is 0.86 of MTP_NUM_HEADS
-        if near and is_valid(near[0], known[near[0]], environ[name]):
-            raise UserError(f"{name} is not a setting; did you mean {near[0]}? (python train_gpt.py --help lists all)")
+        for near in difflib.get_close_matches(name, alike, 1, cutoff=0.88):  # OMP_NUM_THREADS is 0.86 of MTP_NUM_HEADS
+            try:
+                parse_value(near, known[near], environ[name])
+            except UserError:
+                continue
+            raise UserError(f"{name} is not a setting; did you mean {near}? (python train_gpt.py --help lists all)")
 
 
 def check_combinations(cfg: Hyperparameters) -> None:
     """Raise UserError where settings contradict each other."""
-    def require(holds: bool, message: str) -> None:
+    shown = {f.name: f"{f.name.upper()}={getattr(cfg, f.name)!r}".removesuffix(".0") for f in dataclasses.fields(cfg)}
+    for holds, message in combination_rules(cfg):
         if not holds:
-            raise UserError(message)
-
-    require(cfg.model_dim % cfg.num_heads == 0,
-           f"MODEL_DIM={cfg.model_dim} is not divisible by NUM_HEADS={cfg.num_heads}")
-    require(cfg.num_heads % cfg.num_kv_heads == 0,
-           f"NUM_HEADS={cfg.num_heads} is not divisible by NUM_KV_HEADS={cfg.num_kv_heads}")
-    require(cfg.mlp_dim >= 1, f"MLP_MULT={cfg.mlp_mult:g} of MODEL_DIM={cfg.model_dim} leaves an MLP of no width")
-    require(cfg.rope_dims % 2 == 0 and (cfg.rope_dims or cfg.head_dim) % 2 == 0,
-           f"ROPE_DIMS={cfg.rope_dims or cfg.head_dim} is odd; rotation works on pairs")
-    require(cfg.rope_dims <= cfg.head_dim, f"ROPE_DIMS={cfg.rope_dims} is more than a head's {cfg.head_dim} dimensions")
-    for name in ("bigram_vocab_size", "trigram_vocab_size"):
-        require(getattr(cfg, name) != 1, f"{name.upper()}=1 leaves no bucket; use 0 or at least 2")
-    try:
-        ids = cfg.ve_layer_ids
-    except ValueError:
-        raise UserError(f"VE_LAYERS={cfg.ve_layers!r} is not a list of layer numbers like 9,10") from None
-    require(all(0 <= i < cfg.num_layers for i in ids) and len(set(ids)) == len(ids),
-           f"VE_LAYERS={cfg.ve_layers} names a layer twice or outside 0..{cfg.num_layers - 1}")
-    require(cfg.train_batch_tokens % cfg.train_seq_len == 0,
-           f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is not divisible by TRAIN_SEQ_LEN={cfg.train_seq_len}")
-    require(cfg.eval_stride <= cfg.window, f"EVAL_STRIDE={cfg.eval_stride} is longer than a window of {cfg.window}")
-    if cfg.ttt_enabled:
-        check_adaptation(cfg, require)
-    require(not cfg.max_wallclock_seconds or cfg.train_seconds > 0, f"GPTQ_RESERVE_SECONDS={cfg.gptq_reserve_seconds:g} "
-           f"leaves nothing of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} for training")
-    require(cfg.iterations > 0 or not cfg.resume, "RESUME=1 with ITERATIONS=0: nothing to resume")
-    require(not cfg.resume or bool(cfg.run_id), "RESUME=1 needs the RUN_ID of the run to go on with")
-    require(re.fullmatch(r"[\w.+-]*", cfg.run_id) is not None,
-           f"RUN_ID={cfg.run_id!r} names files: letters, digits and . _ + - only")
+            raise UserError(message.format(**shown, head_dim=cfg.head_dim, window=cfg.window, last=cfg.num_layers - 1,
+                                           scored=cfg.eval_stride or cfg.window))
 
 
-def check_adaptation(cfg: Hyperparameters, require) -> None:
-    """`require` what test-time training needs. Raises UserError."""
-    if cfg.ttt_reset == "stream":
-        require(cfg.ttt_chunk_tokens >= cfg.train_seq_len, f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no sequence "
-               f"of TRAIN_SEQ_LEN={cfg.train_seq_len} to learn from")
-        require(cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} is "
-               f"shorter than the {cfg.eval_stride or cfg.window} tokens a window scores")
-    else:
-        require(cfg.ttt_mode == "lora", f"TTT_RESET=document keeps weights for each document: only TTT_MODE=lora can, "
-               f"not {cfg.ttt_mode}")
-        require(cfg.ttt_doc_chunk_tokens <= cfg.window, f"TTT_DOC_CHUNK_TOKENS={cfg.ttt_doc_chunk_tokens} is longer "
-               f"than a window of EVAL_SEQ_LEN={cfg.window}")
-        for name in ("hash_embed_buckets", "ttt_polyak_decay"):
-            require(not getattr(cfg, name), f"{name.upper()} works along a stream; TTT_RESET=document starts afresh")
-    if cfg.ttt_mode == "lora":
-        for name, read, wanted in (("ttt_lora_targets", lambda: cfg.lora_kinds, "some of q,k,v,o,mlp,head"),
-                                   ("ttt_lora_layers", lambda: cfg.lora_layer_ids, "layers like 7-10 or 8,9,10"),
-                                   ("ttt_lora_layer_rates", lambda: cfg.lora_layer_rates, "pairs like 7:0.6")):
-            try:
-                numbered = [int(layer) for layer in read()] if name != "ttt_lora_targets" else read()[:0]
-            except (KeyError, ValueError):
-                raise UserError(f"{name.upper()}={getattr(cfg, name)!r} is not {wanted}") from None
-            require(all(0 <= layer < cfg.num_layers for layer in numbered),
-                   f"{name.upper()}={getattr(cfg, name)} names a layer outside 0..{cfg.num_layers - 1}")
-
-
-SECTIONS = {"run_id": "Run", "data_path": "Data", "vocab_size": "Model", "matrix_lr": "Optimisers",
-            "iterations": "Schedule", "ema_enabled": "Averaging", "qat_enabled": "Quantisation and artifact",
-            "eval_seq_len": "Evaluation"}  # the first setting of each
+def combination_rules(cfg: Hyperparameters):
+    """Yields (holds, message) of each rule, which may rely on those before it; {model_dim} becomes MODEL_DIM=512."""
+    yield cfg.model_dim % cfg.num_heads == 0, "{model_dim} is not divisible by {num_heads}"
+    yield cfg.num_heads % cfg.num_kv_heads == 0, "{num_heads} is not divisible by {num_kv_heads}"
+    yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
+    yield cfg.mlp_dim >= 1, "{mlp_mult} of {model_dim} leaves an MLP of no width"
+    yield cfg.rope_dims <= cfg.head_dim, "{rope_dims} is more than a head's {head_dim} dimensions"
+    yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} (0: {head_dim}) is odd; rotation works on pairs"
+    yield cfg.bigram_vocab_size != 1, "{bigram_vocab_size} leaves no bucket; use 0 or at least 2"
+    yield cfg.trigram_vocab_size != 1, "{trigram_vocab_size} leaves no bucket; use 0 or at least 2"
+    ids, layers = cfg.ve_layer_ids, set(range(cfg.num_layers))
+    yield len(layers.intersection(ids)) == len(ids), "{ve_layers} names a layer twice or outside 0..{last}"
+    yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
+    if cfg.ttt_enabled and cfg.ttt_reset == "stream":
+        yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
+        yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
+            "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
+    elif cfg.ttt_enabled:
+        yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
+        yield cfg.ttt_doc_chunk_tokens <= cfg.window, "{ttt_doc_chunk_tokens} is longer than a window of {window}"
+        yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
+        yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
+    if cfg.ttt_enabled and cfg.ttt_mode == "lora":
+        yield cfg.lora_kinds, "{ttt_lora_targets} is not some of q,k,v,o,mlp,head"
+        yield layers.issuperset(cfg.lora_layer_ids), "{ttt_lora_layers} names a layer outside 0..{last}"
+        yield layers.issuperset(cfg.lora_layer_rates), "{ttt_lora_layer_rates} names a layer outside 0..{last}"
+    yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
+        "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
+    yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
+    yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
+    yield re.fullmatch(r"[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits and . _ + - only"
 
 
 def settings_by_section() -> dict[str, list[dataclasses.Field]]:
     sections = {}
     for f in dataclasses.fields(Hyperparameters):
-        if f.name in SECTIONS:
-            sections[SECTIONS[f.name]] = current = []
+        if f.metadata["section"]:
+            sections[f.metadata["section"]] = current = []
         current.append(f)
     return sections
 
 
 def config_table(markdown: bool = False) -> str:
     """The settings as a table: what --help prints and what README shows."""
+    head = ["", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown else []
+    row = "| `{0}` | `{1}` | {2} | {3} |" if markdown else "  {0:<34} {1!s:<10} {3} [{2}]"
     lines = []
     for section, fields in settings_by_section().items():
-        lines += ([f"**{section}**", "", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown
-                  else [section])
+        lines += [f"**{section}**" if markdown else section, *head]
         for f in fields:
-            default, names = int(f.default) if f.type == "bool" else f.default, " = ".join(env_names(f))
-            default = "(empty)" if default == "" else default
-            lines.append(f"| `{names}` | `{default}` | {describe_range(f)} | {f.metadata['help']} |" if markdown
-                         else f"  {names:<34} {default!s:<10} {f.metadata['help']} [{describe_range(f)}]")
+            default = "(empty)" if f.default == "" else int(f.default) if f.type == "bool" else f.default
+            lines.append(row.format(" = ".join(env_names(f)), default, describe_range(f), f.metadata["help"]))
         lines.append("")
     return "\n".join(lines)
 
