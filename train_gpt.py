@@ -163,7 +163,7 @@ class Hyperparameters:
     soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550, its formula corrected)")
     ema_reset_at_qat: bool = env_field(True, "restart the EMA when QAT starts (PR 1216)")
     mlp_quant_bits: int = env_field(6, "bits of the MLP banks", lo=2, hi=8, group="MATRIX_BITS")
-    attn_qat_bits: int = env_field(6, "bits of attention's", lo=2, hi=8, alias="ATTN_QUANT_BITS", group="MATRIX_BITS")
+    attn_qat_bits: int = env_field(6, "bits of attention", lo=2, hi=8, alias="ATTN_QUANT_BITS", group="MATRIX_BITS")
     embed_bits: int = env_field(8, "bits of the token table and output layer", lo=2, hi=8)
     bigram_bits: int = env_field(8, "bits of the hashed tables", lo=2, hi=8)
     ve_bits: int = env_field(8, "bits of the value-embedding table", lo=2, hi=8)
@@ -178,8 +178,8 @@ class Hyperparameters:
     fp16_keep_name_patterns: str = env_field("", "stored as fp16, not rounded: parts of names, comma-separated")
     int8_keep_float_fp32_name_patterns: str = env_field("", "stored as fp32: parts of names, comma-separated")
     gptq_enabled: bool = env_field(False, "round so that each layer's output changes least (GPTQ), not to the nearest")
-    gptq_calibration: str = env_field("train", "on training batches or text the model generates", choices="train self")
-    gptq_calibration_batches: int = env_field(16, "of TRAIN_BATCH_TOKENS, or of 4 generated sequences", lo=1)
+    gptq_calibration: str = env_field("train", "calibrate on training batches or generated text", choices="train self")
+    gptq_calibration_batches: int = env_field(16, "batches of it: TRAIN_BATCH_TOKENS each, or 4 sequences", lo=1)
     gptq_reserve_seconds: float = env_field(0.0, "calibration's part of MAX_WALLCLOCK_SECONDS; 0: 2 %", lo=0, hi=1e7)
     compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range, or lzma "
                               "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
@@ -432,8 +432,8 @@ def config_table(markdown: bool = False) -> str:
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
 def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
-    """Write a file whole or not at all: on any failure the old file survives, which else moves to `older`. Raises
-    UserError."""
+    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
+    given. Raises UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -451,21 +451,19 @@ def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None
 
 
 class RunLog:
-    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0.
-
-    The files appear with the first line, so that a run which ends before it began leaves none.
-    """
+    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0. The files
+    are created by the first line, so that a run which is refused leaves none."""
 
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
         self.base, self.active, self.broken = folder / "logs" / run_id, active, False
-        self.fresh = set() if append else {".txt", ".jsonl"}  # not written to yet: what an older run left is replaced
+        self.fresh = set() if append else {".txt", ".jsonl"}  # not written yet: an older run's file is replaced
 
     def path(self, kind: str) -> Path:
         return self.base.with_name(self.base.name + kind)
 
     def __call__(self, text: str, event: str = "", console: bool = True, **fields) -> None:
-        """One line for people; with an event name, one JSON object for programs as well. Raises UserError if the log
-        cannot be begun."""
+        """One line for people and, with an event name, one JSON object for programs. Raises UserError if a log file
+        cannot be created."""
         if not self.active:
             return
         if console:
@@ -483,7 +481,7 @@ class RunLog:
         except OSError as error:
             if begins:
                 raise UserError(f"cannot write logs to {path.parent}: {error.strerror}") from None
-            if not self.broken:  # a full disk must not end a training run that may still be saved elsewhere
+            if not self.broken:  # a full disk must not end the run: its model may be saved on another one
                 print(f"warning: log {path} is incomplete: {error.strerror}", file=sys.stderr)
             self.broken = True
         self.fresh.discard(kind)
@@ -493,23 +491,22 @@ class RunLog:
 
 
 class Progress:
-    """A bar on a terminal; and in the log one line, once a phase has taken some seconds."""
+    """A progress bar on a terminal (with the package tqdm), and one line in the log after some seconds."""
 
     QUIET_SECONDS = 5.0
 
     def __init__(self, log: RunLog, total: int, what: str):
-        self.log, self.total, self.what, self.done, self.said, self.bar = log, total, what, 0, False, None
+        self.log, self.total, self.what, self.done, self.logged, self.bar = log, total, what, 0, False, None
         self.start = time.perf_counter()
         if log.active and sys.stderr.isatty():
             with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-                self.bar = tqdm(total=total, desc=what, leave=False)
+                self.bar = importlib.import_module("tqdm").tqdm(total=total, desc=what, leave=False)
 
     def update(self) -> None:
         self.done += 1
         seconds = time.perf_counter() - self.start
-        if not self.said and seconds > self.QUIET_SECONDS and self.done < self.total:
-            self.said = True
+        if not self.logged and seconds > self.QUIET_SECONDS and self.done < self.total:
+            self.logged = True
             self.log(f"{self.what}: {self.done} of {self.total} after {seconds:.0f} s, about "
                      f"{seconds * (self.total / self.done - 1):.0f} s to go", console=self.bar is None)
         if self.bar is not None:
@@ -521,7 +518,7 @@ class Progress:
 
 
 class Stopwatch:
-    """Seconds of work, without the spans spent inside `paused()`. `now` is replaceable in tests."""
+    """Seconds since it was made plus `spent`, without those inside `paused()`. `now`: the clock, for tests."""
 
     def __init__(self, spent: float = 0.0, now=time.perf_counter):
         self.now, self.start = now, now() - spent
@@ -537,10 +534,10 @@ class Stopwatch:
 
 
 def attend_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention written out in fp32: the reference of every other back end.
+    """Causal attention in plain fp32 operations: the reference of every other back end.
 
-    q: [batch, Tq, heads, d]; k, v: [batch, Tk, kv_heads, d]; query i stands at position Tk - Tq + i;
-    query head h reads kv head h // (heads / kv_heads). Returns [batch, Tq, heads, d].
+    q: [batch, Tq, heads, d]; k, v: [batch, Tk, kv_heads, d]; query i is at position Tk - Tq + i;
+    query head h attends to kv head h // (heads / kv_heads). Returns [batch, Tq, heads, d].
     """
     group = q.size(2) // k.size(2)
     k, v = (t.repeat_interleave(group, dim=2).float() for t in (k, v))
@@ -550,12 +547,12 @@ def attend_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def causal_mask(queries: int, keys: int, device) -> Tensor:
-    """True where a query may look; the last query stands at the last key.  # [queries, keys]"""
+    """True where a query may attend; the last query is at the last key's position.  # [queries, keys]"""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend_math` by PyTorch's fused kernels, which take grouped kv heads as they are."""
+    """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
     square = True if q.size(1) == k.size(1) else False  # a plain bool, for graphs of any length too
     mask = None if square else causal_mask(q.size(1), k.size(1), q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -566,11 +563,12 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
-    """(name, function) of the attention back end: FlashAttention 3, cuDNN or flash SDPA, math - in that order."""
+    """(name, function) of the attention back end: FlashAttention 3, cuDNN or flash SDPA, math - in that order. Raises
+    UserError where the wanted one cannot run."""
     if wanted == "math":
         return "math", attend_math
     if wanted in ("auto", "fa3") and device.type == "cuda" and dtype == torch.bfloat16:
-        with contextlib.suppress(ImportError, OSError):  # OSError: a library of another PyTorch or CUDA
+        with contextlib.suppress(ImportError, OSError):  # OSError: a library for another PyTorch or CUDA
             from flash_attn_interface import flash_attn_func
             if torch.cuda.get_device_capability(device)[0] == 9:  # its kernels are Hopper's
                 def attend_fa3(q, k, v):
@@ -579,14 +577,13 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
                 return "fa3", attend_fa3
     if wanted == "fa3":
         raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the package flash_attn_interface")
-    if device.type == "cpu":
-        if wanted == "cudnn":
-            raise UserError("ATTENTION=cudnn needs CUDA")
-        return "flash", attend_sdpa
-    name = "cudnn" if wanted in ("auto", "cudnn") and torch.backends.cudnn.is_available() else "flash"
-    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
-    torch.backends.cuda.enable_flash_sdp(name == "flash")
-    torch.backends.cuda.enable_math_sdp(dtype == torch.float32)  # the fused kernels take half precision only
+    if wanted == "cudnn" and device.type == "cpu":
+        raise UserError("ATTENTION=cudnn needs CUDA")
+    name = "cudnn" if device.type == "cuda" and wanted != "flash" and torch.backends.cudnn.is_available() else "flash"
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
+        torch.backends.cuda.enable_flash_sdp(name == "flash")
+        torch.backends.cuda.enable_math_sdp(dtype == torch.float32)  # the fused kernels are for half precision only
     return name, attend_sdpa
 
 
@@ -604,35 +601,34 @@ def pick_kernels(wanted: str, device: torch.device) -> str:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compile a trifle, so that a missing compiler is noticed before the work begins. Raises UserError."""
+    """Compile a trivial function, so that a missing compiler is found before training. Raises UserError."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # each back end has its own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"torch.compile does not work here ({reason.strip()[:150]}); COMPILE=0 does without") from None
+        raise UserError(f"torch.compile does not work here ({reason.strip()[:150]}); COMPILE=0 runs without") from None
 
 
 def peak_rss_bytes() -> int:
-    """Most resident memory of this process so far."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_ranks(environ) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun sets them; one process without them. Raises UserError."""
-    ranks = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = environ.get(name, default)
+    """(rank, world size, local rank) as torchrun sets them, (0, 1, 0) without it. Raises UserError."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    texts = {name: environ.get(name, default) for name, default in defaults.items()}
+    for name, text in texts.items():
         if not text.isdecimal():
-            raise UserError(f"{name}={text!r} is not a whole number; torchrun sets it, one process needs none")
-        ranks.append(int(text))
-    rank, world_size, _ = ranks
+            raise UserError(f"{name}={text!r} is not a whole number; torchrun sets it, a single process needs none")
+    rank, world_size, local_rank = map(int, texts.values())
     if rank >= world_size:
-        raise UserError(f"RANK={rank} does not exist in WORLD_SIZE={world_size}; torchrun sets both, one process needs "
-                        "neither")
+        raise UserError(f"RANK={rank} does not exist in WORLD_SIZE={world_size}; torchrun sets both, a single process "
+                        "needs neither")
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if world_size > 1 and absent:
         raise UserError(f"WORLD_SIZE={world_size} needs {' and '.join(absent)}; start with torchrun, or unset it")
-    return tuple(ranks)
+    return rank, world_size, local_rank
 
 
 @dataclass(frozen=True)
@@ -659,40 +655,38 @@ class Runtime:
         rank, world_size, local_rank = read_ranks(os.environ)
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda was asked for, but this PyTorch sees no CUDA device")
-        on_cuda = cfg.device != "cpu" and torch.cuda.is_available()
+        on_cuda, groups = cfg.device != "cpu" and torch.cuda.is_available(), {}
         device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
-        dtype = {"auto": torch.bfloat16 if on_cuda else torch.float32,
-                 "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype]
+        dtype = torch.bfloat16 if cfg.dtype == "bf16" or cfg.dtype == "auto" and on_cuda else torch.float32
+        compiles = cfg.compile == "1" or cfg.compile == "auto" and on_cuda
         attention, attend = pick_attention(cfg.attention, device, dtype)
-        kernels, groups, compiles = pick_kernels(cfg.kernels, device), {}, {"auto": on_cuda, "0": False, "1": True}
-        if compiles[cfg.compile]:
+        kernels = pick_kernels(cfg.kernels, device)
+        if compiles:
             require_compiler(device)
         if world_size > 1:
             # imported later, its functions' defaults would keep the group: see `close`
             from torch import _dynamo  # noqa: F401
             dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
             groups["cpu"] = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
-        names = [cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"]
-        if world_size > 1:
-            dist.broadcast_object_list(names, src=0, group=groups["cpu"])
-        folder = Path(cfg.artifact_dir)
-        log = RunLog(folder, names[0], active=rank == 0, append=cfg.resume)
-        return cls(rank, world_size, device, dtype, compiles[cfg.compile], attention, attend, names[0], folder, log,
-                   groups, kernels)
+        rt = cls(rank, world_size, device, dtype, compiles, attention, attend, "", Path(cfg.artifact_dir), None, groups,
+                 kernels)
+        run_id = rt.broadcast_object(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
+        log = RunLog(rt.folder, run_id, active=rank == 0, append=cfg.resume)
+        return dataclasses.replace(rt, run_id=run_id, log=log)
 
     def close(self) -> None:
-        """Leave the process group and let go of it: threads of gloo that outlive Python may abort the process."""
+        """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive."""
         self.groups.clear()
         if self.world_size > 1:
             dist.destroy_process_group()
 
     def compiled(self, function, grows: bool = False):
-        """The function, compiled where that is on: a graph for each shape, or, if dimension 1 of its first argument
-        `grows`, one for all lengths of that. (dynamic=True would take all sizes for variable, and then torch 2.13
-        cannot trace ScaledNorm.)"""
+        """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first argument `grows`,
+        one for all its sizes. (With dynamic=True all sizes would be dynamic, and torch 2.13 cannot trace ScaledNorm.)
+        """
         if not self.compiles:
             return function
         if not grows:
@@ -715,11 +709,10 @@ class Runtime:
         return tensor
 
     def sum_many_(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Sum each of many small tensors over ranks, in place, in one transfer."""
+        """Sum each of many small tensors over ranks, in place, in one collective."""
         if self.world_size > 1:
-            flat = self.sum_(torch.cat([t.reshape(-1) for t in tensors]))
-            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in
-                                           zip(flat.split([t.numel() for t in tensors]), tensors)])
+            flat = self.sum_(torch.cat([t.reshape(-1) for t in tensors])).split([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat, tensors)])
         return tensors
 
     def launch_reduce_scatter(self, whole: Tensor) -> tuple[Tensor, object]:
@@ -743,7 +736,7 @@ class Runtime:
         return tensor
 
     def keep_pace(self) -> None:
-        """Let the device be one step behind, not more: the clock then tells the truth without emptying the queue."""
+        """Wait until the device is at most one step behind: then the clock is right and the queue never runs empty."""
         if self.device.type == "cuda":
             self.in_flight.append(torch.cuda.Event())
             self.in_flight[-1].record()
@@ -757,26 +750,26 @@ class Runtime:
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
 
     def agree(self, value: float) -> float:
-        """Rank 0's value on every rank, without touching the device: clocks differ, decisions must not."""
+        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not."""
         if self.world_size == 1:
             return value
         box = torch.tensor([value], dtype=torch.float64)
         dist.broadcast(box, src=0, group=self.groups["cpu"])
         return box.item()
 
-    def share_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank."""
-        box = [data]
+    def broadcast_object(self, value):
+        """Rank 0's value, of any type that can be pickled, on every rank."""
+        box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.groups["cpu"])
         return box[0]
 
     def forward_tokens(self, cfg: Hyperparameters) -> int:
-        """Most tokens of one forward pass: what fills a GPU, or what stays in a CPU's caches."""
+        """Maximum tokens of a forward pass: what fills a GPU, or what fits into a CPU's caches."""
         return cfg.micro_batch_tokens or (98_304 if self.device.type == "cuda" else 4096)
 
     def share_of(self, count: int) -> range:
-        """This rank's contiguous part of `count` things."""
+        """Indices of this rank's contiguous part of `count` items."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
 
@@ -859,7 +852,7 @@ class EvalClock:
 
 # ------------------------------------------------------------------------------------------------ DATA
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-BYTES_MARK = "_bytes_"  # in the name of a side-car, which holds the bytes of text that each token of a shard stands for
+BYTES_MARK = "_bytes_"  # in the name of a byte side-car: a shard of how many bytes of text each token of another one is
 SPACE_MARK = "\u2581"   # SentencePiece's visible space
 
 
@@ -874,13 +867,13 @@ def open_shard(path: str) -> np.ndarray:
         raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
     count = int(header[2])
     if count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UserError(f"{path} is damaged: its header promises {count:,} tokens, "
-                        f"its size of {size:,} bytes holds {(size - SHARD_HEADER_BYTES) // 2:,}; fetch it again")
+        raise UserError(f"{path} is damaged: {count:,} tokens by its header, "
+                        f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 class TokenStream:
-    """All shards of a pattern, in the order of their names, as one endless stream of ids below vocab_size."""
+    """All shards that match a pattern, sorted by name, as one endless stream of ids below vocab_size."""
 
     def __init__(self, pattern: str, vocab_size: int):
         folder, name = os.path.split(pattern)
@@ -899,7 +892,7 @@ class TokenStream:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids from position `start`, going round at the end.  # int32 [count]"""
+        """`count` ids from position `start`, wrapping around at the end.  # int32 [count]"""
         parts, position = [], start % len(self)
         while count > 0:
             index = int(np.searchsorted(self.ends, position, side="right"))
@@ -916,7 +909,7 @@ class TokenStream:
 class TrainData:
     """Batches as a pure function of the step: nothing to rewind after warm-up, nothing to store in a checkpoint.
 
-    A step reads one contiguous span; row i of the global batch is its i-th sequence, whatever the world size.
+    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size.
     """
 
     stream: TokenStream
@@ -952,8 +945,8 @@ class TrainData:
 def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
     """UTF-8 bytes that each token adds to the text decoded so far, for any SentencePiece model.  # int32 [n]
 
-    Documents begin after a control token (BOS). Their first space is not text where the decoder drops it: there the
-    tokenizer has put it in itself (its dummy prefix).
+    Documents begin after a control token (BOS). Where the decoder drops their first space, it is the tokenizer's dummy
+    prefix and no part of the text.
     """
     vocab, silent = tokenizer.vocab_size(), lambda i: tokenizer.is_control(i) or tokenizer.is_unused(i)
     pieces = [tokenizer.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(vocab)]
@@ -968,8 +961,8 @@ def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
 
 
 def read_sidecars(stream: TokenStream) -> np.ndarray | None:
-    """Bytes of text of each token, from the fineweb_val_bytes_*.bin beside the shards; None where there are none. They
-    are the truth for tokens of a transformed text. Raises UserError unless each shard has one of its own length."""
+    """Bytes of text of each token, from the fineweb_val_bytes_*.bin beside the shards; None where there are none. Only
+    they can tell them if the text was transformed. Raises UserError unless each shard has one of its own length."""
     paths = [os.path.join(folder, name.replace("_val_", f"_val{BYTES_MARK}"))
              for folder, name in map(os.path.split, stream.paths)]
     if not any(map(os.path.lexists, paths)):
@@ -977,8 +970,8 @@ def read_sidecars(stream: TokenStream) -> np.ndarray | None:
     sizes = [open_shard(path) for path in paths]
     for path, size, shard, of in zip(paths, sizes, stream.shards, stream.paths):
         if len(size) != len(shard):
-            raise UserError(f"{path} holds the bytes of {len(size):,} tokens, but {of} has {len(shard):,}; fetch both "
-                            "again")
+            raise UserError(f"{path} holds the bytes of {len(size):,} tokens, but {of} has {len(shard):,}; download "
+                            "both again")
     return np.concatenate(sizes).astype(np.int32)
 
 
@@ -989,7 +982,7 @@ class ValData:
     tokens: Tensor     # int32 [n]
     sizes: Tensor      # int32 [n]: UTF-8 bytes that each token adds after its predecessor
     tokenizer_sha256: str
-    bos_id: int = -1   # what every document starts with; -1: nothing does
+    bos_id: int = -1   # what every document starts with; -1: none
 
     @classmethod
     def open(cls, cfg: Hyperparameters, rt: Runtime) -> ValData:
@@ -997,8 +990,8 @@ class ValData:
         tokenizer, digest = open_tokenizer(cfg)
         if facts.tokenizer_sha256 not in ("", digest):
             raise UserError(f"{cfg.data_path} was made with tokenizer {facts.tokenizer} (sha256 "
-                            f"{facts.tokenizer_sha256[:12]}…), which {cfg.tokenizer_path} ({digest[:12]}…) is not; "
-                            "TOKENIZER_PATH names it, and is found by itself where it lies in ../../tokenizers")
+                            f"{facts.tokenizer_sha256[:12]}…), not {cfg.tokenizer_path} ({digest[:12]}…); set "
+                            "TOKENIZER_PATH to it, or put it into ../../tokenizers, where it is found")
         if len(stream) < cfg.window + 1:
             raise UserError(f"validation text has {len(stream):,} tokens, "
                             f"fewer than one window of EVAL_SEQ_LEN={cfg.window} and its target")
@@ -1010,20 +1003,18 @@ class ValData:
                 rt.log(f"warning: {cfg.val_files} has tokens unknown to the tokenizer; they count as decoded")
         if sizes[1:].sum() == 0:
             raise UserError(f"the tokens of {cfg.val_files} stand for no byte of text")
-        if cfg.ttt_enabled and cfg.ttt_reset == "document":
-            if bos_id < 0:
-                raise UserError(f"TTT_RESET=document: tokenizer {cfg.tokenizer_path} has no BOS to tell documents by")
-            if not (tokens[:-1] == bos_id).any():
-                raise UserError(f"TTT_RESET=document: no BOS (token {bos_id}) in {cfg.val_files} to tell documents by")
+        if cfg.ttt_enabled and cfg.ttt_reset == "document" and not (tokens[:-1] == bos_id).any():
+            absent = f"no BOS (token {bos_id}) in {cfg.val_files}" if bos_id >= 0 else f"{cfg.tokenizer_path} has no BOS"
+            raise UserError(f"TTT_RESET=document splits the text at BOS tokens: {absent}")
         return cls(*(torch.from_numpy(array).to(rt.device) for array in (tokens, sizes)), digest, bos_id)
 
     def take(self, index) -> ValData:
-        """The text of these tokens alone, which keep their bytes. index: a slice or numbers."""
+        """The selected tokens with the bytes they have here. index: a slice or indices."""
         return dataclasses.replace(self, tokens=self.tokens[index], sizes=self.sizes[index])
 
 
 class DatasetFacts(NamedTuple):
-    """What a dataset.json says of the shards beside it; empty where it says nothing."""
+    """What dataset.json says about the shards beside it; empty where it says nothing."""
 
     vocab_size: str = ""
     tokenizer: str = ""          # the name of its file
@@ -1031,12 +1022,12 @@ class DatasetFacts(NamedTuple):
 
 
 def dataset_facts(folder: str | Path) -> DatasetFacts:
-    """Raises UserError if there is a dataset.json that cannot be understood."""
+    """What the folder's dataset.json says, if there is one. Raises UserError if it cannot be parsed."""
     path = Path(folder) / "dataset.json"
     try:
         noted = json.loads(path.read_bytes())
         tokenizer = noted.get("tokenizer") or {}
-        if isinstance(tokenizer, list):  # the files that a published manifest names
+        if isinstance(tokenizer, list):  # file names, as in published manifests
             tokenizer = {"name": next((name for name in tokenizer if name.endswith(".model")), "")}
         return DatasetFacts(str(noted.get("vocab_size", "")), Path(tokenizer.get("name", "")).name,
                             str(tokenizer.get("sha256", "")))
@@ -1047,8 +1038,8 @@ def dataset_facts(folder: str | Path) -> DatasetFacts:
 
 
 def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
-    """The variables, with those of DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE that are not given filled in as dataset.json
-    tells them. `tokenizer_sha256`: of the tokenizer that an artifact was made with, which then has to be that one."""
+    """The variables, those of DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE that are not set filled in from dataset.json.
+    `tokenizer_sha256`: the tokenizer an artifact was made with, which is then the only one wanted."""
     found, default = dict(environ), Hyperparameters.data_path
     facts = dataset_facts(found.get("DATA_PATH", default))
     if tokenizer_sha256 and "DATA_PATH" not in found and facts.tokenizer_sha256 != tokenizer_sha256:
@@ -1064,27 +1055,24 @@ def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
         paths = [*(folder / facts.tokenizer for folder in folders if facts.tokenizer), usual,
                  *(path for folder in folders for path in sorted(folder.glob("*.model")))]
         wanted = tokenizer_sha256 or facts.tokenizer_sha256
-        for path in filter(Path.is_file, paths if wanted or facts.tokenizer else []):
-            if not wanted or hashlib.sha256(path.read_bytes()).hexdigest() == wanted:
-                found["TOKENIZER_PATH"] = str(path)
-                break
+        fits = lambda path: not wanted or hashlib.sha256(path.read_bytes()).hexdigest() == wanted
+        if path := next(filter(fits, filter(Path.is_file, paths if wanted or facts.tokenizer else [])), None):
+            found["TOKENIZER_PATH"] = str(path)
     return found
 
 
 def open_tokenizer(cfg: Hyperparameters):
     """(SentencePiece processor, sha256 of its file). Raises UserError."""
     import sentencepiece
+    tokenizer, size = sentencepiece.SentencePieceProcessor(), 0
     try:
         blob = Path(cfg.tokenizer_path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror}; TOKENIZER_PATH names it"
-                        ) from None
-    tokenizer = sentencepiece.SentencePieceProcessor()
-    try:
         tokenizer.LoadFromSerializedProto(blob)
         size = tokenizer.vocab_size()
+    except OSError as error:
+        raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror} (TOKENIZER_PATH)") from None
     except RuntimeError:
-        size = 0
+        pass
     if size == 0:
         raise UserError(f"{cfg.tokenizer_path} is not a SentencePiece model")
     if size != cfg.vocab_size:
@@ -3738,7 +3726,7 @@ def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, second
     """Read an artifact from disk, evaluate it and sum up; `seconds`: of the phases before. A score that was not asked
     for is None in the summary."""
     clock = EvalClock(cfg, rt)
-    blob = rt.share_bytes(read_file(path) if rt.rank == 0 else None)
+    blob = rt.broadcast_object(read_file(path) if rt.rank == 0 else None)
     model = load_model(blob, rt, val.tokenizer_sha256)
     rt.log(f"artifact:{path} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}")
     if cfg.eval_artifact:
@@ -3779,7 +3767,7 @@ def report(rt: Runtime, summary: dict) -> None:
 def end_with(error: UserError, rank: int) -> int:
     """Say what the user can mend, once: rank 0 speaks and ends, upon which torchrun ends the others. Returns 2."""
     if rank:
-        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        time.sleep(3.0)  # torchrun ends the other ranks once rank 0 has failed
     print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
     return 2
 
