@@ -56,16 +56,14 @@ from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------------ CONFIG
 class UserError(Exception):
-    """Something the user can mend. `main` prints it as one line, without a traceback, and exits with 2."""
+    """A mistake of the user's. `main` prints it as one line, without a traceback, and exits with 2."""
 
 
-def env_field(default, help: str, *, lo=None, hi=None, choices=(), aliases=(), group=""):
-    """One setting: its type is the annotation, its variable the upper-cased name (or a published alias).
-
-    `group` is a published name that sets several settings at once; a setting's own name wins over it.
-    """
-    meta = {"help": help, "lo": lo, "hi": hi, "choices": tuple(choices), "aliases": tuple(aliases), "group": group}
-    return dataclasses.field(default=default, metadata=meta)
+def env_field(default, help: str, *, lo=None, hi=None, choices="", alias="", group="", section=""):
+    """One setting: its type is the annotation, its variable the upper-cased name (or a published alias). `group`: a
+    published name that sets several settings, unless their own names do. `section`: the one this setting begins."""
+    meta = {"lo": lo, "hi": hi, "choices": choices.split(), "alias": alias, "group": group, "section": section}
+    return dataclasses.field(default=default, metadata={"help": help, **meta})
 
 
 @dataclass(frozen=True)
@@ -73,27 +71,24 @@ class Hyperparameters:
     """Every setting of a run. Defaults are those of PR 1092's best run unless the help says otherwise."""
 
     # Run
-    run_id: str = env_field("", "name of the run and its log files; made up when empty")
+    run_id: str = env_field("", "name of the run and its log files; generated when empty", section="Run")
     seed: int = env_field(1337, "seed of the initial weights", lo=0)
-    artifact_dir: str = env_field(".", "folder for logs/, checkpoints/ and the model files", aliases=("OUT_DIR",))
-    device: str = env_field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on a CPU",
-                           choices=("auto", "bf16", "fp32"))
-    compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    attention: str = env_field("auto", "attention kernel; auto: the best one there is",
-                               choices=("auto", "fa3", "cudnn", "flash", "math"))
-    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far held against "
-                             "references in Triton's interpreter only, never on a GPU; auto: torch for now",
-                             choices=("auto", "torch", "triton"))
+    artifact_dir: str = env_field(".", "folder for logs/, checkpoints/ and the model files", alias="OUT_DIR")
+    device: str = env_field("auto", "where to compute", choices="auto cpu cuda")
+    dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
+    compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
+    attention: str = env_field("auto", "attention kernel; auto: the best there is", choices="auto fa3 cudnn flash math")
+    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far tested in Triton's "
+                             "interpreter only, never on a GPU; auto: torch for now", choices="auto torch triton")
     # Data
     data_path: str = env_field("./data/datasets/fineweb10B_sp1024", "folder with fineweb_{train,val}_*.bin; its "
-                               "dataset.json, if there, says what tokenizer and vocabulary it has")
+                               "dataset.json, if there is one, names tokenizer and vocabulary size", section="Data")
     tokenizer_path: str = env_field("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of that data")
-    train_batch_tokens: int = env_field(786_432, "tokens of one optimiser step, over all ranks", lo=1)
-    micro_batch_tokens: int = env_field(0, "most tokens of one forward pass; 0: 98,304 on CUDA, 4,096 on a CPU", lo=0)
+    train_batch_tokens: int = env_field(786_432, "tokens per optimiser step, over all ranks", lo=1)
+    micro_batch_tokens: int = env_field(0, "maximum tokens per forward pass; 0: 98,304 on CUDA, 4,096 on CPU", lo=0)
     # Model
-    vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536)
-    train_seq_len: int = env_field(2048, "tokens of a training sequence; sets the rotary base too", lo=2)
+    vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536, section="Model")
+    train_seq_len: int = env_field(2048, "tokens per training sequence; sets the rotary base too", lo=2)
     num_layers: int = env_field(11, "transformer blocks", lo=1, hi=256)
     model_dim: int = env_field(512, "width of the residual stream", lo=2)
     num_heads: int = env_field(8, "query heads", lo=1)
@@ -101,65 +96,61 @@ class Hyperparameters:
     mlp_mult: float = env_field(3.0, "MLP width over model width", lo=0.01, hi=64)
     leaky_slope: float = env_field(0.75, "negative slope of LeakyReLU, whose square is the activation", lo=0, hi=1)
     tie_embeddings: bool = env_field(True, "use the embedding table as output layer")
-    tied_embed_init_std: float = env_field(0.005, "spread of the initial embedding", lo=0, hi=100)
+    tied_embed_init_std: float = env_field(0.005, "standard deviation of the initial embedding", lo=0, hi=100)
     rope_base: float = env_field(10_000.0, "base of the rotary frequencies", lo=1, hi=1e9)
-    rope_dims: int = env_field(16, "rotated dimensions a head; 0: all", lo=0)
-    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN stretches the rotary base (NTK); 1024 as PR 1092",
-                                        lo=1)
+    rope_dims: int = env_field(16, "rotated dimensions per head; 0: all", lo=0)
+    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN scales the rotary base up (NTK)", lo=1)
     logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap)", lo=1e-3, hi=1e4)
     qk_gain_init: float = env_field(1.5, "initial gain of each query head", lo=0, hi=1000)
     ln_scale: bool = env_field(True, "scale normalised inputs by 1/sqrt(layer+1)")
-    xsa_last_n: int = env_field(11, "exclusive self-attention on this many last layers", lo=0)
+    xsa_last_n: int = env_field(11, "exclusive self-attention in this many last layers", lo=0)
     bigram_vocab_size: int = env_field(2048, "buckets of the hashed bigram table; 0: none", lo=0)
     bigram_dim: int = env_field(128, "width of the bigram table", lo=1)
     trigram_vocab_size: int = env_field(0, "buckets of the hashed trigram table; 0: none", lo=0)
     trigram_dim: int = env_field(128, "width of the trigram table", lo=1)
     ve_enabled: bool = env_field(True, "add a shared token embedding to the values of VE_LAYERS")
-    ve_dim: int = env_field(128, "width of the value embedding", lo=1, aliases=("VALUE_EMBED_DIM",))
-    ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, with commas")
-    gated_attention: bool = env_field(False, "a learnt gate on each head's output")
+    ve_dim: int = env_field(128, "width of the value embedding", lo=1, alias="VALUE_EMBED_DIM")
+    ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, comma-separated")
+    gated_attention: bool = env_field(False, "a learned gate on each head's output")
     value_residual: bool = env_field(False, "mix the first layer's values into every later layer")
-    dtg_enabled: bool = env_field(False, "a learnt gate on each block's update")
+    dtg_enabled: bool = env_field(False, "a learned gate on each block's update")
     mtp_num_heads: int = env_field(0, "extra heads that predict tokens further ahead; training only", lo=0, hi=16)
     mtp_loss_weight: float = env_field(0.2, "weight of their mean loss", lo=0, hi=100)
     # Optimisers
-    matrix_lr: float = env_field(0.025, "learning rate of the banks (Muon)", lo=0, hi=100)
+    matrix_lr: float = env_field(0.025, "learning rate of the banks (Muon)", lo=0, hi=100, section="Optimisers")
     scalar_lr: float = env_field(0.025, "learning rate of vectors, gates and small projections (AdamW)", lo=0, hi=100)
-    tied_embed_lr: float = env_field(0.035, "learning rate of the tables when embeddings are tied (AdamW)",
-                                     lo=0, hi=100)
-    embed_lr: float = env_field(0.6, "learning rate of the tables when they are not", lo=0, hi=100)
+    tied_embed_lr: float = env_field(0.035, "learning rate of the tables with TIE_EMBEDDINGS=1 (AdamW)", lo=0, hi=100)
+    embed_lr: float = env_field(0.6, "the same with TIE_EMBEDDINGS=0", lo=0, hi=100)
     head_lr: float = env_field(0.008, "learning rate of an untied output layer and of MTP heads", lo=0, hi=100)
     muon_momentum: float = env_field(0.99, "momentum of Muon", lo=0, hi=0.9999)
-    muon_momentum_warmup_start: float = env_field(0.92, "its first value", lo=0, hi=0.9999)
-    muon_momentum_warmup_steps: int = env_field(1500, "steps from the first value to MUON_MOMENTUM", lo=0)
+    muon_momentum_warmup_start: float = env_field(0.92, "its initial value", lo=0, hi=0.9999)
+    muon_momentum_warmup_steps: int = env_field(1500, "steps from the initial value to MUON_MOMENTUM", lo=0)
     muon_backend_steps: int = env_field(5, "Newton-Schulz iterations", lo=1, hi=20)
     muon_wd: float = env_field(0.04, "weight decay of the banks", lo=0, hi=10)
-    normuon: bool = env_field(False, "even out the rows of Muon's update (PR 173); off in PR 1092")
-    muon_beta2: float = env_field(0.95, "memory of those row norms; used with NORMUON=1 only", lo=0, hi=0.9999)
+    normuon: bool = env_field(False, "normalise the rows of Muon's update (NorMuon, PR 173); off in PR 1092")
+    muon_beta2: float = env_field(0.95, "decay of those row norms; used with NORMUON=1 only", lo=0, hi=0.9999)
     adam_wd: float = env_field(0.04, "weight decay of AdamW, output heads excepted", lo=0, hi=10)
     beta1: float = env_field(0.9, "AdamW's first beta", lo=0, hi=0.9999)
     beta2: float = env_field(0.95, "AdamW's second beta", lo=0, hi=0.99999)
     adam_eps: float = env_field(1e-8, "AdamW's epsilon", lo=0, hi=1)
-    grad_clip_norm: float = env_field(0.3, "norm the global gradient is clipped to; 0: not", lo=0, hi=1e6)
+    grad_clip_norm: float = env_field(0.3, "norm the global gradient is clipped to; 0: no clipping", lo=0, hi=1e6)
     grad_quant: bool = env_field(False, "send bank gradients between ranks in bf16 instead of fp32")
-    control_tensor_name_patterns: str = env_field(
-        "", "name parts, with commas: further parameters kept as floats and trained as control tensors")
+    control_tensor_name_patterns: str = env_field("", "more control tensors (floats): parts of names, comma-separated")
     # Schedule
-    iterations: int = env_field(20_000, "most optimiser steps", lo=0)
+    iterations: int = env_field(20_000, "maximum optimiser steps", lo=0, section="Schedule")
     max_wallclock_seconds: float = env_field(600.0, "training stops here; 0: no limit", lo=0, hi=1e7)
     warmup_steps: int = env_field(20, "steps that compile every graph and are then undone", lo=0)
     warmdown_iters: int = env_field(3500, "the learning rate falls to 0 over this many last steps", lo=0)
-    warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: use WARMDOWN_ITERS",
-                                     lo=0, hi=1)
+    warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: off", lo=0, hi=1)
     min_lr: float = env_field(0.0, "with WARMDOWN_FRAC: lowest learning-rate scale", lo=0, hi=1)
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
-    val_batch_size: int = env_field(524_288, "most tokens of one validation forward pass, over all ranks", lo=1)
+    val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
     checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: none", lo=0)
-    resume: bool = env_field(False, "go on from the checkpoint of RUN_ID")
+    resume: bool = env_field(False, "continue from the checkpoint of RUN_ID")
     # Averaging
-    ema_enabled: bool = env_field(True, "export an exponential average of the weights")
-    ema_decay: float = env_field(0.997, "its decay a step; shorter memory in the first steps", lo=0, hi=0.99999)
+    ema_enabled: bool = env_field(True, "export an exponential moving average of the weights", section="Averaging")
+    ema_decay: float = env_field(0.997, "its decay per step; lower in the first steps", lo=0, hi=0.99999)
     swa_enabled: bool = env_field(False, "export the mean of snapshots instead (collected, never used, in PR 1092)")
     swa_every: int = env_field(50, "steps between snapshots", lo=1)
     swa_start_frac: float = env_field(0.2, "snapshots start when the learning-rate scale falls below", lo=0, hi=1.01)
@@ -167,91 +158,71 @@ class Hyperparameters:
     lawa_k: int = env_field(10, "snapshots of LAWA", lo=1)
     lawa_freq: int = env_field(100, "steps between them", lo=1)
     # Quantisation and artifact
-    qat_enabled: bool = env_field(False, "train on rounded weights from the first step")
-    late_qat_threshold: float = env_field(0.15, "train on them once the learning-rate scale falls below; 0: never",
-                                          lo=0, hi=1)
-    late_qat_frac: float = env_field(0.0, "instead: once this fraction of the budget is spent; 0: not so", lo=0, hi=1)
-    soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550, its formula mended)")
-    ema_reset_at_qat: bool = env_field(True, "start the EMA afresh when QAT starts (PR 1216)")
+    qat_enabled: bool = env_field(False, "fake quantisation from the first step", section="Quantisation and artifact")
+    late_qat_threshold: float = env_field(0.15, "the same once the learning-rate scale is below; 0: never", lo=0, hi=1)
+    late_qat_frac: float = env_field(0.0, "instead: once this fraction of the budget is spent; 0: off", lo=0, hi=1)
+    soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550, its formula corrected)")
+    ema_reset_at_qat: bool = env_field(True, "restart the EMA when QAT starts (PR 1216)")
     mlp_quant_bits: int = env_field(6, "bits of the MLP banks", lo=2, hi=8, group="MATRIX_BITS")
-    attn_qat_bits: int = env_field(6, "bits of the attention banks", lo=2, hi=8, aliases=("ATTN_QUANT_BITS",),
-                                   group="MATRIX_BITS")
+    attn_qat_bits: int = env_field(6, "bits of attention", lo=2, hi=8, alias="ATTN_QUANT_BITS", group="MATRIX_BITS")
     embed_bits: int = env_field(8, "bits of the token table and output layer", lo=2, hi=8)
     bigram_bits: int = env_field(8, "bits of the hashed tables", lo=2, hi=8)
     ve_bits: int = env_field(8, "bits of the value-embedding table", lo=2, hi=8)
-    clip_rule: str = env_field("percentile", "where a row's largest code lies: at the best of five percentiles, at the "
-                               "largest weight, or at so many standard deviations",
-                              choices=("percentile", "amax", "sdclip"))
-    mlp_clip_sigmas: float = env_field(12.85, "with sdclip: standard deviations, MLP banks", lo=0.1, hi=1000,
-                                       group="MATRIX_CLIP_SIGMAS")
-    attn_clip_sigmas: float = env_field(12.85, "with sdclip: the same, attention banks", lo=0.1, hi=1000,
-                                        group="MATRIX_CLIP_SIGMAS")
-    embed_clip_sigmas: float = env_field(20.0, "with sdclip: the same, all tables", lo=0.1, hi=1000)
-    mlp_clip_widen: float = env_field(1.0, "MLP banks: steps this much wider than the rule's, for a smaller file",
-                                      lo=1, hi=100)
-    attn_clip_widen: float = env_field(1.0, "the same, attention banks", lo=1, hi=100)
-    embed_clip_widen: float = env_field(1.0, "the same, all tables", lo=1, hi=100)
-    fp16_keep_name_patterns: str = env_field("", "name parts, with commas: parameters stored as fp16, not rounded")
-    int8_keep_float_fp32_name_patterns: str = env_field(
-        "", "name parts, with commas: parameters stored as fp32 in the artifact")
+    clip_rule: str = env_field("percentile", "clip of each row: the best of five percentiles, the largest weight or "
+                               "k standard deviations", choices="percentile amax sdclip")
+    mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
+    attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
+    embed_clip_sigmas: float = env_field(20.0, "k of sdclip, all tables", lo=0.1, hi=1000)
+    mlp_clip_widen: float = env_field(1.0, "widens the steps of the MLP banks, for a smaller file", lo=1, hi=100)
+    attn_clip_widen: float = env_field(1.0, "the same for the attention banks", lo=1, hi=100)
+    embed_clip_widen: float = env_field(1.0, "the same for all tables", lo=1, hi=100)
+    fp16_keep_name_patterns: str = env_field("", "stored as fp16, not rounded: parts of names, comma-separated")
+    int8_keep_float_fp32_name_patterns: str = env_field("", "stored as fp32: parts of names, comma-separated")
     gptq_enabled: bool = env_field(False, "round so that each layer's output changes least (GPTQ), not to the nearest")
-    gptq_calibration: str = env_field("train", "on what: the training batches that would come next, or text that the "
-                                      "model writes itself", choices=("train", "self"))
-    gptq_calibration_batches: int = env_field(16, "batches of it: TRAIN_BATCH_TOKENS each, or 4 sequences of own text",
-                                              lo=1)
-    gptq_reserve_seconds: float = env_field(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration; 0: 2 % of it",
-                                            lo=0, hi=1e7)
-    compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range if its "
-                              "package constriction is there, else lzma",
-                              choices=("auto", "range", "lzma", "zstd"), aliases=("COMPRESSOR",))
+    gptq_calibration: str = env_field("train", "calibrate on training batches or generated text", choices="train self")
+    gptq_calibration_batches: int = env_field(16, "batches of it: TRAIN_BATCH_TOKENS each, or 4 sequences", lo=1)
+    gptq_reserve_seconds: float = env_field(0.0, "calibration's part of MAX_WALLCLOCK_SECONDS; 0: 2 %", lo=0, hi=1e7)
+    compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range, or lzma "
+                              "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
     artifact_limit_bytes: int = env_field(16_000_000, "code + artifact above this ends the run with an error", lo=1)
-    code_bytes: int = env_field(0, "bytes of the code that is submitted; 0: of this file. run.sh gives those of the "
-                                "built one (tools/record.py)", lo=0)
+    code_bytes: int = env_field(0, "size of the submitted code; 0: of this file; run.sh gives the built file's", lo=0)
     size_fit: bool = env_field(False, "instead of that error, round more coarsely where it costs least until it fits")
     # Evaluation
-    eval_seq_len: int = env_field(2048, "tokens of an evaluation window; 0: TRAIN_SEQ_LEN", lo=0)
+    eval_seq_len: int = env_field(2048, "tokens per evaluation window; 0: TRAIN_SEQ_LEN", lo=0, section="Evaluation")
     eval_stride: int = env_field(64, "tokens newly scored by each sliding window; 0: no sliding evaluation", lo=0)
-    eval_batch_seqs: int = env_field(32, "windows of one forward pass", lo=1)
-    eval_artifact: str = env_field("", "no training: score this artifact, whose model settings replace those given "
-                                   "here")
-    eval_max_seconds: float = env_field(600.0, "for reading the artifact, compilation and all final scores together: "
-                                        "adaptation gives way, scoring never; 0: no limit", lo=0, hi=1e7)
-    ttt_enabled: bool = env_field(True, "score once more with test-time training on what was scored before")
-    ttt_mode: str = env_field("sgd", "what learns: the weights, or low-rank additions to them", choices=("sgd", "lora"))
-    ttt_reset: str = env_field("stream", "learn along the whole text, or (lora) afresh in each document",
-                               choices=("stream", "document"))
+    eval_batch_seqs: int = env_field(32, "windows per forward pass", lo=1)
+    eval_artifact: str = env_field("", "score this artifact, with the model settings it holds, instead of training")
+    eval_max_seconds: float = env_field(600.0, "for loading, compilation and all final scores together: cuts "
+                                        "adaptation short, never scoring; 0: no limit", lo=0, hi=1e7)
+    ttt_enabled: bool = env_field(True, "score once more with test-time training (TTT) on tokens already scored")
+    ttt_mode: str = env_field("sgd", "what adapts: the weights, or low-rank additions to them", choices="sgd lora")
+    ttt_reset: str = env_field("stream", "adapt along the text or (lora) in each document", choices="stream document")
     ttt_epochs: int = env_field(3, "passes over each scored chunk", lo=0)
     ttt_chunk_tokens: int = env_field(32_768, "tokens scored before each adaptation", lo=1)
-    ttt_batch_seqs: int = env_field(32, "sequences of one adaptation step, over all ranks", lo=1)
-    ttt_grad_clip: float = env_field(1.0, "norm an adaptation gradient is clipped to; 0: not", lo=0, hi=1e6)
-    ttt_polyak_decay: float = env_field(0.0, "score with the average of the adapted weights; its decay a step; 0: none",
-                                        lo=0, hi=0.99999)
+    ttt_batch_seqs: int = env_field(32, "sequences per adaptation step, over all ranks", lo=1)
+    ttt_grad_clip: float = env_field(1.0, "norm an adaptation gradient is clipped to; 0: no clipping", lo=0, hi=1e6)
+    ttt_polyak_decay: float = env_field(0.0, "score with averaged weights of this decay; 0: off", lo=0, hi=0.99999)
     ttt_temp: float = env_field(1.0, "logits are divided by this while scoring with TTT", lo=1e-3, hi=1000)
-    ttt_optimizer: str = env_field("sgd", "what adapts the weights", choices=("sgd", "adamw"))
+    ttt_optimizer: str = env_field("sgd", "optimiser of the weights", choices="sgd adamw")
     ttt_lr: float = env_field(0.03, "its learning rate, a cosine over the chunks", lo=0, hi=100)
     ttt_momentum: float = env_field(0.9, "momentum of sgd", lo=0, hi=0.9999)
-    ttt_freeze_blocks: int = env_field(0, "first blocks that stay as they are", lo=0)
-    ttt_proj_lr_mult: float = env_field(-1.0, "rate of MLP-down over TTT_LR; -1: 3 for adamw (PR 1092), else 1",
-                                        lo=-1, hi=1000)
-    ttt_fc_lr_mult: float = env_field(-1.0, "rate of MLP-up over TTT_LR; -1: 0.5 for adamw (PR 1092), else 1",
-                                      lo=-1, hi=1000)
-    ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, aliases=("LORA_RANK",))
+    ttt_freeze_blocks: int = env_field(0, "first blocks that stay frozen", lo=0)
+    ttt_proj_lr_mult: float = env_field(-1.0, "MLP-down's rate over TTT_LR; -1: 3 for adamw, else 1", lo=-1, hi=1000)
+    ttt_fc_lr_mult: float = env_field(-1.0, "MLP-up's rate over TTT_LR; -1: 0.5 for adamw, else 1", lo=-1, hi=1000)
+    ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, alias="LORA_RANK")
     ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0, hi=1e5)
-    ttt_lora_targets: str = env_field("q,v,head", "which matrices get one: of q, k, v, o, mlp, head, with commas")
+    ttt_lora_targets: str = env_field("q,v,head", "matrices that get one: of q, k, v, o, mlp, head, comma-separated")
     ttt_lora_layers: str = env_field("", "in which layers (from 0), like 7-10 or 8,9,10; empty: all")
-    ttt_lora_layer_rates: str = env_field("", "layers that learn at another rate, like 7:0.6,8:0.8")
-    ttt_lora_optimizer: str = env_field("adam", "what adapts the additions", choices=("adam", "sgd"))
+    ttt_lora_layer_rates: str = env_field("", "layers with another learning rate, relative to TTT_LORA_LR: 7:0.6,8:0.8")
+    ttt_lora_optimizer: str = env_field("adam", "optimiser of the additions", choices="adam sgd")
     ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0, hi=100)
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
     ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0, hi=10)
-    ttt_batch_docs: int = env_field(64, "documents adapted side by side on a rank; fewer cost as much", lo=1,
-                                    aliases=("TTT_BATCH_SIZE",))
-    ttt_doc_chunk_tokens: int = env_field(256, "tokens of a document scored before each of its adaptations", lo=1,
-                                          aliases=("TTT_CHUNK_SIZE",))
+    ttt_batch_docs: int = env_field(64, "documents in a rank's batch; fewer are padded", lo=1, alias="TTT_BATCH_SIZE")
+    ttt_doc_chunk_tokens: int = env_field(256, "document tokens scored per adaptation", lo=1, alias="TTT_CHUNK_SIZE")
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
-    hash_embed_buckets: int = env_field(0, "rows of a hashed-pair embedding that starts at zero and learns in the "
-                                        "stream alone, 4,096 or 16,384 as published (PR 1460); 0: none", lo=0)
+    hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
 
     @property
@@ -269,7 +240,7 @@ class Hyperparameters:
 
     @property
     def train_seconds(self) -> float:
-        """Seconds for training steps: the clock's limit less what calibration takes of it. 0: no limit."""
+        """Seconds for training steps: the time limit less what calibration takes of it. 0: no limit."""
         limit = self.max_wallclock_seconds
         return limit - (self.gptq_reserve_seconds or 0.02 * limit) if limit and self.gptq_enabled else limit
 
@@ -287,34 +258,35 @@ class Hyperparameters:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def ve_layer_ids(self) -> tuple[int, ...]:
+        """Layers with the value embedding. Raises UserError, as the next three properties do."""
+        return parse_list("VE_LAYERS", self.ve_layers if self.ve_enabled else "", "a list of layer numbers like 9,10",
+                          lambda parts: tuple(map(int, parts)))
+
+    @property
     def lora_kinds(self) -> tuple[str, ...]:
-        """Which matrices LoRA adds to, by the names of LayerWeights. Raises KeyError."""
+        """Which matrices LoRA adds to, by the names of LayerWeights."""
         kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "mlp": ["up", "down"], "head": ["head"]}
-        return tuple(kind for part in self.ttt_lora_targets.split(",") for kind in kinds[part.strip()])
+        return parse_list("TTT_LORA_TARGETS", self.ttt_lora_targets, "some of q,k,v,o,mlp,head",
+                          lambda parts: tuple(kind for part in parts for kind in kinds[part]))
 
     @property
     def lora_layer_ids(self) -> tuple[int, ...]:
-        """Layers LoRA adds to, in order. Raises ValueError."""
-        spans = [[int(end) for end in part.split("-", 1)] for part in self.ttt_lora_layers.split(",") if part.strip()]
+        """Layers LoRA adds to, in order."""
+        spans = parse_list("TTT_LORA_LAYERS", self.ttt_lora_layers, "layers like 7-10 or 8,9,10",
+                           lambda parts: [[int(end) for end in part.split("-", 1)] for part in parts])
         chosen = {layer for span in spans for layer in range(min(span), max(span) + 1)}
-        return tuple(sorted(chosen)) if spans else tuple(range(self.num_layers))
+        return tuple(sorted(chosen or range(self.num_layers)))
 
     @property
     def lora_layer_rates(self) -> dict[int, float]:
-        """Layer -> its rate over TTT_LORA_LR, where it is not 1. Raises ValueError."""
-        pairs = [part.split(":") for part in self.ttt_lora_layer_rates.split(",") if part.strip()]
-        return {int(layer): float(rate) for layer, rate in pairs}
-
-    @property
-    def ve_layer_ids(self) -> tuple[int, ...]:
-        return tuple(int(part) for part in self.ve_layers.split(",") if part.strip()) if self.ve_enabled else ()
+        """Layer -> its learning rate over TTT_LORA_LR, where that is not 1."""
+        return parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", lambda parts: {
+            int(layer): float(rate) for layer, rate in (part.split(":") for part in parts)})
 
     @classmethod
     def from_env(cls, environ) -> Hyperparameters:
-        """Settings from a mapping of variables.
-
-        Raises UserError on a bad value, a near miss of a name or a contradiction.
-        """
+        """Settings from a mapping of variables. Raises UserError on a bad value, a misspelt name or a contradiction."""
         refuse_near_misses(environ)
         values = {}
         for f in dataclasses.fields(cls):
@@ -333,163 +305,131 @@ class Hyperparameters:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
 
-INT_LIMIT = 2 ** 31 - 1  # of whole numbers that have no other upper bound
-
-
-OTHER_RANKS_WAIT_SECONDS = 3.0  # for torchrun to end them once rank 0 has failed
-
-
 def process_environment() -> dict[str, str]:
     return dict(os.environ)
 
 
 def env_names(f: dataclasses.Field) -> tuple[str, ...]:
-    return (f.name.upper(), *f.metadata["aliases"], *filter(None, [f.metadata["group"]]))
+    return tuple(filter(None, (f.name.upper(), f.metadata["alias"], f.metadata["group"])))
+
+
+INT_LIMIT = 2 ** 31 - 1  # upper bound of integers that declare none
+TYPES = {"bool": ("0 or 1", lambda text: {"0": False, "1": True}[text.strip()]), "int": ("a whole number", int),
+         "float": ("a number", float), "str": ("text", str)}  # annotation -> what is wanted, parser
 
 
 def parse_value(name: str, f: dataclasses.Field, text: str):
-    """The value of one variable, checked for type and range."""
-    meta, kind = f.metadata, f.type
+    """The value of one variable. Raises UserError if its type or range is wrong."""
+    (wanted, parse), meta = TYPES[f.type], f.metadata
     try:
-        if kind == "bool":
-            value = {"0": False, "1": True}[text.strip()]
-        else:
-            value = {"int": lambda t: int(t.replace("_", "")), "float": float, "str": str}[kind](text)
+        value = parse(text)
     except (ValueError, KeyError):
-        wanted = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
         raise UserError(f"{name}={text!r} is not {wanted}") from None
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{name}={text!r} is not one of {', '.join(meta['choices'])}")
-    lo, hi = meta["lo"], INT_LIMIT if kind == "int" and meta["hi"] is None else meta["hi"]
-    if kind == "float" and not math.isfinite(value) or lo is not None and value < lo or hi is not None and value > hi:
-        raise UserError(f"{name}={text} is out of range: {describe_range(f)}")
+    if meta["lo"] is not None and not meta["lo"] <= value <= (INT_LIMIT if meta["hi"] is None else meta["hi"]):
+        raise UserError(f"{name}={text.strip()} is out of range: {describe_range(f)}")  # NaN, too
     return value
 
 
-def describe_range(f: dataclasses.Field) -> str:
-    meta = f.metadata
-    if meta["choices"]:
-        return ", ".join(meta["choices"])
-    if f.type == "bool":
-        return "0, 1"
-    if meta["hi"] is not None:
-        return f"{meta['lo']} to {meta['hi']}"
-    return f"{meta['lo']} or more" if meta["lo"] is not None else "text"
-
-
-def is_valid(name: str, f: dataclasses.Field, text: str) -> bool:
+def parse_list(name: str, text: str, wanted: str, parse):
+    """`parse` of the parts of a comma-separated text. Raises UserError if they are not what is wanted."""
     try:
-        parse_value(name, f, text)
-    except UserError:
-        return False
-    return True
+        return parse([part.strip() for part in text.split(",") if part.strip()])
+    except (ValueError, KeyError):
+        raise UserError(f"{name}={text!r} is not {wanted}") from None
+
+
+def describe_range(f: dataclasses.Field) -> str:
+    lo, hi = f.metadata["lo"], f.metadata["hi"]
+    if lo is None:
+        return "0, 1" if f.type == "bool" else ", ".join(f.metadata["choices"]) or "text"
+    return f"{lo} or more" if hi is None else f"{lo} to {hi}"
 
 
 def refuse_near_misses(environ) -> None:
-    """A variable that is nearly named like a setting, and has a value that this setting could have, is a typing error;
-    any other one belongs to another program. Raises UserError."""
+    """Raise UserError for a variable that is spelt almost like a setting, if its value would be valid for that setting;
+    all others belong to other programs."""
     known = {name: f for f in dataclasses.fields(Hyperparameters) for name in env_names(f)}
     for name in sorted(set(environ) - set(known) - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}):  # torchrun's own
         alike = [k for k in known if abs(len(k) - len(name)) <= 1 and len(name) >= 5]
-        near = difflib.get_close_matches(name, alike, 1, cutoff=0.88)  # OMP_NUM_THREADS is 0.86 of MTP_NUM_HEADS
-        if near and is_valid(near[0], known[near[0]], environ[name]):
-            raise UserError(f"{name} is not a setting; did you mean {near[0]}? (python train_gpt.py --help lists all)")
+        for near in difflib.get_close_matches(name, alike, 1, cutoff=0.88):  # OMP_NUM_THREADS is 0.86 of MTP_NUM_HEADS
+            try:
+                parse_value(near, known[near], environ[name])
+            except UserError:
+                continue
+            raise UserError(f"{name} is not a setting; did you mean {near}? (python train_gpt.py --help lists all)")
 
 
 def check_combinations(cfg: Hyperparameters) -> None:
     """Raise UserError where settings contradict each other."""
-    def require(holds: bool, message: str) -> None:
+    shown = {f.name: f"{f.name.upper()}={getattr(cfg, f.name)!r}".removesuffix(".0") for f in dataclasses.fields(cfg)}
+    for holds, message in combination_rules(cfg):
         if not holds:
-            raise UserError(message)
-
-    require(cfg.model_dim % cfg.num_heads == 0,
-           f"MODEL_DIM={cfg.model_dim} is not divisible by NUM_HEADS={cfg.num_heads}")
-    require(cfg.num_heads % cfg.num_kv_heads == 0,
-           f"NUM_HEADS={cfg.num_heads} is not divisible by NUM_KV_HEADS={cfg.num_kv_heads}")
-    require(cfg.mlp_dim >= 1, f"MLP_MULT={cfg.mlp_mult:g} of MODEL_DIM={cfg.model_dim} leaves an MLP of no width")
-    require(cfg.rope_dims % 2 == 0 and (cfg.rope_dims or cfg.head_dim) % 2 == 0,
-           f"ROPE_DIMS={cfg.rope_dims or cfg.head_dim} is odd; rotation works on pairs")
-    require(cfg.rope_dims <= cfg.head_dim, f"ROPE_DIMS={cfg.rope_dims} is more than a head's {cfg.head_dim} dimensions")
-    for name in ("bigram_vocab_size", "trigram_vocab_size"):
-        require(getattr(cfg, name) != 1, f"{name.upper()}=1 leaves no bucket; use 0 or at least 2")
-    try:
-        ids = cfg.ve_layer_ids
-    except ValueError:
-        raise UserError(f"VE_LAYERS={cfg.ve_layers!r} is not a list of layer numbers like 9,10") from None
-    require(all(0 <= i < cfg.num_layers for i in ids) and len(set(ids)) == len(ids),
-           f"VE_LAYERS={cfg.ve_layers} names a layer twice or outside 0..{cfg.num_layers - 1}")
-    require(cfg.train_batch_tokens % cfg.train_seq_len == 0,
-           f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is not divisible by TRAIN_SEQ_LEN={cfg.train_seq_len}")
-    require(cfg.eval_stride <= cfg.window, f"EVAL_STRIDE={cfg.eval_stride} is longer than a window of {cfg.window}")
-    if cfg.ttt_enabled:
-        check_adaptation(cfg, require)
-    require(not cfg.max_wallclock_seconds or cfg.train_seconds > 0, f"GPTQ_RESERVE_SECONDS={cfg.gptq_reserve_seconds:g} "
-           f"leaves nothing of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} for training")
-    require(cfg.iterations > 0 or not cfg.resume, "RESUME=1 with ITERATIONS=0: nothing to resume")
-    require(not cfg.resume or bool(cfg.run_id), "RESUME=1 needs the RUN_ID of the run to go on with")
-    require(re.fullmatch(r"[\w.+-]*", cfg.run_id) is not None,
-           f"RUN_ID={cfg.run_id!r} names files: letters, digits and . _ + - only")
+            raise UserError(message.format(**shown, head_dim=cfg.head_dim, window=cfg.window, last=cfg.num_layers - 1,
+                                           scored=cfg.eval_stride or cfg.window))
 
 
-def check_adaptation(cfg: Hyperparameters, require) -> None:
-    """`require` what test-time training needs. Raises UserError."""
-    if cfg.ttt_reset == "stream":
-        require(cfg.ttt_chunk_tokens >= cfg.train_seq_len, f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no sequence "
-               f"of TRAIN_SEQ_LEN={cfg.train_seq_len} to learn from")
-        require(cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} is "
-               f"shorter than the {cfg.eval_stride or cfg.window} tokens a window scores")
-    else:
-        require(cfg.ttt_mode == "lora", f"TTT_RESET=document keeps weights for each document: only TTT_MODE=lora can, "
-               f"not {cfg.ttt_mode}")
-        require(cfg.ttt_doc_chunk_tokens <= cfg.window, f"TTT_DOC_CHUNK_TOKENS={cfg.ttt_doc_chunk_tokens} is longer "
-               f"than a window of EVAL_SEQ_LEN={cfg.window}")
-        for name in ("hash_embed_buckets", "ttt_polyak_decay"):
-            require(not getattr(cfg, name), f"{name.upper()} works along a stream; TTT_RESET=document starts afresh")
-    if cfg.ttt_mode == "lora":
-        for name, read, wanted in (("ttt_lora_targets", lambda: cfg.lora_kinds, "some of q,k,v,o,mlp,head"),
-                                   ("ttt_lora_layers", lambda: cfg.lora_layer_ids, "layers like 7-10 or 8,9,10"),
-                                   ("ttt_lora_layer_rates", lambda: cfg.lora_layer_rates, "pairs like 7:0.6")):
-            try:
-                numbered = [int(layer) for layer in read()] if name != "ttt_lora_targets" else read()[:0]
-            except (KeyError, ValueError):
-                raise UserError(f"{name.upper()}={getattr(cfg, name)!r} is not {wanted}") from None
-            require(all(0 <= layer < cfg.num_layers for layer in numbered),
-                   f"{name.upper()}={getattr(cfg, name)} names a layer outside 0..{cfg.num_layers - 1}")
-
-
-SECTIONS = {"run_id": "Run", "data_path": "Data", "vocab_size": "Model", "matrix_lr": "Optimisers",
-            "iterations": "Schedule", "ema_enabled": "Averaging", "qat_enabled": "Quantisation and artifact",
-            "eval_seq_len": "Evaluation"}  # the first setting of each
+def combination_rules(cfg: Hyperparameters):
+    """Yields (holds, message) of each rule, which may rely on those before it; {model_dim} becomes MODEL_DIM=512."""
+    yield cfg.model_dim % cfg.num_heads == 0, "{model_dim} is not divisible by {num_heads}"
+    yield cfg.num_heads % cfg.num_kv_heads == 0, "{num_heads} is not divisible by {num_kv_heads}"
+    yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
+    yield cfg.mlp_dim >= 1, "{mlp_mult} of {model_dim} leaves an MLP of no width"
+    yield cfg.rope_dims <= cfg.head_dim, "{rope_dims} is more than a head's {head_dim} dimensions"
+    yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} (0: {head_dim}) is odd; rotation works on pairs"
+    yield cfg.bigram_vocab_size != 1, "{bigram_vocab_size} leaves no bucket; use 0 or at least 2"
+    yield cfg.trigram_vocab_size != 1, "{trigram_vocab_size} leaves no bucket; use 0 or at least 2"
+    ids, layers = cfg.ve_layer_ids, set(range(cfg.num_layers))
+    yield len(layers.intersection(ids)) == len(ids), "{ve_layers} names a layer twice or outside 0..{last}"
+    yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
+    if cfg.ttt_enabled and cfg.ttt_reset == "stream":
+        yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
+        yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
+            "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
+    elif cfg.ttt_enabled:
+        yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
+        yield cfg.ttt_doc_chunk_tokens <= cfg.window, "{ttt_doc_chunk_tokens} is longer than a window of {window}"
+        yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
+        yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
+    if cfg.ttt_enabled and cfg.ttt_mode == "lora":
+        yield cfg.lora_kinds, "{ttt_lora_targets} is not some of q,k,v,o,mlp,head"
+        yield layers.issuperset(cfg.lora_layer_ids), "{ttt_lora_layers} names a layer outside 0..{last}"
+        yield layers.issuperset(cfg.lora_layer_rates), "{ttt_lora_layer_rates} names a layer outside 0..{last}"
+    yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
+        "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
+    yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
+    yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
+    yield re.fullmatch(r"[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits and . _ + - only"
 
 
 def settings_by_section() -> dict[str, list[dataclasses.Field]]:
     sections = {}
     for f in dataclasses.fields(Hyperparameters):
-        if f.name in SECTIONS:
-            sections[SECTIONS[f.name]] = current = []
+        if f.metadata["section"]:
+            sections[f.metadata["section"]] = current = []
         current.append(f)
     return sections
 
 
 def config_table(markdown: bool = False) -> str:
     """The settings as a table: what --help prints and what README shows."""
+    head = ["", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown else []
+    row = "| `{0}` | `{1}` | {2} | {3} |" if markdown else "  {0:<34} {1!s:<10} {3} [{2}]"
     lines = []
     for section, fields in settings_by_section().items():
-        lines += ([f"**{section}**", "", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown
-                  else [section])
+        lines += [f"**{section}**" if markdown else section, *head]
         for f in fields:
-            default, names = int(f.default) if f.type == "bool" else f.default, " = ".join(env_names(f))
-            default = "(empty)" if default == "" else default
-            lines.append(f"| `{names}` | `{default}` | {describe_range(f)} | {f.metadata['help']} |" if markdown
-                         else f"  {names:<34} {default!s:<10} {f.metadata['help']} [{describe_range(f)}]")
+            default = "(empty)" if f.default == "" else int(f.default) if f.type == "bool" else f.default
+            lines.append(row.format(" = ".join(env_names(f)), default, describe_range(f), f.metadata["help"]))
         lines.append("")
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
 def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
-    """Write a file whole or not at all: on any failure the old file survives, which else moves to `older`. Raises
-    UserError."""
+    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
+    given. Raises UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -507,21 +447,19 @@ def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None
 
 
 class RunLog:
-    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0.
-
-    The files appear with the first line, so that a run which ends before it began leaves none.
-    """
+    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0. The files
+    are created by the first line, so that a run which is refused leaves none."""
 
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
         self.base, self.active, self.broken = folder / "logs" / run_id, active, False
-        self.fresh = set() if append else {".txt", ".jsonl"}  # not written to yet: what an older run left is replaced
+        self.fresh = set() if append else {".txt", ".jsonl"}  # not written yet: an older run's file is replaced
 
     def path(self, kind: str) -> Path:
         return self.base.with_name(self.base.name + kind)
 
     def __call__(self, text: str, event: str = "", console: bool = True, **fields) -> None:
-        """One line for people; with an event name, one JSON object for programs as well. Raises UserError if the log
-        cannot be begun."""
+        """One line for people and, with an event name, one JSON object for programs. Raises UserError if a log file
+        cannot be created."""
         if not self.active:
             return
         if console:
@@ -539,7 +477,7 @@ class RunLog:
         except OSError as error:
             if begins:
                 raise UserError(f"cannot write logs to {path.parent}: {error.strerror}") from None
-            if not self.broken:  # a full disk must not end a training run that may still be saved elsewhere
+            if not self.broken:  # a full disk must not end the run: its model may be saved on another one
                 print(f"warning: log {path} is incomplete: {error.strerror}", file=sys.stderr)
             self.broken = True
         self.fresh.discard(kind)
@@ -549,23 +487,22 @@ class RunLog:
 
 
 class Progress:
-    """A bar on a terminal; and in the log one line, once a phase has taken some seconds."""
+    """A progress bar on a terminal (with the package tqdm), and one line in the log after some seconds."""
 
     QUIET_SECONDS = 5.0
 
     def __init__(self, log: RunLog, total: int, what: str):
-        self.log, self.total, self.what, self.done, self.said, self.bar = log, total, what, 0, False, None
+        self.log, self.total, self.what, self.done, self.logged, self.bar = log, total, what, 0, False, None
         self.start = time.perf_counter()
         if log.active and sys.stderr.isatty():
             with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-                self.bar = tqdm(total=total, desc=what, leave=False)
+                self.bar = importlib.import_module("tqdm").tqdm(total=total, desc=what, leave=False)
 
     def update(self) -> None:
         self.done += 1
         seconds = time.perf_counter() - self.start
-        if not self.said and seconds > self.QUIET_SECONDS and self.done < self.total:
-            self.said = True
+        if not self.logged and seconds > self.QUIET_SECONDS and self.done < self.total:
+            self.logged = True
             self.log(f"{self.what}: {self.done} of {self.total} after {seconds:.0f} s, about "
                      f"{seconds * (self.total / self.done - 1):.0f} s to go", console=self.bar is None)
         if self.bar is not None:
@@ -577,7 +514,7 @@ class Progress:
 
 
 class Stopwatch:
-    """Seconds of work, without the spans spent inside `paused()`. `now` is replaceable in tests."""
+    """Seconds since it was made plus `spent`, without those inside `paused()`. `now`: the clock, for tests."""
 
     def __init__(self, spent: float = 0.0, now=time.perf_counter):
         self.now, self.start = now, now() - spent
@@ -593,10 +530,10 @@ class Stopwatch:
 
 
 def attend_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention written out in fp32: the reference of every other back end.
+    """Causal attention in plain fp32 operations: the reference of every other back end.
 
-    q: [batch, Tq, heads, d]; k, v: [batch, Tk, kv_heads, d]; query i stands at position Tk - Tq + i;
-    query head h reads kv head h // (heads / kv_heads). Returns [batch, Tq, heads, d].
+    q: [batch, Tq, heads, d]; k, v: [batch, Tk, kv_heads, d]; query i is at position Tk - Tq + i;
+    query head h attends to kv head h // (heads / kv_heads). Returns [batch, Tq, heads, d].
     """
     group = q.size(2) // k.size(2)
     k, v = (t.repeat_interleave(group, dim=2).float() for t in (k, v))
@@ -606,12 +543,12 @@ def attend_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def causal_mask(queries: int, keys: int, device) -> Tensor:
-    """True where a query may look; the last query stands at the last key.  # [queries, keys]"""
+    """True where a query may attend; the last query is at the last key's position.  # [queries, keys]"""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend_math` by PyTorch's fused kernels, which take grouped kv heads as they are."""
+    """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
     square = True if q.size(1) == k.size(1) else False  # a plain bool, for graphs of any length too
     mask = None if square else causal_mask(q.size(1), k.size(1), q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -622,11 +559,12 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
-    """(name, function) of the attention back end: FlashAttention 3, cuDNN or flash SDPA, math - in that order."""
+    """(name, function) of the attention back end: FlashAttention 3, cuDNN or flash SDPA, math - in that order. Raises
+    UserError where the wanted one cannot run."""
     if wanted == "math":
         return "math", attend_math
     if wanted in ("auto", "fa3") and device.type == "cuda" and dtype == torch.bfloat16:
-        with contextlib.suppress(ImportError, OSError):  # OSError: a library of another PyTorch or CUDA
+        with contextlib.suppress(ImportError, OSError):  # OSError: a library for another PyTorch or CUDA
             from flash_attn_interface import flash_attn_func
             if torch.cuda.get_device_capability(device)[0] == 9:  # its kernels are Hopper's
                 def attend_fa3(q, k, v):
@@ -635,14 +573,13 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
                 return "fa3", attend_fa3
     if wanted == "fa3":
         raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the package flash_attn_interface")
-    if device.type == "cpu":
-        if wanted == "cudnn":
-            raise UserError("ATTENTION=cudnn needs CUDA")
-        return "flash", attend_sdpa
-    name = "cudnn" if wanted in ("auto", "cudnn") and torch.backends.cudnn.is_available() else "flash"
-    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
-    torch.backends.cuda.enable_flash_sdp(name == "flash")
-    torch.backends.cuda.enable_math_sdp(dtype == torch.float32)  # the fused kernels take half precision only
+    if wanted == "cudnn" and device.type == "cpu":
+        raise UserError("ATTENTION=cudnn needs CUDA")
+    name = "cudnn" if device.type == "cuda" and wanted != "flash" and torch.backends.cudnn.is_available() else "flash"
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
+        torch.backends.cuda.enable_flash_sdp(name == "flash")
+        torch.backends.cuda.enable_math_sdp(dtype == torch.float32)  # the fused kernels are for half precision only
     return name, attend_sdpa
 
 
@@ -660,35 +597,34 @@ def pick_kernels(wanted: str, device: torch.device) -> str:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compile a trifle, so that a missing compiler is noticed before the work begins. Raises UserError."""
+    """Compile a trivial function, so that a missing compiler is found before training. Raises UserError."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # each back end has its own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"torch.compile does not work here ({reason.strip()[:150]}); COMPILE=0 does without") from None
+        raise UserError(f"torch.compile does not work here ({reason.strip()[:150]}); COMPILE=0 runs without") from None
 
 
 def peak_rss_bytes() -> int:
-    """Most resident memory of this process so far."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_ranks(environ) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun sets them; one process without them. Raises UserError."""
-    ranks = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = environ.get(name, default)
+    """(rank, world size, local rank) as torchrun sets them, (0, 1, 0) without it. Raises UserError."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    texts = {name: environ.get(name, default) for name, default in defaults.items()}
+    for name, text in texts.items():
         if not text.isdecimal():
-            raise UserError(f"{name}={text!r} is not a whole number; torchrun sets it, one process needs none")
-        ranks.append(int(text))
-    rank, world_size, _ = ranks
+            raise UserError(f"{name}={text!r} is not a whole number; torchrun sets it, a single process needs none")
+    rank, world_size, local_rank = map(int, texts.values())
     if rank >= world_size:
-        raise UserError(f"RANK={rank} does not exist in WORLD_SIZE={world_size}; torchrun sets both, one process needs "
-                        "neither")
+        raise UserError(f"RANK={rank} does not exist in WORLD_SIZE={world_size}; torchrun sets both, a single process "
+                        "needs neither")
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if world_size > 1 and absent:
         raise UserError(f"WORLD_SIZE={world_size} needs {' and '.join(absent)}; start with torchrun, or unset it")
-    return tuple(ranks)
+    return rank, world_size, local_rank
 
 
 @dataclass(frozen=True)
@@ -715,40 +651,38 @@ class Runtime:
         rank, world_size, local_rank = read_ranks(os.environ)
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda was asked for, but this PyTorch sees no CUDA device")
-        on_cuda = cfg.device != "cpu" and torch.cuda.is_available()
+        on_cuda, groups = cfg.device != "cpu" and torch.cuda.is_available(), {}
         device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
-        dtype = {"auto": torch.bfloat16 if on_cuda else torch.float32,
-                 "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype]
+        dtype = torch.bfloat16 if cfg.dtype == "bf16" or cfg.dtype == "auto" and on_cuda else torch.float32
+        compiles = cfg.compile == "1" or cfg.compile == "auto" and on_cuda
         attention, attend = pick_attention(cfg.attention, device, dtype)
-        kernels, groups, compiles = pick_kernels(cfg.kernels, device), {}, {"auto": on_cuda, "0": False, "1": True}
-        if compiles[cfg.compile]:
+        kernels = pick_kernels(cfg.kernels, device)
+        if compiles:
             require_compiler(device)
         if world_size > 1:
             # imported later, its functions' defaults would keep the group: see `close`
             from torch import _dynamo  # noqa: F401
             dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
             groups["cpu"] = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
-        names = [cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"]
-        if world_size > 1:
-            dist.broadcast_object_list(names, src=0, group=groups["cpu"])
-        folder = Path(cfg.artifact_dir)
-        log = RunLog(folder, names[0], active=rank == 0, append=cfg.resume)
-        return cls(rank, world_size, device, dtype, compiles[cfg.compile], attention, attend, names[0], folder, log,
-                   groups, kernels)
+        rt = cls(rank, world_size, device, dtype, compiles, attention, attend, "", Path(cfg.artifact_dir), None, groups,
+                 kernels)
+        run_id = rt.broadcast_object(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
+        log = RunLog(rt.folder, run_id, active=rank == 0, append=cfg.resume)
+        return dataclasses.replace(rt, run_id=run_id, log=log)
 
     def close(self) -> None:
-        """Leave the process group and let go of it: threads of gloo that outlive Python may abort the process."""
+        """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive."""
         self.groups.clear()
         if self.world_size > 1:
             dist.destroy_process_group()
 
     def compiled(self, function, grows: bool = False):
-        """The function, compiled where that is on: a graph for each shape, or, if dimension 1 of its first argument
-        `grows`, one for all lengths of that. (dynamic=True would take all sizes for variable, and then torch 2.13
-        cannot trace ScaledNorm.)"""
+        """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first argument `grows`,
+        one for all its sizes. (With dynamic=True all sizes would be dynamic, and torch 2.13 cannot trace ScaledNorm.)
+        """
         if not self.compiles:
             return function
         if not grows:
@@ -771,11 +705,10 @@ class Runtime:
         return tensor
 
     def sum_many_(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Sum each of many small tensors over ranks, in place, in one transfer."""
+        """Sum each of many small tensors over ranks, in place, in one collective."""
         if self.world_size > 1:
-            flat = self.sum_(torch.cat([t.reshape(-1) for t in tensors]))
-            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in
-                                           zip(flat.split([t.numel() for t in tensors]), tensors)])
+            flat = self.sum_(torch.cat([t.reshape(-1) for t in tensors])).split([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat, tensors)])
         return tensors
 
     def launch_reduce_scatter(self, whole: Tensor) -> tuple[Tensor, object]:
@@ -799,7 +732,7 @@ class Runtime:
         return tensor
 
     def keep_pace(self) -> None:
-        """Let the device be one step behind, not more: the clock then tells the truth without emptying the queue."""
+        """Wait until the device is at most one step behind: then the clock is right and the queue never runs empty."""
         if self.device.type == "cuda":
             self.in_flight.append(torch.cuda.Event())
             self.in_flight[-1].record()
@@ -813,32 +746,32 @@ class Runtime:
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
 
     def agree(self, value: float) -> float:
-        """Rank 0's value on every rank, without touching the device: clocks differ, decisions must not."""
+        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not."""
         if self.world_size == 1:
             return value
         box = torch.tensor([value], dtype=torch.float64)
         dist.broadcast(box, src=0, group=self.groups["cpu"])
         return box.item()
 
-    def share_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank."""
-        box = [data]
+    def broadcast_object(self, value):
+        """Rank 0's value, of any type that can be pickled, on every rank."""
+        box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.groups["cpu"])
         return box[0]
 
     def forward_tokens(self, cfg: Hyperparameters) -> int:
-        """Most tokens of one forward pass: what fills a GPU, or what stays in a CPU's caches."""
+        """Maximum tokens of a forward pass: what fills a GPU, or what fits into a CPU's caches."""
         return cfg.micro_batch_tokens or (98_304 if self.device.type == "cuda" else 4096)
 
     def share_of(self, count: int) -> range:
-        """This rank's contiguous part of `count` things."""
+        """Indices of this rank's contiguous part of `count` items."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
 
 # ------------------------------------------------------------------------------------------------ DATA
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-BYTES_MARK = "_bytes_"  # in the name of a side-car, which holds the bytes of text that each token of a shard stands for
+BYTES_MARK = "_bytes_"  # in the name of a byte side-car: a shard of how many bytes of text each token of another one is
 SPACE_MARK = "\u2581"   # SentencePiece's visible space
 
 
@@ -853,13 +786,13 @@ def open_shard(path: str) -> np.ndarray:
         raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
     count = int(header[2])
     if count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UserError(f"{path} is damaged: its header promises {count:,} tokens, "
-                        f"its size of {size:,} bytes holds {(size - SHARD_HEADER_BYTES) // 2:,}; fetch it again")
+        raise UserError(f"{path} is damaged: {count:,} tokens by its header, "
+                        f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 class TokenStream:
-    """All shards of a pattern, in the order of their names, as one endless stream of ids below vocab_size."""
+    """All shards that match a pattern, sorted by name, as one endless stream of ids below vocab_size."""
 
     def __init__(self, pattern: str, vocab_size: int):
         folder, name = os.path.split(pattern)
@@ -878,7 +811,7 @@ class TokenStream:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids from position `start`, going round at the end.  # int32 [count]"""
+        """`count` ids from position `start`, wrapping around at the end.  # int32 [count]"""
         parts, position = [], start % len(self)
         while count > 0:
             index = int(np.searchsorted(self.ends, position, side="right"))
@@ -895,7 +828,7 @@ class TokenStream:
 class TrainData:
     """Batches as a pure function of the step: nothing to rewind after warm-up, nothing to store in a checkpoint.
 
-    A step reads one contiguous span; row i of the global batch is its i-th sequence, whatever the world size.
+    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size.
     """
 
     stream: TokenStream
@@ -931,8 +864,8 @@ class TrainData:
 def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
     """UTF-8 bytes that each token adds to the text decoded so far, for any SentencePiece model.  # int32 [n]
 
-    Documents begin after a control token (BOS). Their first space is not text where the decoder drops it: there the
-    tokenizer has put it in itself (its dummy prefix).
+    Documents begin after a control token (BOS). Where the decoder drops their first space, it is the tokenizer's dummy
+    prefix and no part of the text.
     """
     vocab, silent = tokenizer.vocab_size(), lambda i: tokenizer.is_control(i) or tokenizer.is_unused(i)
     pieces = [tokenizer.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(vocab)]
@@ -947,8 +880,8 @@ def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
 
 
 def read_sidecars(stream: TokenStream) -> np.ndarray | None:
-    """Bytes of text of each token, from the fineweb_val_bytes_*.bin beside the shards; None where there are none. They
-    are the truth for tokens of a transformed text. Raises UserError unless each shard has one of its own length."""
+    """Bytes of text of each token, from the fineweb_val_bytes_*.bin beside the shards; None where there are none. Only
+    they can tell them if the text was transformed. Raises UserError unless each shard has one of its own length."""
     paths = [os.path.join(folder, name.replace("_val_", f"_val{BYTES_MARK}"))
              for folder, name in map(os.path.split, stream.paths)]
     if not any(map(os.path.lexists, paths)):
@@ -956,8 +889,8 @@ def read_sidecars(stream: TokenStream) -> np.ndarray | None:
     sizes = [open_shard(path) for path in paths]
     for path, size, shard, of in zip(paths, sizes, stream.shards, stream.paths):
         if len(size) != len(shard):
-            raise UserError(f"{path} holds the bytes of {len(size):,} tokens, but {of} has {len(shard):,}; fetch both "
-                            "again")
+            raise UserError(f"{path} holds the bytes of {len(size):,} tokens, but {of} has {len(shard):,}; download "
+                            "both again")
     return np.concatenate(sizes).astype(np.int32)
 
 
@@ -968,7 +901,7 @@ class ValData:
     tokens: Tensor     # int32 [n]
     sizes: Tensor      # int32 [n]: UTF-8 bytes that each token adds after its predecessor
     tokenizer_sha256: str
-    bos_id: int = -1   # what every document starts with; -1: nothing does
+    bos_id: int = -1   # what every document starts with; -1: none
 
     @classmethod
     def open(cls, cfg: Hyperparameters, rt: Runtime) -> ValData:
@@ -976,8 +909,8 @@ class ValData:
         tokenizer, digest = open_tokenizer(cfg)
         if facts.tokenizer_sha256 not in ("", digest):
             raise UserError(f"{cfg.data_path} was made with tokenizer {facts.tokenizer} (sha256 "
-                            f"{facts.tokenizer_sha256[:12]}…), which {cfg.tokenizer_path} ({digest[:12]}…) is not; "
-                            "TOKENIZER_PATH names it, and is found by itself where it lies in ../../tokenizers")
+                            f"{facts.tokenizer_sha256[:12]}…), not {cfg.tokenizer_path} ({digest[:12]}…); set "
+                            "TOKENIZER_PATH to it, or put it into ../../tokenizers, where it is found")
         if len(stream) < cfg.window + 1:
             raise UserError(f"validation text has {len(stream):,} tokens, "
                             f"fewer than one window of EVAL_SEQ_LEN={cfg.window} and its target")
@@ -989,20 +922,18 @@ class ValData:
                 rt.log(f"warning: {cfg.val_files} has tokens unknown to the tokenizer; they count as decoded")
         if sizes[1:].sum() == 0:
             raise UserError(f"the tokens of {cfg.val_files} stand for no byte of text")
-        if cfg.ttt_enabled and cfg.ttt_reset == "document":
-            if bos_id < 0:
-                raise UserError(f"TTT_RESET=document: tokenizer {cfg.tokenizer_path} has no BOS to tell documents by")
-            if not (tokens[:-1] == bos_id).any():
-                raise UserError(f"TTT_RESET=document: no BOS (token {bos_id}) in {cfg.val_files} to tell documents by")
+        if cfg.ttt_enabled and cfg.ttt_reset == "document" and not (tokens[:-1] == bos_id).any():
+            absent = f"no BOS (token {bos_id}) in {cfg.val_files}" if bos_id >= 0 else f"{cfg.tokenizer_path} has no BOS"
+            raise UserError(f"TTT_RESET=document splits the text at BOS tokens: {absent}")
         return cls(*(torch.from_numpy(array).to(rt.device) for array in (tokens, sizes)), digest, bos_id)
 
     def take(self, index) -> ValData:
-        """The text of these tokens alone, which keep their bytes. index: a slice or numbers."""
+        """The selected tokens with the bytes they have here. index: a slice or indices."""
         return dataclasses.replace(self, tokens=self.tokens[index], sizes=self.sizes[index])
 
 
 class DatasetFacts(NamedTuple):
-    """What a dataset.json says of the shards beside it; empty where it says nothing."""
+    """What dataset.json says about the shards beside it; empty where it says nothing."""
 
     vocab_size: str = ""
     tokenizer: str = ""          # the name of its file
@@ -1010,12 +941,12 @@ class DatasetFacts(NamedTuple):
 
 
 def dataset_facts(folder: str | Path) -> DatasetFacts:
-    """Raises UserError if there is a dataset.json that cannot be understood."""
+    """What the folder's dataset.json says, if there is one. Raises UserError if it cannot be parsed."""
     path = Path(folder) / "dataset.json"
     try:
         noted = json.loads(path.read_bytes())
         tokenizer = noted.get("tokenizer") or {}
-        if isinstance(tokenizer, list):  # the files that a published manifest names
+        if isinstance(tokenizer, list):  # file names, as in published manifests
             tokenizer = {"name": next((name for name in tokenizer if name.endswith(".model")), "")}
         return DatasetFacts(str(noted.get("vocab_size", "")), Path(tokenizer.get("name", "")).name,
                             str(tokenizer.get("sha256", "")))
@@ -1055,10 +986,9 @@ def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
         paths = [*(folder / facts.tokenizer for folder in folders if facts.tokenizer), Path(usual),
                  *(path for folder in folders for path in sorted(folder.glob("*.model")))]
         wanted = tokenizer_sha256 or facts.tokenizer_sha256
-        for path in filter(Path.is_file, paths if wanted or facts.tokenizer else []):
-            if not wanted or hashlib.sha256(path.read_bytes()).hexdigest() == wanted:
-                found["TOKENIZER_PATH"] = str(path)
-                break
+        fits = lambda path: not wanted or hashlib.sha256(path.read_bytes()).hexdigest() == wanted
+        if path := next(filter(fits, filter(Path.is_file, paths if wanted or facts.tokenizer else [])), None):
+            found["TOKENIZER_PATH"] = str(path)
     found.setdefault("TOKENIZER_PATH", usual)
     return found
 
@@ -1066,17 +996,15 @@ def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
 def open_tokenizer(cfg: Hyperparameters):
     """(SentencePiece processor, sha256 of its file). Raises UserError."""
     import sentencepiece
+    tokenizer, size = sentencepiece.SentencePieceProcessor(), 0
     try:
         blob = Path(cfg.tokenizer_path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror}; TOKENIZER_PATH names it"
-                        ) from None
-    tokenizer = sentencepiece.SentencePieceProcessor()
-    try:
         tokenizer.LoadFromSerializedProto(blob)
         size = tokenizer.vocab_size()
+    except OSError as error:
+        raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror} (TOKENIZER_PATH)") from None
     except RuntimeError:
-        size = 0
+        pass
     if size == 0:
         raise UserError(f"{cfg.tokenizer_path} is not a SentencePiece model")
     if size != cfg.vocab_size:
@@ -3684,7 +3612,7 @@ def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, second
     """Read an artifact from disk, evaluate it and sum up; `seconds`: of the phases before. A score that was not asked
     for is None in the summary."""
     clock = EvalClock(cfg.eval_max_seconds, rt)
-    blob = rt.share_bytes(read_file(path) if rt.rank == 0 else None)
+    blob = rt.broadcast_object(read_file(path) if rt.rank == 0 else None)
     model = load_model(blob, rt, val.tokenizer_sha256)
     rt.log(f"artifact:{path} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}")
     if cfg.eval_artifact:
@@ -3725,7 +3653,7 @@ def report(rt: Runtime, summary: dict) -> None:
 def end_with(error: UserError, rank: int) -> int:
     """Say what the user can mend, once: rank 0 speaks and ends, upon which torchrun ends the others. Returns 2."""
     if rank:
-        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        time.sleep(3.0)  # torchrun ends the other ranks once rank 0 has failed
     print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
     return 2
 

@@ -347,7 +347,7 @@ class Audit:
         chunk = min(cfg.ttt_chunk_tokens, max(4 * cfg.train_seq_len, stride))
         size = tokens or max(chunk * 5 // 2, cfg.window + 2 * stride)
         self.script, self.opened, self.path, self.positions, self.findings = script, opened, path, positions, []
-        self.blob = rt.share_bytes(read_artifact(path) if rt.rank == 0 else None)
+        self.blob = rt.broadcast_object(read_artifact(path) if rt.rank == 0 else None)
         self.val = script.ValData.open(cfg, rt)
         self.tokenizer = SentencePieceProcessor(model_file=cfg.tokenizer_path)
         self.whole, sizes, self.shards = read_shards(cfg.data_path)
