@@ -2162,6 +2162,11 @@ class TrainState:
     qat: bool = False
     first_step_s: float = 0.0
 
+    @classmethod
+    def initial(cls, model: GPT, cfg: Hyperparameters, rt: Runtime) -> TrainState:
+        return cls(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())),
+                   BigramCounts(cfg, rt.device), Stopwatch())
+
     def pace(self, elapsed_s: float) -> float:
         """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
         return (elapsed_s - self.first_step_s) / (self.step - 1) if self.step > 1 else 0.0
@@ -2259,8 +2264,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
     training time. Raises UserError when the loss is no longer finite.
     """
-    state = TrainState(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())),
-                       BigramCounts(cfg, rt.device), Stopwatch())
+    state = TrainState.initial(model, cfg, rt)
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
     if cfg.warmup_steps and not cfg.resume:
         warm_up(cfg, rt, state, data, loss_fn)
