@@ -969,8 +969,8 @@ class ValData:
         if sizes[1:].sum() == 0:
             raise UserError(f"the tokens of {cfg.val_files} stand for no byte of text")
         if cfg.ttt_enabled and cfg.ttt_reset == "document" and not (tokens[:-1] == bos_id).any():
-            absent = f"no BOS (token {bos_id}) in {cfg.val_files}" if bos_id >= 0 else f"{cfg.tokenizer_path} has no BOS"
-            raise UserError(f"TTT_RESET=document splits the text at BOS tokens: {absent}")
+            why = f"no BOS (token {bos_id}) in {cfg.val_files}" if bos_id >= 0 else f"{cfg.tokenizer_path} has no BOS"
+            raise UserError(f"TTT_RESET=document splits the text at BOS tokens: {why}")
         return cls(*(torch.from_numpy(array).to(rt.device) for array in (tokens, sizes)), digest, bos_id)
 
     def take(self, index) -> ValData:
