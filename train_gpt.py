@@ -2660,6 +2660,7 @@ FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xf
 FLOAT_KINDS = {"half": np.dtype("<f2"), "float": np.dtype("<f4")}
 CODECS = {"range": "constriction", "lzma": "lzma", "zstd": "zstandard"}  # and the package of each
 LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}  # for unaligned bytes
+Parts = list[tuple[np.ndarray, int]]  # what a stream is made of: arrays and their bits (0: floats)
 
 
 def library(codec: str):
@@ -2800,14 +2801,15 @@ class RowPredictor:
             self.innovations[:, left + k] = (residual[:, k] - np.floor(within / 4096)).clip(-2 ** 20, 2 ** 20)
 
 
-def code_tensor(codes: np.ndarray, top: int, histograms: SpreadHistograms, is_table: bool) -> None:
-    """Code a tensor, int8 [matrices, rows, columns]: an encoder reads it, a decoder fills it.
+def code_tensor(codes: np.ndarray, top: int, histograms_of) -> None:
+    """Code a tensor, int8 [(matrices,) rows, columns]: an encoder reads it, a decoder fills it.
 
     Matrix by matrix, in growing blocks of rows. A weight's predicted magnitude is the level of its row, from the tiles
     to its left, times the factor of its column, from the blocks above; both are shrunk towards the average so far.
     """
-    columns, total, cells = codes.shape[-1], 4, 1  # the average starts at 4 codes
-    for matrix in codes:
+    columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
+    histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
+    for matrix in codes.reshape(-1, *codes.shape[-2:]):
         predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
         column_sum, level_sum, done, block = np.zeros(columns, np.int64), 0, 0, matrix[:0]
         while done < len(matrix):
@@ -2848,17 +2850,15 @@ def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPred
     return magnitude, level
 
 
-def code_tensors(parts: list[tuple[np.ndarray, int]], packed: bytes | None = None) -> bytes:
+def code_tensors(parts: Parts, packed: bytes | None = None) -> bytes:
     """The range coder's bytes for int8 arrays [(matrices,) rows, columns] of so many bits. With `packed` the arrays are
     read from it; raises ValueError or AssertionError (constriction) if encoding what was read gives other bytes."""
     coders = library("range").stream.queue
     encoder = coders.RangeEncoder()
     decoder = None if packed is None else coders.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
-    histograms = functools.cache(lambda reach: SpreadHistograms(reach, encoder, decoder))  # shared by all of one reach
+    histograms_of = functools.cache(lambda reach: SpreadHistograms(reach, encoder, decoder))  # shared where it is equal
     for codes, bits in parts:
-        top, is_table = QuantSpec(bits).top, codes.ndim == 2
-        reach = 2 * top if is_table else top  # a table's symbols are differences of two codes
-        code_tensor(codes.reshape(-1, *codes.shape[-2:]), top, histograms(reach), is_table)
+        code_tensor(codes, QuantSpec(bits).top, histograms_of)
     written = encoder.get_compressed().astype("<u4").tobytes()
     if packed is not None and written != packed:
         raise ValueError("a range stream is not the code of its values")
@@ -2901,11 +2901,11 @@ def model_settings(cfg: Hyperparameters) -> dict[str, str]:
 
 def blank_parameters(cfg: Hyperparameters, precision: list, limit: int) -> list[Stored]:
     """The parameters of a header, still zero. Raises ValueError if they have more than `limit` weights in all."""
-    shapes, stored = parameter_shapes(cfg), []
-    if sum(map(math.prod, shapes.values())) > limit:
-        raise ValueError(f"{sum(map(math.prod, shapes.values())):,} parameters in so small a file")
-    for (name, family), kind in zip(route(cfg, shapes).items(), precision, strict=True):
-        shape = shapes[name]
+    shapes = parameter_shapes(cfg)
+    count, stored = sum(map(math.prod, shapes.values())), []
+    if count > limit:
+        raise ValueError(f"{count:,} parameters in so small a file")
+    for (name, shape), family, kind in zip(shapes.items(), route(cfg, shapes).values(), precision, strict=True):
         if kind in FLOAT_KINDS:
             stored.append(Stored(name, kind, 0, np.zeros(shape, FLOAT_KINDS[kind])))
         elif family.bits and type(kind) is int and 2 <= kind <= 8:
@@ -2916,7 +2916,7 @@ def blank_parameters(cfg: Hyperparameters, precision: list, limit: int) -> list[
     return stored
 
 
-def streams_of(stored: list[Stored]) -> dict[str, list[tuple[np.ndarray, int]]]:
+def streams_of(stored: list[Stored]) -> dict[str, Parts]:
     """Stream -> its (array, bits), in order of their names: what is packed together."""
     streams = collections.defaultdict(list)
     for s in stored:
@@ -2926,15 +2926,15 @@ def streams_of(stored: list[Stored]) -> dict[str, list[tuple[np.ndarray, int]]]:
     return dict(sorted(streams.items()))
 
 
-def joined(parts: list[tuple[np.ndarray, int]]) -> np.ndarray:
+def joined(parts: Parts) -> np.ndarray:
     return np.concatenate([array.reshape(-1) for array, _ in parts])
 
 
-def pack_stream(codec: str, parts: list[tuple[np.ndarray, int]]) -> bytes:
+def pack_stream(codec: str, parts: Parts) -> bytes:
     return code_tensors(parts) if codec == "range" else compress(codec, byte_planes(joined(parts)).tobytes())
 
 
-def unpack_stream(codec: str, packed: bytes, parts: list[tuple[np.ndarray, int]]) -> None:
+def unpack_stream(codec: str, packed: bytes, parts: Parts) -> None:
     """The inverse of `pack_stream`: fills the arrays. Raises ValueError for bytes or codes that cannot be theirs."""
     if codec == "range":
         code_tensors(parts, packed)
@@ -2948,7 +2948,7 @@ def unpack_stream(codec: str, packed: bytes, parts: list[tuple[np.ndarray, int]]
             raise ValueError("a code is out of range")
 
 
-def pack_streams(wanted: str, streams: dict) -> dict[str, tuple[str, bytes]]:
+def pack_streams(wanted: str, streams: dict[str, Parts]) -> dict[str, tuple[str, bytes]]:
     """Stream -> (codec, bytes). The range coder knows codes only: floats go by LZMA then."""
     chosen = pick_codec(wanted)
     codecs = ["lzma" if chosen == "range" and not parts[0][1] else chosen for parts in streams.values()]
@@ -2956,7 +2956,7 @@ def pack_streams(wanted: str, streams: dict) -> dict[str, tuple[str, bytes]]:
         return dict(zip(streams, zip(codecs, pool.map(pack_stream, codecs, streams.values()))))
 
 
-def unpack_streams(streams: dict, rows: list, payload: bytes) -> None:
+def unpack_streams(streams: dict[str, Parts], rows: list, payload: bytes) -> None:
     """The inverse of `pack_streams`: fills the arrays, given [codec, bytes, crc32] of each stream. Raises ValueError
     unless the payload is exactly these streams, of values that can be in them."""
     if any(type(n) is not int or n < 0 for _, *numbers in rows for n in numbers) or len(rows) != len(streams) \
@@ -3010,7 +3010,7 @@ def open_container(blob: bytes) -> tuple[bytes, bytes]:
         raise UserError(f"artifact is of version {blob[5]}; this program reads version {ARTIFACT_VERSION}")
     if not blob.startswith(ARTIFACT_MAGIC):
         raise UserError("artifact is damaged in its first bytes")
-    file_bytes, header_bytes, text_bytes = ARTIFACT_NUMBERS.unpack(blob[len(ARTIFACT_MAGIC):start])
+    file_bytes, packed_bytes, text_bytes = ARTIFACT_NUMBERS.unpack(blob[len(ARTIFACT_MAGIC):start])
     if len(blob) != file_bytes:
         raise UserError(f"artifact is {'cut short' if len(blob) < file_bytes else 'over-long'}: "
                         f"{len(blob):,} bytes instead of {file_bytes:,}")
@@ -3019,7 +3019,7 @@ def open_container(blob: bytes) -> tuple[bytes, bytes]:
         raise UserError("artifact is damaged: its checksum does not match its contents")
     if text_bytes > ARTIFACT_HEADER_LIMIT:
         raise UserError(f"artifact is malformed: a header of {text_bytes:,} bytes")
-    return decompress("lzma", body[start:start + header_bytes], text_bytes), body[start + header_bytes:]
+    return decompress("lzma", body[start:start + packed_bytes], text_bytes), body[start + packed_bytes:]
 
 
 def read_artifact(blob: bytes, values: bool = True) -> tuple[Hyperparameters, str, list[Stored]]:
