@@ -123,6 +123,24 @@ def test_the_artifact_is_the_model(config, rt, codec, bits):
         assert torch.equal(loaded.logits(loaded.hidden(ids)), model.logits(model.hidden(ids)))
 
 
+def test_parameters_kept_as_floats_read_back_whatever_keeps_them(config, rt):
+    """An artifact does not hold the patterns, but what came of them."""
+    cfg = config(control_tensor_name_patterns="kv_bank,tok_emb", fp16_keep_name_patterns="mlp_up",
+                 int8_keep_float_fp32_name_patterns="bigram.embed,q_gain", attn_qat_bits=5)
+    model = model_of(cfg)
+    read, _, stored = tg.read_artifact(tg.pack(cfg, model, SHA).blob)
+    assert read.control_tensor_name_patterns == read.fp16_keep_name_patterns == ""
+    kept = {s.name: s for s in stored}
+    assert kept.keys() == tg.parameter_shapes(cfg).keys()
+    streams = {"kv_bank": "half", "tok_emb.weight": "half", "mlp_up_bank": "half", "mlp_down_bank": "mlp",
+               "qo_bank": "attn", "bigram.embed.weight": "float", "blocks.0.attn.q_gain": "float", "smear.gate": "half"}
+    assert {name: kept[name].stream for name in streams} == streams and kept["qo_bank"].bits == 5
+    for name, stream in streams.items():
+        weight = model.get_parameter(name).detach()
+        if stream in tg.FLOAT_KINDS:
+            assert torch.equal(kept[name].weight(), weight.half().float() if stream == "half" else weight)
+
+
 def test_the_same_weights_give_the_same_bytes_and_another_weight_gives_others(config):
     cfg = config()
     blobs = [tg.pack(cfg, model_of(cfg), SHA).blob for _ in range(2)]
