@@ -407,7 +407,7 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
     yield cfg.mlp_dim >= 1, "{mlp_mult} of {model_dim} leaves an MLP of no width"
     yield cfg.rope_dims <= cfg.head_dim, "{rope_dims} is more than a head's {head_dim} dimensions"
-    yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} (0: {head_dim}) is odd; rotation works on pairs"
+    yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} of {head_dim} (0: all) is odd; rotation works on pairs"
     yield cfg.bigram_vocab_size != 1, "{bigram_vocab_size} leaves no bucket; use 0 or at least 2"
     yield cfg.trigram_vocab_size != 1, "{trigram_vocab_size} leaves no bucket; use 0 or at least 2"
     yield cfg.ve_last_n <= cfg.num_layers, "{ve_last_n} is more than {num_layers}"
