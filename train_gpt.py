@@ -4,19 +4,43 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py         # the competition's machine
     python train_gpt.py --help                                    # every setting, with default and range
 
-Settings come from environment variables only. Importing the file defines things and does nothing else.
-The rooms, in reading order; a room uses only the rooms above it:
+Settings come from environment variables only; importing the file defines things and does nothing else. A room uses
+only the rooms above it. `run` in MAIN is the path through them: settings -> data -> train -> calibrate -> export ->
+read back -> evaluate -> report.
 
-    CONFIG      every setting, declared once           OPTIMISERS  Muon on banks, AdamW on the rest
-    RUNTIME     ranks, device, clocks, log, files      SCHEDULES   pure functions of progress
-    DATA        shards, batches, validation text       AVERAGING   EMA, SWA, LAWA
-    METRIC      nats and bytes -> bits per byte        TRAINING    warm-up, step, loop, checkpoints
-    QUANTISER   weights <-> codes and scales           ROUNDING    calibrate, round, fit the size
-    KERNELS     fused operators in Triton              ARTIFACT    the file that is submitted
-    MODEL       the transformer on weight banks        EVALUATION  score first, then (perhaps) learn
-    PARAMETERS  which parameter is treated how         MAIN        the whole run on one screen
+    CONFIG      Hyperparameters: every setting, declared once, with its default, range, help and published names
+    RUNTIME     Runtime: ranks, device, attention kernel, collectives; log and progress; attend_*
+    DATA        TokenStream (shards), TrainData (batches), ValData (text and the bytes its tokens stand for)
+    METRIC      BpbMeter: nats and bytes -> bits per byte
+    QUANTISER   weights <-> codes and scales: clip rules, rounding, fake quantisation, GPTQ of a matrix
+    KERNELS     operators with their own backward pass, some also in Triton
+    MODEL       GPT: a transformer on weight banks; hidden, logits, nll, loss
+    PARAMETERS  FAMILIES: one row per kind of parameter: optimiser, learning rate, decay, bits
+    OPTIMISERS  Muon for the banks, AdamW for everything else
+    SCHEDULES   plan_step: progress -> learning-rate scale, momentum, QAT, snapshots
+    AVERAGING   Averager: EMA, or the mean of snapshots (SWA, LAWA)
+    TRAINING    train: warm-up, steps, validation, checkpoints
+    ROUNDING    calibrate, round_model, fit_size: from a float model to codes of the right size
+    ARTIFACT    pack, load_model: range coder, container, checks of what is read
+    ADAPTERS    what test-time training changes: all weights, LoRA, a hashed embedding
+    EVALUATION  evaluate: plan -> score -> commit -> train an adapter; Scored decides what makes a score illegal
+    MAIN        run: one training run; run_evaluation: an artifact alone
 
-The system is that of the competition's pull request 1092, with its slips mended (each is named where it stands).
+Where a technique lives (off and on by one setting each, see --help):
+
+    rotary base, partial rotation, NTK   rope_table, rotate        exclusive self-attention (XSA)  subtract_own_value
+    activation, LeakyReLU squared        SquaredLeakyReLU          soft cap, loss in chunks        CappedCrossEntropy
+    smear gate                           SmearGate, GPT.embed      bigram and trigram tables       hash_ngrams
+    value embeddings                     GPT.value_embeddings      value residual, gates           Attention, Block
+    skip connections                     GPT.hidden                attention window                causal_mask
+    multi-token prediction               GPT.loss                  complementary training          BigramCounts
+    initial weights                      GPT.init_weights          Newton-Schulz, NorMuon          Muon
+    late QAT: when; how                  qat_progress; fake_quantise   soft rounding, pruning      soft_round, prune
+    GPTQ                                 gptq, HessianSums         size fit                        fit_size
+    sliding windows                      Windows                   evaluation time limit           EvalClock
+    SGD and LoRA test-time training      SgdAdapter, LoraAdapter   per document; in a stream       plan_documents; plan_stream
+
+The defaults are the system of the competition's pull request 1092, its slips corrected (each is named where it stands).
 """
 from __future__ import annotations
 
