@@ -38,7 +38,7 @@ Where a technique lives (off and on by one setting each, see --help):
     late QAT: when; how                  qat_progress; fake_quantise   soft rounding, pruning      soft_round, prune
     GPTQ                                 gptq, HessianSums         size fit                        fit_size
     sliding windows                      Windows                   evaluation time limit           EvalClock
-    SGD and LoRA test-time training      SgdAdapter, LoraAdapter   per document; in a stream       plan_documents; plan_stream
+    SGD, LoRA test-time training         SgdAdapter, LoraAdapter   in a stream, per document       plan_*
 
 The defaults are the system of the competition's pull request 1092, its slips corrected (each is named where it stands).
 """
@@ -1441,8 +1441,8 @@ class CappedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, softcap: float,
-                kernels: str) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, kernels: str,
+                token_weights: Tensor | None = None) -> Tensor:
         total, grad_hidden = hidden.new_zeros((), dtype=torch.float32), []
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         size = max(CE_CHUNK_ROWS, CE_CHUNK_LOGITS_CUDA // len(weight)) if hidden.is_cuda else CE_CHUNK_ROWS
@@ -1827,7 +1827,7 @@ class GPT(nn.Module):
         if not isinstance(weight, Tensor):  # it is a function then, whose gradient autograd finds
             return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
         cross_entropy = lambda hidden, weight, targets, token_weights=None: CappedCrossEntropy.apply(
-            hidden.flatten(0, 1), weight, targets.flatten(), token_weights, cap, self.kernels)
+            hidden.flatten(0, 1), weight, targets.flatten(), cap, self.kernels, token_weights)
         loss = cross_entropy(hidden, weight, targets, None if token_weights is None else token_weights.flatten())
         ahead = [cross_entropy(hidden[:, :-k], head.weight.to(self.dtype), targets[:, k:])
                  for k, head in enumerate(self.mtp_heads, 1)]
