@@ -3403,7 +3403,7 @@ def final_evaluations(cfg: Hyperparameters) -> dict[str, int]:
 
 
 def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
-    """What scores a walk's windows; with documents these grow."""
+    """The function that scores windows, compiled where that is on; those of documents have growing lengths."""
     return rt.compiled(model.nll, grows=bool(adapter and adapter.rows))
 
 
@@ -3603,10 +3603,7 @@ def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapt
 def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
                  clock: EvalClock | None = None) -> dict[str, EvalResult]:
     """Plain, sliding and test-time-trained scores of a model, in that order: the last one changes the weights.
-
-    EVAL_MAX_SECONDS holds for all three together, and for what the clock has seen before, so that nobody has to argue
-    which of them are diagnostics.
-    """
+    EVAL_MAX_SECONDS holds for all three together and for what `clock` has measured before them."""
     tag, clock = precision_tag(cfg), clock or EvalClock(cfg.eval_max_seconds, rt)
     labels = {"roundtrip": f"final_{tag}_roundtrip", "sliding": f"final_{tag}_sliding_window", "ttt": "legal_ttt"}
     plans = {key: plan_evaluation(val, cfg, rt, stride, cfg.eval_batch_seqs, key == "ttt")
@@ -3721,7 +3718,7 @@ def report(rt: Runtime, summary: dict) -> None:
 
 
 def end_with(error: UserError, rank: int) -> int:
-    """Say what the user can mend, once: rank 0 speaks and ends, upon which torchrun ends the others. Returns 2."""
+    """Print a user's error once: rank 0 prints and exits, then torchrun stops the others. Returns 2."""
     if rank:
         time.sleep(3.0)  # torchrun ends the other ranks once rank 0 has failed
     print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
@@ -3729,7 +3726,7 @@ def end_with(error: UserError, rank: int) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run with the settings of the environment. 0: done, 2: the user can mend it, 130: interrupted."""
+    """Run with the settings of the environment. Returns 0: done, 2: a user's error, 130: interrupted."""
     if arguments == ["--names"]:
         names = [name for f in dataclasses.fields(Hyperparameters) for name in env_names(f)]
         print("\n".join(dict.fromkeys([*names, *WITHOUT_EFFECT])))
