@@ -29,8 +29,8 @@ bash run.sh parity FOLDER              compare with PR 1092's own numbers (tools
 bash run.sh settings                   every KEY with its default, range and meaning
 bash run.sh help                       this text
 
-KEY=VALUE arguments override environment variables, which override the profile. sample, sweep, report, record, data and
-bench say more with --help. The profiles:
+KEY=VALUE arguments override environment variables, which override the profile. inspect, sample, sweep, report, record,
+data, bench and parity say more with --help. The profiles:
 EOF
   for file in profiles/*.env; do
     printf '  %-10s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
@@ -51,11 +51,14 @@ choose_python() {  # MODULE...: sets $python
   [ "$(cat .venv/installed 2>&1)" != "$(pinned 2>&1)" ] || return 0
   if has python3 "$@"; then python=python3; return; fi
   $python -m pip --version >/dev/null 2>&1 || make_venv
-  note "installing requirements.txt and tests/requirements.txt into .venv"
-  $python -m pip install --disable-pip-version-check $([ -t 1 ] || echo --quiet) \
-    -r requirements.txt -r tests/requirements.txt ||
-    die "pip failed, for the reason above; without a network, use a python3 that has the packages"
+  pip_install requirements.txt tests/requirements.txt
   pinned >.venv/installed  # last: an interrupted install is done again
+}
+pip_install() {  # FILE...: the packages they list, into .venv
+  local files="$*"
+  note "installing ${files// / and } into .venv"
+  $python -m pip install --disable-pip-version-check $([ -t 1 ] || echo --quiet) "${@/#/-r}" ||
+    die "pip failed, for the reason above; without a network, use a python3 that has the packages"
 }
 make_venv() {
   local base='' candidate problem
@@ -77,19 +80,18 @@ take_arguments() {  # KEY=VALUE...: sets $python; exports them if each KEY is a 
     [[ $pair =~ ^[A-Z][A-Z0-9_]*= ]] || die "'$pair' is not KEY=VALUE with an upper-case KEY (bash run.sh help)"
   done
   to_run
-  [ $# = 0 ] || "$python" train_gpt.py --names | "$python" tools/shell.py "$@" || exit 2
+  [ $# = 0 ] || "$python" train_gpt.py --names | "$python" tools/check_settings.py "$@" || exit 2
   for pair; do export "$pair"; done
 }
 artifact='' left_out=''  # set if the command is about an artifact; keys that the profile does not set
-load_profile() {  # NAME: lines of KEY=VALUE, # begins a comment; a variable that is set keeps its value
-  local file=profiles/$1.env line key
+profile_lines() { sed 's/#.*//; s/[[:space:]]*$//; /^$/d' "profiles/$1.env"; }  # NAME: without comments
+load_profile() {  # NAME: exports its KEY=VALUE lines; a variable that is set keeps its value
+  local line key
   while IFS= read -r line || [ "$line" ]; do
-    line=${line%%#*} line=${line%"${line##*[![:space:]]}"}
-    [ "$line" ] || continue
-    [[ $line =~ ^[A-Z][A-Z0-9_]*=[^[:space:]]*$ ]] || die "$file: '$line' is not KEY=VALUE"
+    [[ $line =~ ^[A-Z][A-Z0-9_]*=[^[:space:]]*$ ]] || die "profiles/$1.env: '$line' is not KEY=VALUE"
     key=${line%%=*}
     [ "${!key+set}" ] || [[ " $left_out " == *" $key "* ]] || export "$key=${line#*=}"
-  done <"$file"
+  done < <(profile_lines "$1")
 }
 
 # ---- 4 data
@@ -101,7 +103,11 @@ has_shards() {
 }
 choose_data() {  # PROFILE: DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE belong together and come from one place
   local data
-  data=$(sed -n 's/^DATA_PATH=//p' "profiles/$1.env")
+  data=$(profile_lines "$1" | sed -n 's/^DATA_PATH=//p')
+  if [ "${VOCAB_SIZE:-}" ] && [ -z "${DATA_PATH:-}$artifact" ] && [[ $data != *_sp"$VOCAB_SIZE" ]]; then
+    left_out='DATA_PATH TOKENIZER_PATH'  # train_gpt.py finds the data of another vocabulary
+    return
+  fi
   if [ "$1" = default ] && [ -z "${DATA_PATH:-}$artifact" ] && ! has_shards "$data"; then
     note "no FineWeb in $data, so this run uses the small embedded text;" \
       "to fetch it: bash run.sh data fineweb --variant sp1024 --train-shards 80"
@@ -155,15 +161,16 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
     export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}  # the audit's files go beside the log
     "${launch[@]}" train_gpt.py
   fi
+  export RUN_SH_COMMAND="bash run.sh audit"
   exec "${launch[@]}" tools/audit.py "${of:-${ARTIFACT_DIR:-${OUT_DIR:-.}}/final_model.ptz}"
 }
 
 # ---- 6 commands
-tool() {  # SCRIPT ARGUMENT...: introduces itself as `run.sh COMMAND`
-  export RUN_SH_COMMAND="run.sh $command"
+tool() {  # SCRIPT ARGUMENT...: calls itself `bash run.sh COMMAND` in usage and error lines
+  export RUN_SH_COMMAND="bash run.sh $command"
   exec "$python" "$@"
 }
-artifact_tool() {  # SCRIPT ARGUMENT...: with the environment of a run, which goes by two of the settings among them
+artifact_tool() {  # SCRIPT ARGUMENT...: with the environment of a run, which depends on two settings among them
   local argument help=''
   for argument in "${@:2}"; do
     case $argument in
@@ -182,10 +189,17 @@ case $command in
     shift
     choose_python torch numpy sentencepiece pytest hypothesis
     where=tests
-    for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # somebody names the tests to run
+    for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # an argument names the tests to run
     workers=$("$python" -c 'import xdist' 2>/dev/null && echo '-n 2') || true
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$python" -m pytest ${where:+tests $workers} "$@" ;;
-  data) shift; to_run; tool data/prepare.py "$@" ;;
+  data)
+    shift
+    to_run
+    # pyarrow is large, so it comes with the first .parquet file; a python3 of the user's stays as it is
+    if [[ " $*" == *.parquet* && $python == .venv/* ]] && ! $python -c 'import pyarrow' 2>/dev/null; then
+      pip_install data/requirements.txt
+    fi
+    tool data/prepare.py "$@" ;;
   bench | parity | record | report) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
