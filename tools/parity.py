@@ -56,36 +56,42 @@ class Quantity(NamedTuple):
 
 def rows(fixture: Fixture, group: str = "rows", has_logits: bool = True, train: bool = False):
     """Logits, loss by both of our paths, gradients; `train`: of the loss with the heads that predict further ahead."""
-    model, (x, y) = fixture.model(fixture.settings()), fixture.rows(group)
+    cfg, (x, y) = fixture.settings(), fixture.rows(group)
+
+    @torch.no_grad()
+    def logits(seed: int = 0) -> torch.Tensor:
+        model = fixture.model(cfg, seed).eval()
+        return model.logits(model.hidden(x))
+
+    if has_logits:
+        yield Quantity("logits", f"{group}/logits", logits(), CLOSE, noisy=logits)
+    model = fixture.model(cfg).eval()
     with torch.no_grad():
-        model.eval()
-        if has_logits:
-            yield Quantity("logits", f"{group}/logits", model.logits(model.hidden(x)), CLOSE)
         yield Quantity("loss", "loss", model.loss(x, y), CLOSE)
         yield Quantity("loss while scoring", "loss", model.nll(x, y).mean(), CLOSE)
-    yield gradients(fixture, "gradients, relative", "grad/", x, y, train)[1]
+    yield gradients("gradients, relative", "grad/", functools.partial(backward, fixture, x, y, train))[1]
 
 
 def heads(fixture: Fixture):
     """Loss and gradients with the heads that predict further ahead."""
-    loss, quantity = gradients(fixture, "its gradients, relative", "grad_train/", *fixture.rows("rows"), train=True)
+    compute = functools.partial(backward, fixture, *fixture.rows("rows"), True)
+    loss, quantity = gradients("its gradients, relative", "grad_train/", compute)
     yield Quantity("training loss", "loss_train", loss, CLOSE)
     yield quantity
 
 
-def gradients(fixture: Fixture, name: str, key: str, x, y, train: bool) -> tuple[torch.Tensor, Quantity]:
+def backward(fixture: Fixture, x, y, train: bool, seed: int = 0) -> tuple[torch.Tensor, dict]:
     """Our loss and its gradients."""
-    def compute(seed: int = 0) -> tuple[torch.Tensor, dict]:
-        model, noise = fixture.model(fixture.settings()).train(train), torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in model.parameters() if seed else ():
-                p.mul_(1 + ROUNDING_WEIGHT * torch.randn(p.shape, generator=noise))
-        loss = model.loss(x, y)
-        loss.backward()
-        return loss, fixture.system.named({name: p.grad for name, p in model.named_parameters()})
+    model = fixture.model(fixture.settings(), seed).train(train)
+    loss = model.loss(x, y)
+    loss.backward()
+    return loss, fixture.system.named({name: p.grad for name, p in model.named_parameters()})
 
-    loss, grads = compute()
-    return loss, Quantity(name, key, grads, CLOSE_GRADIENTS, relative=True, noisy=lambda seed: compute(seed)[1])
+
+def gradients(name: str, key: str, compute) -> tuple[torch.Tensor, Quantity]:
+    """The loss, and its gradients as a quantity. compute(seed) gives both."""
+    loss, grads = compute(seed=0)
+    return loss, Quantity(name, key, grads, CLOSE_GRADIENTS, relative=True, noisy=lambda seed: compute(seed=seed)[1])
 
 
 def complement(fixture: Fixture):
@@ -105,19 +111,28 @@ def complement(fixture: Fixture):
 
 def low_rank(fixture: Fixture):
     """Loss and gradients with low-rank additions to the matrices."""
-    cfg = fixture.settings()
-    model, (x, y) = fixture.model(cfg), fixture.rows("rows")
-    adapter = ours.LoraAdapter(model, cfg, runtime())
-    pairs = fixture.system.additions(adapter.pairs)
-    fixture.fill("lora/", pairs)
-    loss = model.loss(x, y, hook=adapter.hook)
-    loss.backward()
+    cfg, (x, y) = fixture.settings(), fixture.rows("rows")
+
+    def adapted(seed: int):
+        model = fixture.model(cfg, seed)
+        adapter = ours.LoraAdapter(model, cfg, runtime())
+        pairs = fixture.system.additions(adapter.pairs)
+        fixture.fill("lora/", pairs)
+        return model, adapter.hook, pairs
+
+    def compute(seed: int) -> tuple[torch.Tensor, dict]:
+        model, hook, pairs = adapted(seed)
+        loss = model.loss(x, y, hook=hook)
+        loss.backward()
+        return loss, {name: p.grad for name, p in pairs.items()}
+
+    loss, quantity = gradients("LoRA's gradients, relative", "lora_grad/", compute)
+    model, hook, _ = adapted(seed=0)
     with torch.no_grad():
-        scored = model.nll(x, y, hook=adapter.hook).mean()
+        scored = model.nll(x, y, hook=hook).mean()
     yield Quantity("loss with LoRA", "loss_lora", loss, CLOSE)
     yield Quantity("the same while scoring", "loss_lora", scored, CLOSE)
-    yield Quantity("LoRA's gradients, relative", "lora_grad/", {name: p.grad for name, p in pairs.items()},
-                   CLOSE_GRADIENTS, relative=True)
+    yield quantity
 
 
 def steps(fixture: Fixture):
@@ -162,8 +177,10 @@ def walks(fixture: Fixture, section: str, plain: str, adapted: str):
         raise ours.UserError(f"eval/tokens is shorter than a window of {cfg.window}")
     if cfg.ttt_mode == "lora" and cfg.ttt_chunk_tokens % cfg.window:
         raise ours.UserError(f"a chunk of {cfg.ttt_chunk_tokens} tokens is not whole sequences of {cfg.window}")
+    if cfg.ttt_mode == "lora" and not cfg.tie_embeddings:  # an untied head gets its addition, too
+        cfg = dataclasses.replace(cfg, ttt_lora_targets=f"{cfg.ttt_lora_targets},head")
     tokens = tokens[:len(tokens) - (len(tokens) - 1 - cfg.window) % cfg.eval_stride]  # full windows only, as published
-    tokenizer = fixture.tokenizer(cfg)
+    tokenizer = fixture.tokenizer
     sizes = torch.from_numpy(ours.token_bytes(tokenizer, tokens.numpy())) if tokenizer else torch.ones_like(tokens)
     val = ours.ValData(tokens, sizes, "")
     for name, adapts in ((plain, False), (adapted, True)):
@@ -184,7 +201,11 @@ def walks(fixture: Fixture, section: str, plain: str, adapted: str):
 
 
 def started(adapter: ours.Adapter) -> ours.Adapter:
-    """Give low-rank additions the starting values of the fixtures, which need no random numbers."""
+    """Give low-rank additions the starting values of the fixtures, which need no random numbers, and Adam the epsilon of
+    the system that has them."""
+    if hasattr(adapter, "pairs"):
+        for group in adapter.optimiser.param_groups:
+            group["eps"] = 1e-8
     with torch.no_grad():
         for a, _ in getattr(adapter, "pairs", {}).values():
             a.copy_((torch.sin(1 + 0.37 * torch.arange(a.numel(), dtype=torch.float64)) / len(a)).view_as(a))
@@ -376,6 +397,9 @@ class Fixture:
         system, known = self.system, {name for f in dataclasses.fields(ours.Hyperparameters)
                                       for name in ours.env_names(f)}
         given = dict(self.config.get("env", {}))
+        for name in given:
+            if name not in known:
+                raise ours.UserError(f"the fixture's variable {name} is unknown here")
         for name, value in self.config["model"].items():
             for variable in system.arguments.get(name, name.upper()).split():
                 if variable not in known:
@@ -387,7 +411,7 @@ class Fixture:
                 given |= {variable: values[name] for variable in variables.split() if part or name in values}
         given = {name: text_of(value) for name, value in given.items()}
         for name in set(given) & set(system.settings):
-            if float(given[name]) != float(system.settings[name]):
+            if not same_value(given[name], system.settings[name]):
                 raise ours.UserError(f"{name}={given[name]}: {self.source} is only known with {system.settings[name]}")
         rows_tokens = {"TRAIN_BATCH_TOKENS": given["TRAIN_SEQ_LEN"]}
         unknown = sorted(set(system.settings) - known)
@@ -395,10 +419,13 @@ class Fixture:
             raise NotSupportedYet(f"{self.source} is not supported yet: there is no setting {', '.join(unknown)}")
         return ours.Hyperparameters.from_env({**HERE, **system.defaults, **given, **system.settings, **rows_tokens})
 
-    def model(self, cfg: ours.Hyperparameters) -> ours.GPT:
-        """Our model with the fixture's initial weights."""
-        model = ours.GPT(cfg)
+    def model(self, cfg: ours.Hyperparameters, seed: int = 0) -> ours.GPT:
+        """Our model with the fixture's initial weights; with a seed, and noise of rounding size in them."""
+        model, noise = ours.GPT(cfg), torch.Generator().manual_seed(seed)
         self.fill("w/", self.system.named(dict(model.named_parameters())))
+        with torch.no_grad():
+            for p in model.parameters() if seed else ():
+                p.mul_(1 + ROUNDING_WEIGHT * torch.randn(p.shape, generator=noise))
         return model
 
     @torch.no_grad()
@@ -422,16 +449,19 @@ class Fixture:
         if name not in self.expected:
             raise ours.UserError(f"the fixture lacks expected.{name}")
         value = self.expected[name]
-        return torch.tensor(np.ravel(value)[int(place)] if place else value, dtype=torch.float64)
+        value = torch.tensor(np.ravel(value)[int(place)] if place else value, dtype=torch.float64)
+        if not value.isfinite().all():
+            raise ours.UserError(f"expected.{name} is not finite")
+        return value
 
-    @functools.cache
-    def tokenizer(self, cfg: ours.Hyperparameters):
+    @functools.cached_property
+    def tokenizer(self):
         """What tells the bytes of tokens; None, with a note, where the usual tokenizer is not there or another one."""
         folder = self.folder.resolve()
         places = [place / "data" / TOKENIZER for place in (*folder.parents, ROOT.parent / "shared")]
         path = self.tokenizer_path or next(filter(Path.is_file, places), places[0])
         try:
-            return ours.open_tokenizer(dataclasses.replace(cfg, tokenizer_path=str(path)))[0]
+            return ours.open_tokenizer(dataclasses.replace(self.settings(), tokenizer_path=str(path)))[0]
         except (ours.UserError, ImportError) as error:
             if self.tokenizer_path:
                 raise ours.UserError(str(error)) from None
@@ -450,6 +480,14 @@ def refuse_constant(text: str):
 def text_of(value) -> str:
     """A setting's value as an environment variable has it."""
     return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def same_value(left: str, right: str) -> bool:
+    """Whether two variables' values are the same text or number."""
+    try:
+        return float(left) == float(right)
+    except ValueError:
+        return left == right
 
 
 def compare_names(prefix: str, ours_has: dict, theirs: dict, whole: bool = True) -> None:
@@ -520,7 +558,7 @@ def compare(quantity: Quantity, wanted) -> Verdict:
     name = max(worst, key=worst.get)
     excused, note = not past, f"{name}, of {len(worst)}" if several else ""
     if past and quantity.noisy:
-        noisy = [quantity.noisy(seed) for seed in (1, 2)]
+        noisy = [quantity.noisy(seed) if several else {quantity.key: quantity.noisy(seed)} for seed in range(1, 5)]
         slack = {n: 4 * torch.stack([difference(other[n], got[n].detach()) for other in noisy]).amax(0) / past[n][1]
                  for n in past if got[n] is not None}
         excused = all(n in slack and bool((off - slack[n] <= quantity.tolerance).all()) for n, (off, _) in past.items())
