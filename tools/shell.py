@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 OTHERS = ("AOT", "CUBLAS", "CUDA", "CUDNN", "GLOO", "HF_", "INDUCTOR", "KMP", "LD_", "LOCAL_RANK", "MASTER_", "MKL",
           "MPL", "NCCL", "NUMEXPR", "NVIDIA", "OMP", "OPENBLAS", "PYTHON", "PYTORCH", "RANK", "TMPDIR", "TORCH", "TQDM",
           "TRITON", "WORLD_SIZE")
-# What `run.sh` and tools/audit.py go by.
-AUDIT = ["AUDIT", "AUDIT_OUT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
+# What `run.sh`, tools/audit.py and tools/scale.py go by.
+RUN_SH = ["AUDIT", "AUDIT_OUT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS", "SCALE"]
 
 
 class UsageError(Exception):
@@ -109,7 +109,7 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
 def check(arguments: list[str], names: list[str]) -> int:
     """Exit code 0 if every argument is a setting that run.sh may pass on. No names: their printing has failed."""
     try:
-        _, rest = take_settings(arguments, names + AUDIT) if names else ({}, [])
+        _, rest = take_settings(arguments, names + RUN_SH) if names else ({}, [])
         for argument in rest:
             raise unknown(argument.partition("=")[0], names)
     except UsageError as error:
