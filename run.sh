@@ -26,14 +26,15 @@ bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
 bash run.sh data SUBCOMMAND...         make or fetch data: embedded, text, fineweb (data/prepare.py)
 bash run.sh bench ...                  measure speed and memory (tools/bench.py)
 bash run.sh parity FOLDER              compare with PR 1092's own numbers (tools/parity.py)
-bash run.sh systems                    the profiles: what each is, what was published of it, does it fit (tools/systems.py)
-bash run.sh plan PROFILE [KEY=VALUE...]              what it will take: parameters, bytes, FLOPs, memory, time (tools/plan.py)
+bash run.sh systems                    the profiles as a table: what was published, estimated size (tools/systems.py)
+bash run.sh plan PROFILE [KEY=VALUE...]              estimates before a run: parameters, bytes, FLOPs, memory, time
+                                       (tools/plan.py)
 bash run.sh settings                   every KEY with its default, range and meaning
 bash run.sh help                       this text
 
-KEY=VALUE arguments override environment variables, which override the profile. SCALE=tiny among them shrinks the profile
-to half a minute on two CPU cores, with all its features on. sample, sweep, report, record, data, bench and plan say more
-with --help. The profiles:
+KEY=VALUE arguments override environment variables, which override the profile. SCALE=tiny shrinks the profile to a run of
+half a minute on two CPU cores, with every feature on (tools/scale.py). inspect, sample, sweep, report, record, data, bench,
+parity and plan say more with --help. The profiles:
 EOF
   for file in profiles/*.env; do
     printf '  %-10s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
@@ -54,11 +55,14 @@ choose_python() {  # MODULE...: sets $python
   [ "$(cat .venv/installed 2>&1)" != "$(pinned 2>&1)" ] || return 0
   if has python3 "$@"; then python=python3; return; fi
   $python -m pip --version >/dev/null 2>&1 || make_venv
-  note "installing requirements.txt and tests/requirements.txt into .venv"
-  $python -m pip install --disable-pip-version-check $([ -t 1 ] || echo --quiet) \
-    -r requirements.txt -r tests/requirements.txt ||
-    die "pip failed, for the reason above; without a network, use a python3 that has the packages"
+  pip_install requirements.txt tests/requirements.txt
   pinned >.venv/installed  # last: an interrupted install is done again
+}
+pip_install() {  # FILE...: the packages they list, into .venv
+  local files="$*"
+  note "installing ${files// / and } into .venv"
+  $python -m pip install --disable-pip-version-check $([ -t 1 ] || echo --quiet) "${@/#/-r}" ||
+    die "pip failed, for the reason above; without a network, use a python3 that has the packages"
 }
 make_venv() {
   local base='' candidate problem
@@ -80,39 +84,42 @@ take_arguments() {  # KEY=VALUE...: sets $python; exports them if each KEY is a 
     [[ $pair =~ ^[A-Z][A-Z0-9_]*= ]] || die "'$pair' is not KEY=VALUE with an upper-case KEY (bash run.sh help)"
   done
   to_run
-  [ $# = 0 ] || "$python" train_gpt.py --names | "$python" tools/shell.py "$@" || exit 2
+  [ $# = 0 ] || "$python" train_gpt.py --names | "$python" tools/check_settings.py "$@" || exit 2
   for pair; do export "$pair"; done
 }
 artifact='' left_out=''  # set if the command is about an artifact; keys that the profile does not set
-load_profile() {  # FILE: lines of KEY=VALUE, # begins a comment; a variable that is set keeps its value
+profile_lines() { sed 's/#.*//; s/[[:space:]]*$//; /^$/d' "$@"; }  # FILE or stdin: without comments
+export_lines() {  # FILE: exports its KEY=VALUE lines; a variable that is set keeps its value
   local line key
   while IFS= read -r line || [ "$line" ]; do
-    line=${line%%#*} line=${line%"${line##*[![:space:]]}"}
-    [ "$line" ] || continue
     [[ $line =~ ^[A-Z][A-Z0-9_]*=[^[:space:]]*$ ]] || die "$1: '$line' is not KEY=VALUE"
     key=${line%%=*}
     [ "${!key+set}" ] || [[ " $left_out " == *" $key "* ]] || export "$key=${line#*=}"
-  done <"$1"
+  done < <(profile_lines "$1")
 }
-scaled=''  # what SCALE changed, as a table that is a profile too
-scale() {  # PROFILE: SCALE=tiny shrinks it; run after the arguments and before the profile, so that it stands between
+scaled=''  # what SCALE changed: a table that is a profile, too
+scale() {  # PROFILE: SCALE=tiny shrinks it. Comes before the profile, whose values it replaces, and after the arguments
   [ "${SCALE+set}" ] || return 0
-  [ -z "$artifact" ] || die "SCALE shrinks a model before it is trained; an artifact is as large as it is"
+  [ -z "$artifact" ] || die "SCALE shrinks a model before training; an artifact has its size"
   scaled=$("$python" tools/scale.py "$SCALE" "$1") || exit 2
   echo "$scaled" >&2
-  load_profile /dev/stdin <<<"$scaled"
+  export_lines /dev/stdin <<<"$scaled"
 }
 
 # ---- 4 data
-embedded=./data/datasets/embedded_sp1024  # or of another vocabulary
+embedded=./data/datasets/embedded_sp1024  # the number is its vocabulary
 has_shards() {
   local shard
   for shard in "$1"/fineweb_val_*.bin; do [ ! -e "$shard" ] || return 0; done
   return 1
 }
 choose_data() {  # PROFILE: DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE belong together and come from one place
-  local data
-  data=$(sed -n 's/^DATA_PATH=//p' "profiles/$1.env")
+  local data vocab
+  data=$(profile_lines "profiles/$1.env" | sed -n 's/^DATA_PATH=//p')
+  if [ "${VOCAB_SIZE:-}" ] && [ -z "${DATA_PATH:-}$artifact" ] && [[ $data != *_sp"$VOCAB_SIZE" ]]; then
+    left_out='DATA_PATH TOKENIZER_PATH'  # train_gpt.py finds the data of another vocabulary
+    return
+  fi
   if [ "$1" = default ] && [ -z "${DATA_PATH:-}$artifact" ] && ! has_shards "$data"; then
     note "no FineWeb in $data, so this run uses the small embedded text;" \
       "to fetch it: bash run.sh data fineweb --variant sp1024 --train-shards 80"
@@ -121,11 +128,10 @@ choose_data() {  # PROFILE: DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE belong toge
   # train_gpt.py finds the tokenizer of a data folder, and both for an artifact
   [ -z "${DATA_PATH:-}" ] || left_out='TOKENIZER_PATH VOCAB_SIZE'
   [ -z "$artifact" ] || left_out='DATA_PATH TOKENIZER_PATH VOCAB_SIZE'
-  data=${DATA_PATH:-$data}
-  local vocab=${data#"${embedded%1024}"}
+  data=${DATA_PATH:-$data} vocab=${data#"${embedded%1024}"}
   [[ ! $vocab =~ ^[0-9]+$ ]] ||
     { has_shards "$data" && [ -f "./data/tokenizers/embedded_${vocab}_bpe.model" ]; } ||
-    "$python" data/prepare.py embedded $([ "$vocab" = 1024 ] || echo --vocab-size "$vocab") >&2
+    "$python" data/prepare.py embedded $([ "$vocab" = 1024 ] || echo "--vocab-size $vocab") >&2
 }
 
 # ---- 5 run
@@ -149,7 +155,7 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
   fi
   scale "$profile"
   choose_data "$profile"
-  load_profile "profiles/$profile.env"
+  export_lines "profiles/$profile.env"
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
@@ -172,15 +178,16 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
     [ -z "$scaled" ] || [ ! -f "$log" ] || echo "$scaled" >>"$log"
     [ "$code$audit" = 01 ] || exit "$code"
   fi
+  export RUN_SH_COMMAND="bash run.sh audit"
   exec "${launch[@]}" tools/audit.py "${of:-${ARTIFACT_DIR:-${OUT_DIR:-.}}/final_model.ptz}"
 }
 
 # ---- 6 commands
-tool() {  # SCRIPT ARGUMENT...: introduces itself as `run.sh COMMAND`
-  export RUN_SH_COMMAND="run.sh $command"
+tool() {  # SCRIPT ARGUMENT...: calls itself `bash run.sh COMMAND` in usage and error lines
+  export RUN_SH_COMMAND="bash run.sh $command"
   exec "$python" "$@"
 }
-artifact_tool() {  # SCRIPT ARGUMENT...: with the environment of a run, which goes by two of the settings among them
+artifact_tool() {  # SCRIPT ARGUMENT...: with the environment of a run, which depends on two settings among them
   local argument help=''
   for argument in "${@:2}"; do
     case $argument in
@@ -199,10 +206,17 @@ case $command in
     shift
     choose_python torch numpy sentencepiece pytest hypothesis
     where=tests
-    for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # somebody names the tests to run
+    for argument; do [ ! -e "${argument%%::*}" ] || where=''; done  # an argument names the tests to run
     workers=$("$python" -c 'import xdist' 2>/dev/null && echo '-n 2') || true
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$python" -m pytest ${where:+tests $workers} "$@" ;;
-  data) shift; to_run; tool data/prepare.py "$@" ;;
+  data)
+    shift
+    to_run
+    # pyarrow is large, so it comes with the first .parquet file; a python3 of the user's stays as it is
+    if [[ " $*" == *.parquet* && $python == .venv/* ]] && ! $python -c 'import pyarrow' 2>/dev/null; then
+      pip_install data/requirements.txt
+    fi
+    tool data/prepare.py "$@" ;;
   bench | parity | plan | record | report | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac

@@ -34,6 +34,7 @@ import io
 import json
 import lzma
 import math
+import operator
 import os
 import re
 import resource
@@ -55,16 +56,14 @@ from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------------ CONFIG
 class UserError(Exception):
-    """Something the user can mend. `main` prints it as one line, without a traceback, and exits with 2."""
+    """A mistake of the user's. `main` prints it as one line, without a traceback, and exits with 2."""
 
 
-def env_field(default, help: str, *, lo=None, hi=None, choices=(), aliases=(), group=""):
-    """One setting: its type is the annotation, its variable the upper-cased name (or a published alias).
-
-    `group` is a published name that sets several settings at once; a setting's own name wins over it.
-    """
-    meta = {"help": help, "lo": lo, "hi": hi, "choices": tuple(choices), "aliases": tuple(aliases), "group": group}
-    return dataclasses.field(default=default, metadata=meta)
+def env_field(default, help: str, *, lo=None, hi=None, choices="", alias="", group="", section=""):
+    """One setting: its type is the annotation, its variable the upper-cased name (or a published alias). `group`: a
+    published name that sets several settings, unless their own names do. `section`: the one this setting begins."""
+    meta = {"lo": lo, "hi": hi, "choices": choices.split(), "alias": alias, "group": group, "section": section}
+    return dataclasses.field(default=default, metadata={"help": help, **meta})
 
 
 @dataclass(frozen=True)
@@ -72,27 +71,24 @@ class Hyperparameters:
     """Every setting of a run. Defaults are those of PR 1092's best run unless the help says otherwise."""
 
     # Run
-    run_id: str = env_field("", "name of the run and its log files; made up when empty")
+    run_id: str = env_field("", "name of the run and its log files; generated when empty", section="Run")
     seed: int = env_field(1337, "seed of the initial weights", lo=0)
-    artifact_dir: str = env_field(".", "folder for logs/, checkpoints/ and the model files", aliases=("OUT_DIR",))
-    device: str = env_field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on a CPU",
-                           choices=("auto", "bf16", "fp32"))
-    compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    attention: str = env_field("auto", "attention kernel; auto: the best one there is",
-                               choices=("auto", "fa3", "cudnn", "flash", "math"))
-    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far held against "
-                             "references in Triton's interpreter only, never on a GPU; auto: torch for now",
-                             choices=("auto", "torch", "triton"))
+    artifact_dir: str = env_field(".", "folder for logs/, checkpoints/ and the model files", alias="OUT_DIR")
+    device: str = env_field("auto", "where to compute", choices="auto cpu cuda")
+    dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
+    compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
+    attention: str = env_field("auto", "attention kernel; auto: the best there is", choices="auto fa3 cudnn flash math")
+    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far tested in Triton's "
+                             "interpreter only, never on a GPU; auto: torch for now", choices="auto torch triton")
     # Data
     data_path: str = env_field("./data/datasets/fineweb10B_sp1024", "folder with fineweb_{train,val}_*.bin; its "
-                               "dataset.json, if there, says what tokenizer and vocabulary it has")
+                               "dataset.json, if there is one, names tokenizer and vocabulary size", section="Data")
     tokenizer_path: str = env_field("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of that data")
-    train_batch_tokens: int = env_field(786_432, "tokens of one optimiser step, over all ranks", lo=1)
-    micro_batch_tokens: int = env_field(0, "most tokens of one forward pass; 0: 98,304 on CUDA, 4,096 on a CPU", lo=0)
+    train_batch_tokens: int = env_field(786_432, "tokens per optimiser step, over all ranks", lo=1)
+    micro_batch_tokens: int = env_field(0, "maximum tokens per forward pass; 0: 98,304 on CUDA, 4,096 on CPU", lo=0)
     # Model
-    vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536)
-    train_seq_len: int = env_field(2048, "tokens of a training sequence; sets the rotary base too", lo=2)
+    vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536, section="Model")
+    train_seq_len: int = env_field(2048, "tokens per training sequence; sets the rotary base too", lo=2)
     num_layers: int = env_field(11, "transformer blocks", lo=1, hi=256)
     model_dim: int = env_field(512, "width of the residual stream", lo=2)
     num_heads: int = env_field(8, "query heads", lo=1)
@@ -100,65 +96,61 @@ class Hyperparameters:
     mlp_mult: float = env_field(3.0, "MLP width over model width", lo=0.01, hi=64)
     leaky_slope: float = env_field(0.75, "negative slope of LeakyReLU, whose square is the activation", lo=0, hi=1)
     tie_embeddings: bool = env_field(True, "use the embedding table as output layer")
-    tied_embed_init_std: float = env_field(0.005, "spread of the initial embedding", lo=0, hi=100)
+    tied_embed_init_std: float = env_field(0.005, "standard deviation of the initial embedding", lo=0, hi=100)
     rope_base: float = env_field(10_000.0, "base of the rotary frequencies", lo=1, hi=1e9)
-    rope_dims: int = env_field(16, "rotated dimensions a head; 0: all", lo=0)
-    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN stretches the rotary base (NTK); 1024 as PR 1092",
-                                        lo=1)
+    rope_dims: int = env_field(16, "rotated dimensions per head; 0: all", lo=0)
+    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN scales the rotary base up (NTK)", lo=1)
     logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap)", lo=1e-3, hi=1e4)
     qk_gain_init: float = env_field(1.5, "initial gain of each query head", lo=0, hi=1000)
     ln_scale: bool = env_field(True, "scale normalised inputs by 1/sqrt(layer+1)")
-    xsa_last_n: int = env_field(11, "exclusive self-attention on this many last layers", lo=0)
+    xsa_last_n: int = env_field(11, "exclusive self-attention in this many last layers", lo=0)
     bigram_vocab_size: int = env_field(2048, "buckets of the hashed bigram table; 0: none", lo=0)
     bigram_dim: int = env_field(128, "width of the bigram table", lo=1)
     trigram_vocab_size: int = env_field(0, "buckets of the hashed trigram table; 0: none", lo=0)
     trigram_dim: int = env_field(128, "width of the trigram table", lo=1)
     ve_enabled: bool = env_field(True, "add a shared token embedding to the values of VE_LAYERS")
-    ve_dim: int = env_field(128, "width of the value embedding", lo=1, aliases=("VALUE_EMBED_DIM",))
-    ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, with commas")
-    gated_attention: bool = env_field(False, "a learnt gate on each head's output")
+    ve_dim: int = env_field(128, "width of the value embedding", lo=1, alias="VALUE_EMBED_DIM")
+    ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, comma-separated")
+    gated_attention: bool = env_field(False, "a learned gate on each head's output")
     value_residual: bool = env_field(False, "mix the first layer's values into every later layer")
-    dtg_enabled: bool = env_field(False, "a learnt gate on each block's update")
+    dtg_enabled: bool = env_field(False, "a learned gate on each block's update")
     mtp_num_heads: int = env_field(0, "extra heads that predict tokens further ahead; training only", lo=0, hi=16)
     mtp_loss_weight: float = env_field(0.2, "weight of their mean loss", lo=0, hi=100)
     # Optimisers
-    matrix_lr: float = env_field(0.025, "learning rate of the banks (Muon)", lo=0, hi=100)
+    matrix_lr: float = env_field(0.025, "learning rate of the banks (Muon)", lo=0, hi=100, section="Optimisers")
     scalar_lr: float = env_field(0.025, "learning rate of vectors, gates and small projections (AdamW)", lo=0, hi=100)
-    tied_embed_lr: float = env_field(0.035, "learning rate of the tables when embeddings are tied (AdamW)",
-                                     lo=0, hi=100)
-    embed_lr: float = env_field(0.6, "learning rate of the tables when they are not", lo=0, hi=100)
+    tied_embed_lr: float = env_field(0.035, "learning rate of the tables with TIE_EMBEDDINGS=1 (AdamW)", lo=0, hi=100)
+    embed_lr: float = env_field(0.6, "the same with TIE_EMBEDDINGS=0", lo=0, hi=100)
     head_lr: float = env_field(0.008, "learning rate of an untied output layer and of MTP heads", lo=0, hi=100)
     muon_momentum: float = env_field(0.99, "momentum of Muon", lo=0, hi=0.9999)
-    muon_momentum_warmup_start: float = env_field(0.92, "its first value", lo=0, hi=0.9999)
-    muon_momentum_warmup_steps: int = env_field(1500, "steps from the first value to MUON_MOMENTUM", lo=0)
+    muon_momentum_warmup_start: float = env_field(0.92, "its initial value", lo=0, hi=0.9999)
+    muon_momentum_warmup_steps: int = env_field(1500, "steps from the initial value to MUON_MOMENTUM", lo=0)
     muon_backend_steps: int = env_field(5, "Newton-Schulz iterations", lo=1, hi=20)
     muon_wd: float = env_field(0.04, "weight decay of the banks", lo=0, hi=10)
-    normuon: bool = env_field(False, "even out the rows of Muon's update (PR 173); off in PR 1092")
-    muon_beta2: float = env_field(0.95, "memory of those row norms; used with NORMUON=1 only", lo=0, hi=0.9999)
+    normuon: bool = env_field(False, "normalise the rows of Muon's update (NorMuon, PR 173); off in PR 1092")
+    muon_beta2: float = env_field(0.95, "decay of those row norms; used with NORMUON=1 only", lo=0, hi=0.9999)
     adam_wd: float = env_field(0.04, "weight decay of AdamW, output heads excepted", lo=0, hi=10)
     beta1: float = env_field(0.9, "AdamW's first beta", lo=0, hi=0.9999)
     beta2: float = env_field(0.95, "AdamW's second beta", lo=0, hi=0.99999)
     adam_eps: float = env_field(1e-8, "AdamW's epsilon", lo=0, hi=1)
-    grad_clip_norm: float = env_field(0.3, "norm the global gradient is clipped to; 0: not", lo=0, hi=1e6)
+    grad_clip_norm: float = env_field(0.3, "norm the global gradient is clipped to; 0: no clipping", lo=0, hi=1e6)
     grad_quant: bool = env_field(False, "send bank gradients between ranks in bf16 instead of fp32")
-    control_tensor_name_patterns: str = env_field(
-        "", "name parts, with commas: further parameters kept as floats and trained as control tensors")
+    control_tensor_name_patterns: str = env_field("", "more control tensors (floats): parts of names, comma-separated")
     # Schedule
-    iterations: int = env_field(20_000, "most optimiser steps", lo=0)
+    iterations: int = env_field(20_000, "maximum optimiser steps", lo=0, section="Schedule")
     max_wallclock_seconds: float = env_field(600.0, "training stops here; 0: no limit", lo=0, hi=1e7)
     warmup_steps: int = env_field(20, "steps that compile every graph and are then undone", lo=0)
     warmdown_iters: int = env_field(3500, "the learning rate falls to 0 over this many last steps", lo=0)
-    warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: use WARMDOWN_ITERS",
-                                     lo=0, hi=1)
+    warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: off", lo=0, hi=1)
     min_lr: float = env_field(0.0, "with WARMDOWN_FRAC: lowest learning-rate scale", lo=0, hi=1)
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
-    val_batch_size: int = env_field(524_288, "most tokens of one validation forward pass, over all ranks", lo=1)
+    val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
     checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: none", lo=0)
-    resume: bool = env_field(False, "go on from the checkpoint of RUN_ID")
+    resume: bool = env_field(False, "continue from the checkpoint of RUN_ID")
     # Averaging
-    ema_enabled: bool = env_field(True, "export an exponential average of the weights")
-    ema_decay: float = env_field(0.997, "its decay a step; shorter memory in the first steps", lo=0, hi=0.99999)
+    ema_enabled: bool = env_field(True, "export an exponential moving average of the weights", section="Averaging")
+    ema_decay: float = env_field(0.997, "its decay per step; lower in the first steps", lo=0, hi=0.99999)
     swa_enabled: bool = env_field(False, "export the mean of snapshots instead (collected, never used, in PR 1092)")
     swa_every: int = env_field(50, "steps between snapshots", lo=1)
     swa_start_frac: float = env_field(0.2, "snapshots start when the learning-rate scale falls below", lo=0, hi=1.01)
@@ -166,91 +158,71 @@ class Hyperparameters:
     lawa_k: int = env_field(10, "snapshots of LAWA", lo=1)
     lawa_freq: int = env_field(100, "steps between them", lo=1)
     # Quantisation and artifact
-    qat_enabled: bool = env_field(False, "train on rounded weights from the first step")
-    late_qat_threshold: float = env_field(0.15, "train on them once the learning-rate scale falls below; 0: never",
-                                          lo=0, hi=1)
-    late_qat_frac: float = env_field(0.0, "instead: once this fraction of the budget is spent; 0: not so", lo=0, hi=1)
-    soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550, its formula mended)")
-    ema_reset_at_qat: bool = env_field(True, "start the EMA afresh when QAT starts (PR 1216)")
+    qat_enabled: bool = env_field(False, "fake quantisation from the first step", section="Quantisation and artifact")
+    late_qat_threshold: float = env_field(0.15, "the same once the learning-rate scale is below; 0: never", lo=0, hi=1)
+    late_qat_frac: float = env_field(0.0, "instead: once this fraction of the budget is spent; 0: off", lo=0, hi=1)
+    soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550, its formula corrected)")
+    ema_reset_at_qat: bool = env_field(True, "restart the EMA when QAT starts (PR 1216)")
     mlp_quant_bits: int = env_field(6, "bits of the MLP banks", lo=2, hi=8, group="MATRIX_BITS")
-    attn_qat_bits: int = env_field(6, "bits of the attention banks", lo=2, hi=8, aliases=("ATTN_QUANT_BITS",),
-                                   group="MATRIX_BITS")
+    attn_qat_bits: int = env_field(6, "bits of attention", lo=2, hi=8, alias="ATTN_QUANT_BITS", group="MATRIX_BITS")
     embed_bits: int = env_field(8, "bits of the token table and output layer", lo=2, hi=8)
     bigram_bits: int = env_field(8, "bits of the hashed tables", lo=2, hi=8)
     ve_bits: int = env_field(8, "bits of the value-embedding table", lo=2, hi=8)
-    clip_rule: str = env_field("percentile", "where a row's largest code lies: at the best of five percentiles, at the "
-                               "largest weight, or at so many standard deviations",
-                              choices=("percentile", "amax", "sdclip"))
-    mlp_clip_sigmas: float = env_field(12.85, "with sdclip: standard deviations, MLP banks", lo=0.1, hi=1000,
-                                       group="MATRIX_CLIP_SIGMAS")
-    attn_clip_sigmas: float = env_field(12.85, "with sdclip: the same, attention banks", lo=0.1, hi=1000,
-                                        group="MATRIX_CLIP_SIGMAS")
-    embed_clip_sigmas: float = env_field(20.0, "with sdclip: the same, all tables", lo=0.1, hi=1000)
-    mlp_clip_widen: float = env_field(1.0, "MLP banks: steps this much wider than the rule's, for a smaller file",
-                                      lo=1, hi=100)
-    attn_clip_widen: float = env_field(1.0, "the same, attention banks", lo=1, hi=100)
-    embed_clip_widen: float = env_field(1.0, "the same, all tables", lo=1, hi=100)
-    fp16_keep_name_patterns: str = env_field("", "name parts, with commas: parameters stored as fp16, not rounded")
-    int8_keep_float_fp32_name_patterns: str = env_field(
-        "", "name parts, with commas: parameters stored as fp32 in the artifact")
+    clip_rule: str = env_field("percentile", "clip of each row: the best of five percentiles, the largest weight or "
+                               "k standard deviations", choices="percentile amax sdclip")
+    mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
+    attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
+    embed_clip_sigmas: float = env_field(20.0, "k of sdclip, all tables", lo=0.1, hi=1000)
+    mlp_clip_widen: float = env_field(1.0, "widens the steps of the MLP banks, for a smaller file", lo=1, hi=100)
+    attn_clip_widen: float = env_field(1.0, "the same for the attention banks", lo=1, hi=100)
+    embed_clip_widen: float = env_field(1.0, "the same for all tables", lo=1, hi=100)
+    fp16_keep_name_patterns: str = env_field("", "stored as fp16, not rounded: parts of names, comma-separated")
+    int8_keep_float_fp32_name_patterns: str = env_field("", "stored as fp32: parts of names, comma-separated")
     gptq_enabled: bool = env_field(False, "round so that each layer's output changes least (GPTQ), not to the nearest")
-    gptq_calibration: str = env_field("train", "on what: the training batches that would come next, or text that the "
-                                      "model writes itself", choices=("train", "self"))
-    gptq_calibration_batches: int = env_field(16, "batches of it: TRAIN_BATCH_TOKENS each, or 4 sequences of own text",
-                                              lo=1)
-    gptq_reserve_seconds: float = env_field(0.0, "of MAX_WALLCLOCK_SECONDS, for calibration; 0: 2 % of it",
-                                            lo=0, hi=1e7)
-    compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range if its "
-                              "package constriction is there, else lzma",
-                              choices=("auto", "range", "lzma", "zstd"), aliases=("COMPRESSOR",))
+    gptq_calibration: str = env_field("train", "calibrate on training batches or generated text", choices="train self")
+    gptq_calibration_batches: int = env_field(16, "batches of it: TRAIN_BATCH_TOKENS each, or 4 sequences", lo=1)
+    gptq_reserve_seconds: float = env_field(0.0, "calibration's part of MAX_WALLCLOCK_SECONDS; 0: 2 %", lo=0, hi=1e7)
+    compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range, or lzma "
+                              "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
     artifact_limit_bytes: int = env_field(16_000_000, "code + artifact above this ends the run with an error", lo=1)
-    code_bytes: int = env_field(0, "bytes of the code that is submitted; 0: of this file. run.sh gives those of the "
-                                "built one (tools/record.py)", lo=0)
+    code_bytes: int = env_field(0, "size of the submitted code; 0: of this file; run.sh gives the built file's", lo=0)
     size_fit: bool = env_field(False, "instead of that error, round more coarsely where it costs least until it fits")
     # Evaluation
-    eval_seq_len: int = env_field(2048, "tokens of an evaluation window; 0: TRAIN_SEQ_LEN", lo=0)
+    eval_seq_len: int = env_field(2048, "tokens per evaluation window; 0: TRAIN_SEQ_LEN", lo=0, section="Evaluation")
     eval_stride: int = env_field(64, "tokens newly scored by each sliding window; 0: no sliding evaluation", lo=0)
-    eval_batch_seqs: int = env_field(32, "windows of one forward pass", lo=1)
-    eval_artifact: str = env_field("", "no training: score this artifact, whose model settings replace those given "
-                                   "here")
-    eval_max_seconds: float = env_field(600.0, "for reading the artifact, compilation and all final scores together: "
-                                        "adaptation gives way, scoring never; 0: no limit", lo=0, hi=1e7)
-    ttt_enabled: bool = env_field(True, "score once more with test-time training on what was scored before")
-    ttt_mode: str = env_field("sgd", "what learns: the weights, or low-rank additions to them", choices=("sgd", "lora"))
-    ttt_reset: str = env_field("stream", "learn along the whole text, or (lora) afresh in each document",
-                               choices=("stream", "document"))
+    eval_batch_seqs: int = env_field(32, "windows per forward pass", lo=1)
+    eval_artifact: str = env_field("", "score this artifact, with the model settings it holds, instead of training")
+    eval_max_seconds: float = env_field(600.0, "for loading, compilation and all final scores together: cuts "
+                                        "adaptation short, never scoring; 0: no limit", lo=0, hi=1e7)
+    ttt_enabled: bool = env_field(True, "score once more with test-time training (TTT) on tokens already scored")
+    ttt_mode: str = env_field("sgd", "what adapts: the weights, or low-rank additions to them", choices="sgd lora")
+    ttt_reset: str = env_field("stream", "adapt along the text or (lora) in each document", choices="stream document")
     ttt_epochs: int = env_field(3, "passes over each scored chunk", lo=0)
     ttt_chunk_tokens: int = env_field(32_768, "tokens scored before each adaptation", lo=1)
-    ttt_batch_seqs: int = env_field(32, "sequences of one adaptation step, over all ranks", lo=1)
-    ttt_grad_clip: float = env_field(1.0, "norm an adaptation gradient is clipped to; 0: not", lo=0, hi=1e6)
-    ttt_polyak_decay: float = env_field(0.0, "score with the average of the adapted weights; its decay a step; 0: none",
-                                        lo=0, hi=0.99999)
+    ttt_batch_seqs: int = env_field(32, "sequences per adaptation step, over all ranks", lo=1)
+    ttt_grad_clip: float = env_field(1.0, "norm an adaptation gradient is clipped to; 0: no clipping", lo=0, hi=1e6)
+    ttt_polyak_decay: float = env_field(0.0, "score with averaged weights of this decay; 0: off", lo=0, hi=0.99999)
     ttt_temp: float = env_field(1.0, "logits are divided by this while scoring with TTT", lo=1e-3, hi=1000)
-    ttt_optimizer: str = env_field("sgd", "what adapts the weights", choices=("sgd", "adamw"))
+    ttt_optimizer: str = env_field("sgd", "optimiser of the weights", choices="sgd adamw")
     ttt_lr: float = env_field(0.03, "its learning rate, a cosine over the chunks", lo=0, hi=100)
     ttt_momentum: float = env_field(0.9, "momentum of sgd", lo=0, hi=0.9999)
-    ttt_freeze_blocks: int = env_field(0, "first blocks that stay as they are", lo=0)
-    ttt_proj_lr_mult: float = env_field(-1.0, "rate of MLP-down over TTT_LR; -1: 3 for adamw (PR 1092), else 1",
-                                        lo=-1, hi=1000)
-    ttt_fc_lr_mult: float = env_field(-1.0, "rate of MLP-up over TTT_LR; -1: 0.5 for adamw (PR 1092), else 1",
-                                      lo=-1, hi=1000)
-    ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, aliases=("LORA_RANK",))
+    ttt_freeze_blocks: int = env_field(0, "first blocks that stay frozen", lo=0)
+    ttt_proj_lr_mult: float = env_field(-1.0, "MLP-down's rate over TTT_LR; -1: 3 for adamw, else 1", lo=-1, hi=1000)
+    ttt_fc_lr_mult: float = env_field(-1.0, "MLP-up's rate over TTT_LR; -1: 0.5 for adamw, else 1", lo=-1, hi=1000)
+    ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, alias="LORA_RANK")
     ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0, hi=1e5)
-    ttt_lora_targets: str = env_field("q,v,head", "which matrices get one: of q, k, v, o, mlp, head, with commas")
+    ttt_lora_targets: str = env_field("q,v,head", "matrices that get one: of q, k, v, o, mlp, head, comma-separated")
     ttt_lora_layers: str = env_field("", "in which layers (from 0), like 7-10 or 8,9,10; empty: all")
-    ttt_lora_layer_rates: str = env_field("", "layers that learn at another rate, like 7:0.6,8:0.8")
-    ttt_lora_optimizer: str = env_field("adam", "what adapts the additions", choices=("adam", "sgd"))
+    ttt_lora_layer_rates: str = env_field("", "layers with another learning rate, relative to TTT_LORA_LR: 7:0.6,8:0.8")
+    ttt_lora_optimizer: str = env_field("adam", "optimiser of the additions", choices="adam sgd")
     ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0, hi=100)
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
     ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0, hi=10)
-    ttt_batch_docs: int = env_field(64, "documents adapted side by side on a rank; fewer cost as much", lo=1,
-                                    aliases=("TTT_BATCH_SIZE",))
-    ttt_doc_chunk_tokens: int = env_field(256, "tokens of a document scored before each of its adaptations", lo=1,
-                                          aliases=("TTT_CHUNK_SIZE",))
+    ttt_batch_docs: int = env_field(64, "documents in a rank's batch; fewer are padded", lo=1, alias="TTT_BATCH_SIZE")
+    ttt_doc_chunk_tokens: int = env_field(256, "document tokens scored per adaptation", lo=1, alias="TTT_CHUNK_SIZE")
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
-    hash_embed_buckets: int = env_field(0, "rows of a hashed-pair embedding that starts at zero and learns in the "
-                                        "stream alone, 4,096 or 16,384 as published (PR 1460); 0: none", lo=0)
+    hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
 
     @property
@@ -268,7 +240,7 @@ class Hyperparameters:
 
     @property
     def train_seconds(self) -> float:
-        """Seconds for training steps: the clock's limit less what calibration takes of it. 0: no limit."""
+        """Seconds for training steps: the time limit less what calibration takes of it. 0: no limit."""
         limit = self.max_wallclock_seconds
         return limit - (self.gptq_reserve_seconds or 0.02 * limit) if limit and self.gptq_enabled else limit
 
@@ -286,34 +258,35 @@ class Hyperparameters:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def ve_layer_ids(self) -> tuple[int, ...]:
+        """Layers with the value embedding. Raises UserError, as the next three properties do."""
+        return parse_list("VE_LAYERS", self.ve_layers if self.ve_enabled else "", "a list of layer numbers like 9,10",
+                          lambda parts: tuple(map(int, parts)))
+
+    @property
     def lora_kinds(self) -> tuple[str, ...]:
-        """Which matrices LoRA adds to, by the names of LayerWeights. Raises KeyError."""
+        """Which matrices LoRA adds to, by the names of LayerWeights."""
         kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "mlp": ["up", "down"], "head": ["head"]}
-        return tuple(kind for part in self.ttt_lora_targets.split(",") for kind in kinds[part.strip()])
+        return parse_list("TTT_LORA_TARGETS", self.ttt_lora_targets, "some of q,k,v,o,mlp,head",
+                          lambda parts: tuple(kind for part in parts for kind in kinds[part]))
 
     @property
     def lora_layer_ids(self) -> tuple[int, ...]:
-        """Layers LoRA adds to, in order. Raises ValueError."""
-        spans = [[int(end) for end in part.split("-", 1)] for part in self.ttt_lora_layers.split(",") if part.strip()]
+        """Layers LoRA adds to, in order."""
+        spans = parse_list("TTT_LORA_LAYERS", self.ttt_lora_layers, "layers like 7-10 or 8,9,10",
+                           lambda parts: [[int(end) for end in part.split("-", 1)] for part in parts])
         chosen = {layer for span in spans for layer in range(min(span), max(span) + 1)}
-        return tuple(sorted(chosen)) if spans else tuple(range(self.num_layers))
+        return tuple(sorted(chosen or range(self.num_layers)))
 
     @property
     def lora_layer_rates(self) -> dict[int, float]:
-        """Layer -> its rate over TTT_LORA_LR, where it is not 1. Raises ValueError."""
-        pairs = [part.split(":") for part in self.ttt_lora_layer_rates.split(",") if part.strip()]
-        return {int(layer): float(rate) for layer, rate in pairs}
-
-    @property
-    def ve_layer_ids(self) -> tuple[int, ...]:
-        return tuple(int(part) for part in self.ve_layers.split(",") if part.strip()) if self.ve_enabled else ()
+        """Layer -> its learning rate over TTT_LORA_LR, where that is not 1."""
+        return parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", lambda parts: {
+            int(layer): float(rate) for layer, rate in (part.split(":") for part in parts)})
 
     @classmethod
     def from_env(cls, environ) -> Hyperparameters:
-        """Settings from a mapping of variables.
-
-        Raises UserError on a bad value, a near miss of a name or a contradiction.
-        """
+        """Settings from a mapping of variables. Raises UserError on a bad value, a misspelt name or a contradiction."""
         refuse_near_misses(environ)
         values = {}
         for f in dataclasses.fields(cls):
@@ -332,163 +305,131 @@ class Hyperparameters:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
 
-INT_LIMIT = 2 ** 31 - 1  # of whole numbers that have no other upper bound
-
-
-OTHER_RANKS_WAIT_SECONDS = 3.0  # for torchrun to end them once rank 0 has failed
-
-
 def process_environment() -> dict[str, str]:
     return dict(os.environ)
 
 
 def env_names(f: dataclasses.Field) -> tuple[str, ...]:
-    return (f.name.upper(), *f.metadata["aliases"], *filter(None, [f.metadata["group"]]))
+    return tuple(filter(None, (f.name.upper(), f.metadata["alias"], f.metadata["group"])))
+
+
+INT_LIMIT = 2 ** 31 - 1  # upper bound of integers that declare none
+TYPES = {"bool": ("0 or 1", lambda text: {"0": False, "1": True}[text.strip()]), "int": ("a whole number", int),
+         "float": ("a number", float), "str": ("text", str)}  # annotation -> what is wanted, parser
 
 
 def parse_value(name: str, f: dataclasses.Field, text: str):
-    """The value of one variable, checked for type and range."""
-    meta, kind = f.metadata, f.type
+    """The value of one variable. Raises UserError if its type or range is wrong."""
+    (wanted, parse), meta = TYPES[f.type], f.metadata
     try:
-        if kind == "bool":
-            value = {"0": False, "1": True}[text.strip()]
-        else:
-            value = {"int": lambda t: int(t.replace("_", "")), "float": float, "str": str}[kind](text)
+        value = parse(text)
     except (ValueError, KeyError):
-        wanted = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
         raise UserError(f"{name}={text!r} is not {wanted}") from None
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{name}={text!r} is not one of {', '.join(meta['choices'])}")
-    lo, hi = meta["lo"], INT_LIMIT if kind == "int" and meta["hi"] is None else meta["hi"]
-    if kind == "float" and not math.isfinite(value) or lo is not None and value < lo or hi is not None and value > hi:
-        raise UserError(f"{name}={text} is out of range: {describe_range(f)}")
+    if meta["lo"] is not None and not meta["lo"] <= value <= (INT_LIMIT if meta["hi"] is None else meta["hi"]):
+        raise UserError(f"{name}={text.strip()} is out of range: {describe_range(f)}")  # NaN, too
     return value
 
 
-def describe_range(f: dataclasses.Field) -> str:
-    meta = f.metadata
-    if meta["choices"]:
-        return ", ".join(meta["choices"])
-    if f.type == "bool":
-        return "0, 1"
-    if meta["hi"] is not None:
-        return f"{meta['lo']} to {meta['hi']}"
-    return f"{meta['lo']} or more" if meta["lo"] is not None else "text"
-
-
-def is_valid(name: str, f: dataclasses.Field, text: str) -> bool:
+def parse_list(name: str, text: str, wanted: str, parse):
+    """`parse` of the parts of a comma-separated text. Raises UserError if they are not what is wanted."""
     try:
-        parse_value(name, f, text)
-    except UserError:
-        return False
-    return True
+        return parse([part.strip() for part in text.split(",") if part.strip()])
+    except (ValueError, KeyError):
+        raise UserError(f"{name}={text!r} is not {wanted}") from None
+
+
+def describe_range(f: dataclasses.Field) -> str:
+    lo, hi = f.metadata["lo"], f.metadata["hi"]
+    if lo is None:
+        return "0, 1" if f.type == "bool" else ", ".join(f.metadata["choices"]) or "text"
+    return f"{lo} or more" if hi is None else f"{lo} to {hi}"
 
 
 def refuse_near_misses(environ) -> None:
-    """A variable that is nearly named like a setting, and has a value that this setting could have, is a typing error;
-    any other one belongs to another program. Raises UserError."""
+    """Raise UserError for a variable that is spelt almost like a setting, if its value would be valid for that setting;
+    all others belong to other programs."""
     known = {name: f for f in dataclasses.fields(Hyperparameters) for name in env_names(f)}
     for name in sorted(set(environ) - set(known) - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}):  # torchrun's own
         alike = [k for k in known if abs(len(k) - len(name)) <= 1 and len(name) >= 5]
-        near = difflib.get_close_matches(name, alike, 1, cutoff=0.88)  # OMP_NUM_THREADS is 0.86 of MTP_NUM_HEADS
-        if near and is_valid(near[0], known[near[0]], environ[name]):
-            raise UserError(f"{name} is not a setting; did you mean {near[0]}? (python train_gpt.py --help lists all)")
+        for near in difflib.get_close_matches(name, alike, 1, cutoff=0.88):  # OMP_NUM_THREADS is 0.86 of MTP_NUM_HEADS
+            try:
+                parse_value(near, known[near], environ[name])
+            except UserError:
+                continue
+            raise UserError(f"{name} is not a setting; did you mean {near}? (python train_gpt.py --help lists all)")
 
 
 def check_combinations(cfg: Hyperparameters) -> None:
     """Raise UserError where settings contradict each other."""
-    def require(holds: bool, message: str) -> None:
+    shown = {f.name: f"{f.name.upper()}={getattr(cfg, f.name)!r}".removesuffix(".0") for f in dataclasses.fields(cfg)}
+    for holds, message in combination_rules(cfg):
         if not holds:
-            raise UserError(message)
-
-    require(cfg.model_dim % cfg.num_heads == 0,
-           f"MODEL_DIM={cfg.model_dim} is not divisible by NUM_HEADS={cfg.num_heads}")
-    require(cfg.num_heads % cfg.num_kv_heads == 0,
-           f"NUM_HEADS={cfg.num_heads} is not divisible by NUM_KV_HEADS={cfg.num_kv_heads}")
-    require(cfg.mlp_dim >= 1, f"MLP_MULT={cfg.mlp_mult:g} of MODEL_DIM={cfg.model_dim} leaves an MLP of no width")
-    require(cfg.rope_dims % 2 == 0 and (cfg.rope_dims or cfg.head_dim) % 2 == 0,
-           f"ROPE_DIMS={cfg.rope_dims or cfg.head_dim} is odd; rotation works on pairs")
-    require(cfg.rope_dims <= cfg.head_dim, f"ROPE_DIMS={cfg.rope_dims} is more than a head's {cfg.head_dim} dimensions")
-    for name in ("bigram_vocab_size", "trigram_vocab_size"):
-        require(getattr(cfg, name) != 1, f"{name.upper()}=1 leaves no bucket; use 0 or at least 2")
-    try:
-        ids = cfg.ve_layer_ids
-    except ValueError:
-        raise UserError(f"VE_LAYERS={cfg.ve_layers!r} is not a list of layer numbers like 9,10") from None
-    require(all(0 <= i < cfg.num_layers for i in ids) and len(set(ids)) == len(ids),
-           f"VE_LAYERS={cfg.ve_layers} names a layer twice or outside 0..{cfg.num_layers - 1}")
-    require(cfg.train_batch_tokens % cfg.train_seq_len == 0,
-           f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is not divisible by TRAIN_SEQ_LEN={cfg.train_seq_len}")
-    require(cfg.eval_stride <= cfg.window, f"EVAL_STRIDE={cfg.eval_stride} is longer than a window of {cfg.window}")
-    if cfg.ttt_enabled:
-        check_adaptation(cfg, require)
-    require(not cfg.max_wallclock_seconds or cfg.train_seconds > 0, f"GPTQ_RESERVE_SECONDS={cfg.gptq_reserve_seconds:g} "
-           f"leaves nothing of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} for training")
-    require(cfg.iterations > 0 or not cfg.resume, "RESUME=1 with ITERATIONS=0: nothing to resume")
-    require(not cfg.resume or bool(cfg.run_id), "RESUME=1 needs the RUN_ID of the run to go on with")
-    require(re.fullmatch(r"[\w.+-]*", cfg.run_id) is not None,
-           f"RUN_ID={cfg.run_id!r} names files: letters, digits and . _ + - only")
+            raise UserError(message.format(**shown, head_dim=cfg.head_dim, window=cfg.window, last=cfg.num_layers - 1,
+                                           scored=cfg.eval_stride or cfg.window))
 
 
-def check_adaptation(cfg: Hyperparameters, require) -> None:
-    """`require` what test-time training needs. Raises UserError."""
-    if cfg.ttt_reset == "stream":
-        require(cfg.ttt_chunk_tokens >= cfg.train_seq_len, f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} holds no sequence "
-               f"of TRAIN_SEQ_LEN={cfg.train_seq_len} to learn from")
-        require(cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} is "
-               f"shorter than the {cfg.eval_stride or cfg.window} tokens a window scores")
-    else:
-        require(cfg.ttt_mode == "lora", f"TTT_RESET=document keeps weights for each document: only TTT_MODE=lora can, "
-               f"not {cfg.ttt_mode}")
-        require(cfg.ttt_doc_chunk_tokens <= cfg.window, f"TTT_DOC_CHUNK_TOKENS={cfg.ttt_doc_chunk_tokens} is longer "
-               f"than a window of EVAL_SEQ_LEN={cfg.window}")
-        for name in ("hash_embed_buckets", "ttt_polyak_decay"):
-            require(not getattr(cfg, name), f"{name.upper()} works along a stream; TTT_RESET=document starts afresh")
-    if cfg.ttt_mode == "lora":
-        for name, read, wanted in (("ttt_lora_targets", lambda: cfg.lora_kinds, "some of q,k,v,o,mlp,head"),
-                                   ("ttt_lora_layers", lambda: cfg.lora_layer_ids, "layers like 7-10 or 8,9,10"),
-                                   ("ttt_lora_layer_rates", lambda: cfg.lora_layer_rates, "pairs like 7:0.6")):
-            try:
-                numbered = [int(layer) for layer in read()] if name != "ttt_lora_targets" else read()[:0]
-            except (KeyError, ValueError):
-                raise UserError(f"{name.upper()}={getattr(cfg, name)!r} is not {wanted}") from None
-            require(all(0 <= layer < cfg.num_layers for layer in numbered),
-                   f"{name.upper()}={getattr(cfg, name)} names a layer outside 0..{cfg.num_layers - 1}")
-
-
-SECTIONS = {"run_id": "Run", "data_path": "Data", "vocab_size": "Model", "matrix_lr": "Optimisers",
-            "iterations": "Schedule", "ema_enabled": "Averaging", "qat_enabled": "Quantisation and artifact",
-            "eval_seq_len": "Evaluation"}  # the first setting of each
+def combination_rules(cfg: Hyperparameters):
+    """Yields (holds, message) of each rule, which may rely on those before it; {model_dim} becomes MODEL_DIM=512."""
+    yield cfg.model_dim % cfg.num_heads == 0, "{model_dim} is not divisible by {num_heads}"
+    yield cfg.num_heads % cfg.num_kv_heads == 0, "{num_heads} is not divisible by {num_kv_heads}"
+    yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
+    yield cfg.mlp_dim >= 1, "{mlp_mult} of {model_dim} leaves an MLP of no width"
+    yield cfg.rope_dims <= cfg.head_dim, "{rope_dims} is more than a head's {head_dim} dimensions"
+    yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} (0: {head_dim}) is odd; rotation works on pairs"
+    yield cfg.bigram_vocab_size != 1, "{bigram_vocab_size} leaves no bucket; use 0 or at least 2"
+    yield cfg.trigram_vocab_size != 1, "{trigram_vocab_size} leaves no bucket; use 0 or at least 2"
+    ids, layers = cfg.ve_layer_ids, set(range(cfg.num_layers))
+    yield len(layers.intersection(ids)) == len(ids), "{ve_layers} names a layer twice or outside 0..{last}"
+    yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
+    if cfg.ttt_enabled and cfg.ttt_reset == "stream":
+        yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
+        yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
+            "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
+    elif cfg.ttt_enabled:
+        yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
+        yield cfg.ttt_doc_chunk_tokens <= cfg.window, "{ttt_doc_chunk_tokens} is longer than a window of {window}"
+        yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
+        yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
+    if cfg.ttt_enabled and cfg.ttt_mode == "lora":
+        yield cfg.lora_kinds, "{ttt_lora_targets} is not some of q,k,v,o,mlp,head"
+        yield layers.issuperset(cfg.lora_layer_ids), "{ttt_lora_layers} names a layer outside 0..{last}"
+        yield layers.issuperset(cfg.lora_layer_rates), "{ttt_lora_layer_rates} names a layer outside 0..{last}"
+    yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
+        "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
+    yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
+    yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
+    yield re.fullmatch(r"[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits and . _ + - only"
 
 
 def settings_by_section() -> dict[str, list[dataclasses.Field]]:
     sections = {}
     for f in dataclasses.fields(Hyperparameters):
-        if f.name in SECTIONS:
-            sections[SECTIONS[f.name]] = current = []
+        if f.metadata["section"]:
+            sections[f.metadata["section"]] = current = []
         current.append(f)
     return sections
 
 
 def config_table(markdown: bool = False) -> str:
     """The settings as a table: what --help prints and what README shows."""
+    head = ["", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown else []
+    row = "| `{0}` | `{1}` | {2} | {3} |" if markdown else "  {0:<34} {1!s:<10} {3} [{2}]"
     lines = []
     for section, fields in settings_by_section().items():
-        lines += ([f"**{section}**", "", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown
-                  else [section])
+        lines += [f"**{section}**" if markdown else section, *head]
         for f in fields:
-            default, names = int(f.default) if f.type == "bool" else f.default, " = ".join(env_names(f))
-            default = "(empty)" if default == "" else default
-            lines.append(f"| `{names}` | `{default}` | {describe_range(f)} | {f.metadata['help']} |" if markdown
-                         else f"  {names:<34} {default!s:<10} {f.metadata['help']} [{describe_range(f)}]")
+            default = "(empty)" if f.default == "" else int(f.default) if f.type == "bool" else f.default
+            lines.append(row.format(" = ".join(env_names(f)), default, describe_range(f), f.metadata["help"]))
         lines.append("")
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
 def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
-    """Write a file whole or not at all: on any failure the old file survives, which else moves to `older`. Raises
-    UserError."""
+    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
+    given. Raises UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -506,21 +447,19 @@ def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None
 
 
 class RunLog:
-    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0.
-
-    The files appear with the first line, so that a run which ends before it began leaves none.
-    """
+    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0. The files
+    are created by the first line, so that a run which is refused leaves none."""
 
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
         self.base, self.active, self.broken = folder / "logs" / run_id, active, False
-        self.fresh = set() if append else {".txt", ".jsonl"}  # not written to yet: what an older run left is replaced
+        self.fresh = set() if append else {".txt", ".jsonl"}  # not written yet: an older run's file is replaced
 
     def path(self, kind: str) -> Path:
         return self.base.with_name(self.base.name + kind)
 
     def __call__(self, text: str, event: str = "", console: bool = True, **fields) -> None:
-        """One line for people; with an event name, one JSON object for programs as well. Raises UserError if the log
-        cannot be begun."""
+        """One line for people and, with an event name, one JSON object for programs. Raises UserError if a log file
+        cannot be created."""
         if not self.active:
             return
         if console:
@@ -538,7 +477,7 @@ class RunLog:
         except OSError as error:
             if begins:
                 raise UserError(f"cannot write logs to {path.parent}: {error.strerror}") from None
-            if not self.broken:  # a full disk must not end a training run that may still be saved elsewhere
+            if not self.broken:  # a full disk must not end the run: its model may be saved on another one
                 print(f"warning: log {path} is incomplete: {error.strerror}", file=sys.stderr)
             self.broken = True
         self.fresh.discard(kind)
@@ -548,23 +487,22 @@ class RunLog:
 
 
 class Progress:
-    """A bar on a terminal; and in the log one line, once a phase has taken some seconds."""
+    """A progress bar on a terminal (with the package tqdm), and one line in the log after some seconds."""
 
     QUIET_SECONDS = 5.0
 
     def __init__(self, log: RunLog, total: int, what: str):
-        self.log, self.total, self.what, self.done, self.said, self.bar = log, total, what, 0, False, None
+        self.log, self.total, self.what, self.done, self.logged, self.bar = log, total, what, 0, False, None
         self.start = time.perf_counter()
         if log.active and sys.stderr.isatty():
             with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-                self.bar = tqdm(total=total, desc=what, leave=False)
+                self.bar = importlib.import_module("tqdm").tqdm(total=total, desc=what, leave=False)
 
     def update(self) -> None:
         self.done += 1
         seconds = time.perf_counter() - self.start
-        if not self.said and seconds > self.QUIET_SECONDS and self.done < self.total:
-            self.said = True
+        if not self.logged and seconds > self.QUIET_SECONDS and self.done < self.total:
+            self.logged = True
             self.log(f"{self.what}: {self.done} of {self.total} after {seconds:.0f} s, about "
                      f"{seconds * (self.total / self.done - 1):.0f} s to go", console=self.bar is None)
         if self.bar is not None:
@@ -576,7 +514,7 @@ class Progress:
 
 
 class Stopwatch:
-    """Seconds of work, without the spans spent inside `paused()`. `now` is replaceable in tests."""
+    """Seconds since it was made plus `spent`, without those inside `paused()`. `now`: the clock, for tests."""
 
     def __init__(self, spent: float = 0.0, now=time.perf_counter):
         self.now, self.start = now, now() - spent
@@ -592,10 +530,10 @@ class Stopwatch:
 
 
 def attend_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention written out in fp32: the reference of every other back end.
+    """Causal attention in plain fp32 operations: the reference of every other back end.
 
-    q: [batch, Tq, heads, d]; k, v: [batch, Tk, kv_heads, d]; query i stands at position Tk - Tq + i;
-    query head h reads kv head h // (heads / kv_heads). Returns [batch, Tq, heads, d].
+    q: [batch, Tq, heads, d]; k, v: [batch, Tk, kv_heads, d]; query i is at position Tk - Tq + i;
+    query head h attends to kv head h // (heads / kv_heads). Returns [batch, Tq, heads, d].
     """
     group = q.size(2) // k.size(2)
     k, v = (t.repeat_interleave(group, dim=2).float() for t in (k, v))
@@ -605,12 +543,12 @@ def attend_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def causal_mask(queries: int, keys: int, device) -> Tensor:
-    """True where a query may look; the last query stands at the last key.  # [queries, keys]"""
+    """True where a query may attend; the last query is at the last key's position.  # [queries, keys]"""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend_math` by PyTorch's fused kernels, which take grouped kv heads as they are."""
+    """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
     square = True if q.size(1) == k.size(1) else False  # a plain bool, for graphs of any length too
     mask = None if square else causal_mask(q.size(1), k.size(1), q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -621,11 +559,12 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
-    """(name, function) of the attention back end: FlashAttention 3, cuDNN or flash SDPA, math - in that order."""
+    """(name, function) of the attention back end: FlashAttention 3, cuDNN or flash SDPA, math - in that order. Raises
+    UserError where the wanted one cannot run."""
     if wanted == "math":
         return "math", attend_math
     if wanted in ("auto", "fa3") and device.type == "cuda" and dtype == torch.bfloat16:
-        with contextlib.suppress(ImportError, OSError):  # OSError: a library of another PyTorch or CUDA
+        with contextlib.suppress(ImportError, OSError):  # OSError: a library for another PyTorch or CUDA
             from flash_attn_interface import flash_attn_func
             if torch.cuda.get_device_capability(device)[0] == 9:  # its kernels are Hopper's
                 def attend_fa3(q, k, v):
@@ -634,14 +573,13 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
                 return "fa3", attend_fa3
     if wanted == "fa3":
         raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the package flash_attn_interface")
-    if device.type == "cpu":
-        if wanted == "cudnn":
-            raise UserError("ATTENTION=cudnn needs CUDA")
-        return "flash", attend_sdpa
-    name = "cudnn" if wanted in ("auto", "cudnn") and torch.backends.cudnn.is_available() else "flash"
-    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
-    torch.backends.cuda.enable_flash_sdp(name == "flash")
-    torch.backends.cuda.enable_math_sdp(dtype == torch.float32)  # the fused kernels take half precision only
+    if wanted == "cudnn" and device.type == "cpu":
+        raise UserError("ATTENTION=cudnn needs CUDA")
+    name = "cudnn" if device.type == "cuda" and wanted != "flash" and torch.backends.cudnn.is_available() else "flash"
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
+        torch.backends.cuda.enable_flash_sdp(name == "flash")
+        torch.backends.cuda.enable_math_sdp(dtype == torch.float32)  # the fused kernels are for half precision only
     return name, attend_sdpa
 
 
@@ -659,35 +597,34 @@ def pick_kernels(wanted: str, device: torch.device) -> str:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compile a trifle, so that a missing compiler is noticed before the work begins. Raises UserError."""
+    """Compile a trivial function, so that a missing compiler is found before training. Raises UserError."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # each back end has its own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"torch.compile does not work here ({reason.strip()[:150]}); COMPILE=0 does without") from None
+        raise UserError(f"torch.compile does not work here ({reason.strip()[:150]}); COMPILE=0 runs without") from None
 
 
 def peak_rss_bytes() -> int:
-    """Most resident memory of this process so far."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_ranks(environ) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun sets them; one process without them. Raises UserError."""
-    ranks = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = environ.get(name, default)
+    """(rank, world size, local rank) as torchrun sets them, (0, 1, 0) without it. Raises UserError."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    texts = {name: environ.get(name, default) for name, default in defaults.items()}
+    for name, text in texts.items():
         if not text.isdecimal():
-            raise UserError(f"{name}={text!r} is not a whole number; torchrun sets it, one process needs none")
-        ranks.append(int(text))
-    rank, world_size, _ = ranks
+            raise UserError(f"{name}={text!r} is not a whole number; torchrun sets it, a single process needs none")
+    rank, world_size, local_rank = map(int, texts.values())
     if rank >= world_size:
-        raise UserError(f"RANK={rank} does not exist in WORLD_SIZE={world_size}; torchrun sets both, one process needs "
-                        "neither")
+        raise UserError(f"RANK={rank} does not exist in WORLD_SIZE={world_size}; torchrun sets both, a single process "
+                        "needs neither")
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if world_size > 1 and absent:
         raise UserError(f"WORLD_SIZE={world_size} needs {' and '.join(absent)}; start with torchrun, or unset it")
-    return tuple(ranks)
+    return rank, world_size, local_rank
 
 
 @dataclass(frozen=True)
@@ -714,40 +651,38 @@ class Runtime:
         rank, world_size, local_rank = read_ranks(os.environ)
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda was asked for, but this PyTorch sees no CUDA device")
-        on_cuda = cfg.device != "cpu" and torch.cuda.is_available()
+        on_cuda, groups = cfg.device != "cpu" and torch.cuda.is_available(), {}
         device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
-        dtype = {"auto": torch.bfloat16 if on_cuda else torch.float32,
-                 "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype]
+        dtype = torch.bfloat16 if cfg.dtype == "bf16" or cfg.dtype == "auto" and on_cuda else torch.float32
+        compiles = cfg.compile == "1" or cfg.compile == "auto" and on_cuda
         attention, attend = pick_attention(cfg.attention, device, dtype)
-        kernels, groups, compiles = pick_kernels(cfg.kernels, device), {}, {"auto": on_cuda, "0": False, "1": True}
-        if compiles[cfg.compile]:
+        kernels = pick_kernels(cfg.kernels, device)
+        if compiles:
             require_compiler(device)
         if world_size > 1:
             # imported later, its functions' defaults would keep the group: see `close`
             from torch import _dynamo  # noqa: F401
             dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
             groups["cpu"] = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
-        names = [cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"]
-        if world_size > 1:
-            dist.broadcast_object_list(names, src=0, group=groups["cpu"])
-        folder = Path(cfg.artifact_dir)
-        log = RunLog(folder, names[0], active=rank == 0, append=cfg.resume)
-        return cls(rank, world_size, device, dtype, compiles[cfg.compile], attention, attend, names[0], folder, log,
-                   groups, kernels)
+        rt = cls(rank, world_size, device, dtype, compiles, attention, attend, "", Path(cfg.artifact_dir), None, groups,
+                 kernels)
+        run_id = rt.broadcast_object(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
+        log = RunLog(rt.folder, run_id, active=rank == 0, append=cfg.resume)
+        return dataclasses.replace(rt, run_id=run_id, log=log)
 
     def close(self) -> None:
-        """Leave the process group and let go of it: threads of gloo that outlive Python may abort the process."""
+        """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive."""
         self.groups.clear()
         if self.world_size > 1:
             dist.destroy_process_group()
 
     def compiled(self, function, grows: bool = False):
-        """The function, compiled where that is on: a graph for each shape, or, if dimension 1 of its first argument
-        `grows`, one for all lengths of that. (dynamic=True would take all sizes for variable, and then torch 2.13
-        cannot trace ScaledNorm.)"""
+        """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first argument `grows`,
+        one for all its sizes. (With dynamic=True all sizes would be dynamic, and torch 2.13 cannot trace ScaledNorm.)
+        """
         if not self.compiles:
             return function
         if not grows:
@@ -770,11 +705,10 @@ class Runtime:
         return tensor
 
     def sum_many_(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Sum each of many small tensors over ranks, in place, in one transfer."""
+        """Sum each of many small tensors over ranks, in place, in one collective."""
         if self.world_size > 1:
-            flat = self.sum_(torch.cat([t.reshape(-1) for t in tensors]))
-            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in
-                                           zip(flat.split([t.numel() for t in tensors]), tensors)])
+            flat = self.sum_(torch.cat([t.reshape(-1) for t in tensors])).split([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat, tensors)])
         return tensors
 
     def launch_reduce_scatter(self, whole: Tensor) -> tuple[Tensor, object]:
@@ -798,7 +732,7 @@ class Runtime:
         return tensor
 
     def keep_pace(self) -> None:
-        """Let the device be one step behind, not more: the clock then tells the truth without emptying the queue."""
+        """Wait until the device is at most one step behind: then the clock is right and the queue never runs empty."""
         if self.device.type == "cuda":
             self.in_flight.append(torch.cuda.Event())
             self.in_flight[-1].record()
@@ -812,32 +746,32 @@ class Runtime:
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
 
     def agree(self, value: float) -> float:
-        """Rank 0's value on every rank, without touching the device: clocks differ, decisions must not."""
+        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not."""
         if self.world_size == 1:
             return value
         box = torch.tensor([value], dtype=torch.float64)
         dist.broadcast(box, src=0, group=self.groups["cpu"])
         return box.item()
 
-    def share_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank."""
-        box = [data]
+    def broadcast_object(self, value):
+        """Rank 0's value, of any type that can be pickled, on every rank."""
+        box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.groups["cpu"])
         return box[0]
 
     def forward_tokens(self, cfg: Hyperparameters) -> int:
-        """Most tokens of one forward pass: what fills a GPU, or what stays in a CPU's caches."""
+        """Maximum tokens of a forward pass: what fills a GPU, or what fits into a CPU's caches."""
         return cfg.micro_batch_tokens or (98_304 if self.device.type == "cuda" else 4096)
 
     def share_of(self, count: int) -> range:
-        """This rank's contiguous part of `count` things."""
+        """Indices of this rank's contiguous part of `count` items."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
 
 # ------------------------------------------------------------------------------------------------ DATA
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-BYTES_MARK = "_bytes_"  # in the name of a side-car, which holds the bytes of text that each token of a shard stands for
+BYTES_MARK = "_bytes_"  # in the name of a byte side-car: a shard of how many bytes of text each token of another one is
 SPACE_MARK = "\u2581"   # SentencePiece's visible space
 
 
@@ -852,13 +786,13 @@ def open_shard(path: str) -> np.ndarray:
         raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
     count = int(header[2])
     if count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UserError(f"{path} is damaged: its header promises {count:,} tokens, "
-                        f"its size of {size:,} bytes holds {(size - SHARD_HEADER_BYTES) // 2:,}; fetch it again")
+        raise UserError(f"{path} is damaged: {count:,} tokens by its header, "
+                        f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 class TokenStream:
-    """All shards of a pattern, in the order of their names, as one endless stream of ids below vocab_size."""
+    """All shards that match a pattern, sorted by name, as one endless stream of ids below vocab_size."""
 
     def __init__(self, pattern: str, vocab_size: int):
         folder, name = os.path.split(pattern)
@@ -877,7 +811,7 @@ class TokenStream:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids from position `start`, going round at the end.  # int32 [count]"""
+        """`count` ids from position `start`, wrapping around at the end.  # int32 [count]"""
         parts, position = [], start % len(self)
         while count > 0:
             index = int(np.searchsorted(self.ends, position, side="right"))
@@ -894,7 +828,7 @@ class TokenStream:
 class TrainData:
     """Batches as a pure function of the step: nothing to rewind after warm-up, nothing to store in a checkpoint.
 
-    A step reads one contiguous span; row i of the global batch is its i-th sequence, whatever the world size.
+    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size.
     """
 
     stream: TokenStream
@@ -930,8 +864,8 @@ class TrainData:
 def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
     """UTF-8 bytes that each token adds to the text decoded so far, for any SentencePiece model.  # int32 [n]
 
-    Documents begin after a control token (BOS). Their first space is not text where the decoder drops it: there the
-    tokenizer has put it in itself (its dummy prefix).
+    Documents begin after a control token (BOS). Where the decoder drops their first space, it is the tokenizer's dummy
+    prefix and no part of the text.
     """
     vocab, silent = tokenizer.vocab_size(), lambda i: tokenizer.is_control(i) or tokenizer.is_unused(i)
     pieces = [tokenizer.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(vocab)]
@@ -946,8 +880,8 @@ def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
 
 
 def read_sidecars(stream: TokenStream) -> np.ndarray | None:
-    """Bytes of text of each token, from the fineweb_val_bytes_*.bin beside the shards; None where there are none. They
-    are the truth for tokens of a transformed text. Raises UserError unless each shard has one of its own length."""
+    """Bytes of text of each token, from the fineweb_val_bytes_*.bin beside the shards; None where there are none. Only
+    they can tell them if the text was transformed. Raises UserError unless each shard has one of its own length."""
     paths = [os.path.join(folder, name.replace("_val_", f"_val{BYTES_MARK}"))
              for folder, name in map(os.path.split, stream.paths)]
     if not any(map(os.path.lexists, paths)):
@@ -955,8 +889,8 @@ def read_sidecars(stream: TokenStream) -> np.ndarray | None:
     sizes = [open_shard(path) for path in paths]
     for path, size, shard, of in zip(paths, sizes, stream.shards, stream.paths):
         if len(size) != len(shard):
-            raise UserError(f"{path} holds the bytes of {len(size):,} tokens, but {of} has {len(shard):,}; fetch both "
-                            "again")
+            raise UserError(f"{path} holds the bytes of {len(size):,} tokens, but {of} has {len(shard):,}; download "
+                            "both again")
     return np.concatenate(sizes).astype(np.int32)
 
 
@@ -967,7 +901,7 @@ class ValData:
     tokens: Tensor     # int32 [n]
     sizes: Tensor      # int32 [n]: UTF-8 bytes that each token adds after its predecessor
     tokenizer_sha256: str
-    bos_id: int = -1   # what every document starts with; -1: nothing does
+    bos_id: int = -1   # what every document starts with; -1: none
 
     @classmethod
     def open(cls, cfg: Hyperparameters, rt: Runtime) -> ValData:
@@ -975,8 +909,8 @@ class ValData:
         tokenizer, digest = open_tokenizer(cfg)
         if facts.tokenizer_sha256 not in ("", digest):
             raise UserError(f"{cfg.data_path} was made with tokenizer {facts.tokenizer} (sha256 "
-                            f"{facts.tokenizer_sha256[:12]}…), which {cfg.tokenizer_path} ({digest[:12]}…) is not; "
-                            "TOKENIZER_PATH names it, and is found by itself where it lies in ../../tokenizers")
+                            f"{facts.tokenizer_sha256[:12]}…), not {cfg.tokenizer_path} ({digest[:12]}…); set "
+                            "TOKENIZER_PATH to it, or put it into ../../tokenizers, where it is found")
         if len(stream) < cfg.window + 1:
             raise UserError(f"validation text has {len(stream):,} tokens, "
                             f"fewer than one window of EVAL_SEQ_LEN={cfg.window} and its target")
@@ -988,20 +922,18 @@ class ValData:
                 rt.log(f"warning: {cfg.val_files} has tokens unknown to the tokenizer; they count as decoded")
         if sizes[1:].sum() == 0:
             raise UserError(f"the tokens of {cfg.val_files} stand for no byte of text")
-        if cfg.ttt_enabled and cfg.ttt_reset == "document":
-            if bos_id < 0:
-                raise UserError(f"TTT_RESET=document: tokenizer {cfg.tokenizer_path} has no BOS to tell documents by")
-            if not (tokens[:-1] == bos_id).any():
-                raise UserError(f"TTT_RESET=document: no BOS (token {bos_id}) in {cfg.val_files} to tell documents by")
+        if cfg.ttt_enabled and cfg.ttt_reset == "document" and not (tokens[:-1] == bos_id).any():
+            absent = f"no BOS (token {bos_id}) in {cfg.val_files}" if bos_id >= 0 else f"{cfg.tokenizer_path} has no BOS"
+            raise UserError(f"TTT_RESET=document splits the text at BOS tokens: {absent}")
         return cls(*(torch.from_numpy(array).to(rt.device) for array in (tokens, sizes)), digest, bos_id)
 
     def take(self, index) -> ValData:
-        """The text of these tokens alone, which keep their bytes. index: a slice or numbers."""
+        """The selected tokens with the bytes they have here. index: a slice or indices."""
         return dataclasses.replace(self, tokens=self.tokens[index], sizes=self.sizes[index])
 
 
 class DatasetFacts(NamedTuple):
-    """What a dataset.json says of the shards beside it; empty where it says nothing."""
+    """What dataset.json says about the shards beside it; empty where it says nothing."""
 
     vocab_size: str = ""
     tokenizer: str = ""          # the name of its file
@@ -1009,12 +941,12 @@ class DatasetFacts(NamedTuple):
 
 
 def dataset_facts(folder: str | Path) -> DatasetFacts:
-    """Raises UserError if there is a dataset.json that cannot be understood."""
+    """What the folder's dataset.json says, if there is one. Raises UserError if it cannot be parsed."""
     path = Path(folder) / "dataset.json"
     try:
         noted = json.loads(path.read_bytes())
         tokenizer = noted.get("tokenizer") or {}
-        if isinstance(tokenizer, list):  # the files that a published manifest names
+        if isinstance(tokenizer, list):  # file names, as in published manifests
             tokenizer = {"name": next((name for name in tokenizer if name.endswith(".model")), "")}
         return DatasetFacts(str(noted.get("vocab_size", "")), Path(tokenizer.get("name", "")).name,
                             str(tokenizer.get("sha256", "")))
@@ -1026,43 +958,53 @@ def dataset_facts(folder: str | Path) -> DatasetFacts:
 
 def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
     """The variables, with those of DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE that are not given filled in as dataset.json
-    tells them. `tokenizer_sha256`: of the tokenizer that an artifact was made with, which then has to be that one."""
-    found, default = dict(environ), Hyperparameters.data_path
+    tells them. `tokenizer_sha256`: of the tokenizer that an artifact was made with, which then has to be that one.
+    VOCAB_SIZE alone means FineWeb with that vocabulary, else any data set that has it; UserError if there is none."""
+    found, default, usual = dict(environ), Hyperparameters.data_path, Hyperparameters.tokenizer_path
+    if "VOCAB_SIZE" in found:
+        size = Hyperparameters.from_env({"VOCAB_SIZE": found["VOCAB_SIZE"]}).vocab_size
+        default, usual = default.replace("1024", str(size)), usual.replace("1024", str(size))
+        if not (tokenizer_sha256 or "DATA_PATH" in found or os.path.isdir(default)):
+            root = Path(default).parent
+            default = next((str(path.parent) for path in sorted(root.glob("*/dataset.json"))
+                            if dataset_facts(path.parent).vocab_size == str(size)), "")
+            if not default:
+                raise UserError(f"no data for VOCAB_SIZE={size} in {root}; `bash run.sh data fineweb --vocab-size "
+                                f"{size}` fetches it, `bash run.sh data text FILE --vocab-size {size}` uses your text")
     facts = dataset_facts(found.get("DATA_PATH", default))
     if tokenizer_sha256 and "DATA_PATH" not in found and facts.tokenizer_sha256 != tokenizer_sha256:
         fitting = [path.parent for path in sorted(Path(default).parent.glob("*/dataset.json"))
                    if dataset_facts(path.parent).tokenizer_sha256 == tokenizer_sha256]
         if fitting:
             found["DATA_PATH"], facts = str(fitting[0]), dataset_facts(fitting[0])
+    found.setdefault("DATA_PATH", default)
     if facts.vocab_size:
         found.setdefault("VOCAB_SIZE", facts.vocab_size)
     if "TOKENIZER_PATH" not in found:
-        data, usual = Path(found.get("DATA_PATH", default)), Path(Hyperparameters.tokenizer_path)
-        folders = data.parent.parent / "tokenizers", data, usual.parent
-        paths = [*(folder / facts.tokenizer for folder in folders if facts.tokenizer), usual,
+        data = Path(found["DATA_PATH"])
+        folders = data.parent.parent / "tokenizers", data, Path(usual).parent
+        paths = [*(folder / facts.tokenizer for folder in folders if facts.tokenizer), Path(usual),
                  *(path for folder in folders for path in sorted(folder.glob("*.model")))]
         wanted = tokenizer_sha256 or facts.tokenizer_sha256
-        for path in filter(Path.is_file, paths if wanted or facts.tokenizer else []):
-            if not wanted or hashlib.sha256(path.read_bytes()).hexdigest() == wanted:
-                found["TOKENIZER_PATH"] = str(path)
-                break
+        fits = lambda path: not wanted or hashlib.sha256(path.read_bytes()).hexdigest() == wanted
+        if path := next(filter(fits, filter(Path.is_file, paths if wanted or facts.tokenizer else [])), None):
+            found["TOKENIZER_PATH"] = str(path)
+    found.setdefault("TOKENIZER_PATH", usual)
     return found
 
 
 def open_tokenizer(cfg: Hyperparameters):
     """(SentencePiece processor, sha256 of its file). Raises UserError."""
     import sentencepiece
+    tokenizer, size = sentencepiece.SentencePieceProcessor(), 0
     try:
         blob = Path(cfg.tokenizer_path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror}; TOKENIZER_PATH names it"
-                        ) from None
-    tokenizer = sentencepiece.SentencePieceProcessor()
-    try:
         tokenizer.LoadFromSerializedProto(blob)
         size = tokenizer.vocab_size()
+    except OSError as error:
+        raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror} (TOKENIZER_PATH)") from None
     except RuntimeError:
-        size = 0
+        pass
     if size == 0:
         raise UserError(f"{cfg.tokenizer_path} is not a SentencePiece model")
     if size != cfg.vocab_size:
@@ -1092,13 +1034,14 @@ class BpbMeter:
 
 # ------------------------------------------------------------------------------------------------ QUANTISER
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # PR 1092's candidates for a row's clip
-SCALE_FLOOR = 2.0 ** -20  # keeps rows of zeros defined; far below any trained row, so it shapes nothing
-# (PR 1092 floors scales at 1/31, which forces most rows onto one coarse grid.)
+SCALE_FLOOR = 2.0 ** -20  # for rows of zeros; below any trained row (PR 1092's 1/31 puts most rows on one coarse grid)
+GPTQ_BLOCK = 128      # columns rounded before their errors are passed on to the rest of the matrix
+GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one family is rounded: signed codes of `bits` with one fp16 scale a row."""
+    """How one family is rounded: signed codes of `bits` with one fp16 scale per row."""
 
     bits: int
     clip: str = "percentile"   # or "amax", "sdclip"
@@ -1106,23 +1049,23 @@ class QuantSpec:
     widen: float = 1.0         # steps are this much wider than the clip rule has them; the outer codes are then unused
 
     @property
-    def top(self) -> int:
+    def max_code(self) -> int:
         """The largest code; codes are symmetric, so that rounding has no bias."""
         return 2 ** (self.bits - 1) - 1
 
 
 def upper_quantile(magnitudes: Tensor, share: float) -> Tensor:
-    """Linear-interpolated quantile of each row, for shares near 1: a few largest values instead of a sort."""
+    """Linearly interpolated quantile of each row. For shares near 1: topk instead of a sort.  # [..., rows, 1]"""
     position = share * (magnitudes.size(-1) - 1)
     below = math.floor(position)
     largest = magnitudes.topk(magnitudes.size(-1) - below, dim=-1).values  # [..., rows, few], descending
-    low, high = largest[..., -1:], largest[..., -2:-1] if below + 1 < magnitudes.size(-1) else largest[..., -1:]
+    low, high = largest[..., -1:], largest[..., -2:][..., :1]
     return low + (high - low) * (position - below)
 
 
 def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """The one rounding: nearest code, ties to even, clipped.  # float, same shape as weight"""
-    return (weight / scale).round().clamp(-spec.top, spec.top)
+    return (weight / scale).round().clamp(-spec.max_code, spec.max_code)
 
 
 def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -1131,32 +1074,25 @@ def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def storable(scale: Tensor) -> Tensor:
+    """The scale as the export stores it: floored, in fp16 precision."""
     return scale.clamp(min=SCALE_FLOOR).half().float()
 
 
 def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales by the spec's clip rule.
+    """Steps by the clip rule alone.  # [..., rows, 1]
 
-    sdclip (R1394) ignores the largest weights: the step is `sigmas` / top of the row's standard deviation, and what it
-    is in bits is left to the entropy coder, log2(sigmas) less than `bits`.
+    amax: the largest weight of a row gets the largest code. percentile (PR 1092): the one of five quantiles of a row's
+    magnitudes that gets the largest code at the least squared error. sdclip (R1394): `sigmas` standard deviations get
+    it, larger weights are clipped, and the entropy coder needs about log2(sigmas) bits fewer than `bits` per weight.
     """
     if spec.clip == "sdclip":
-        return spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.top
+        return spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.max_code
     magnitudes = weight.abs()
     if spec.clip == "amax":
-        return magnitudes.amax(-1, keepdim=True) / spec.top
-    best = storable(upper_quantile(magnitudes, PERCENTILES[0]) / spec.top)
-    best_error = rounding_error(weight, best, spec)
-    for share in PERCENTILES[1:]:
-        scale = storable(upper_quantile(magnitudes, share) / spec.top)
-        error = rounding_error(weight, scale, spec)
-        best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
-    return best
-
-
-def rounding_error(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Sum of squares of each row.  # [..., rows, 1]"""
-    return (round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True)
+        return magnitudes.amax(-1, keepdim=True) / spec.max_code
+    scales = torch.stack([storable(upper_quantile(magnitudes, share) / spec.max_code) for share in PERCENTILES])
+    errors = [(round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True) for scale in scales]
+    return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
 def quantise(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -1166,105 +1102,99 @@ def quantise(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 weight of codes and scales."""
     return codes.float() * scales.float()
 
 
 def soft_round(codes: Tensor) -> Tensor:
-    """u - sin(2 pi u) / (2 pi): between no rounding and rounding; fixed and flat at whole numbers, steepest between.
-
-    PR 550 adds the sine, which pushes weights off the grid, and stretches its period with the temperature.
-    """
+    """u - sin(2 pi u) / (2 pi): halfway to rounding, with fixed points and slope 0 at whole numbers. (PR 550 adds the
+    sine, which pushes weights off the grid, and stretches its period with the temperature.)"""
     return codes - torch.sin(2 * math.pi * codes) / (2 * math.pi)
 
 
 def entropy_bytes(codes: Tensor) -> float:
-    """Order-0 entropy of a matrix of codes."""
+    """Order-0 entropy of int8 codes, in bytes."""
     counts = torch.bincount(codes.flatten().int() + 128).double()
     return float(-torch.special.xlogy(counts, counts / counts.sum()).sum()) / math.log(2) / 8
 
 
 def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tensor | None = None) -> Tensor:
-    """With scale = row_scales(weight): dequantise(*quantise(weight)), and the identity to the gradient.
-
-    With `hardness` (0-d, in 0..1) the value goes from soft_round to rounding, and the gradient is soft_round's.
-    """
-    carrier = weight if hardness is None else soft_round(weight / scale) * scale
+    """Straight-through rounding: with scale = row_scales(weight), the value is dequantise(*quantise(weight)) and the
+    gradient the identity's. With `hardness` (0-d, in 0..1) the value goes from soft_round to rounding, and the gradient
+    is soft_round's."""
+    smooth = weight if hardness is None else soft_round(weight / scale) * scale
     with torch.no_grad():
         codes = round_to(weight, scale, spec)
         if hardness is not None:
-            codes = torch.lerp((carrier / scale).clamp(-spec.top, spec.top), codes, hardness)
+            codes = torch.lerp((smooth / scale).clamp(-spec.max_code, spec.max_code), codes, hardness)
         rounded = codes * scale
-    return rounded + (carrier - carrier.detach())  # the bracket is exactly 0 and carries the gradient
-
-
-GPTQ_BLOCK = 128      # columns rounded before the rest of the matrix hears of their errors
-GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
+    return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
 def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> tuple[Tensor, Tensor]:
-    """`quantise`, but what rounding a column changes in the output, the columns still to come make up for.
+    """`quantise`, but the columns still to be rounded compensate the error of those already rounded.
 
-    It lowers trace(error hessian error^T), the change of the outputs of weight [n, rows, columns], where hessian
+    Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
     without input become 0. The scales are `row_scales`, those late QAT trained on. Source: GPTQ, arXiv 2210.17323.
-    Raises UserError with the name of a matrix.
+    Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be used.
     """
     weight, hessian = weight.float(), hessian.float()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
-    columns, dead = order[:, None], (diagonal == 0)  # [n, 1, columns], [n, columns]
-    wanted = weight.masked_fill(dead[:, None], 0).gather(-1, columns.expand_as(weight))
-    hessian = (hessian + torch.diag_embed(dead.float())).gather(-1, columns.expand_as(hessian))
-    hessian = hessian.gather(-2, columns.mT.expand_as(hessian))
+    dead = diagonal == 0                                                               # [n, columns]
+    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]     # [n, 1, columns]
+    hessian = (hessian + torch.diag_embed(dead.float())).take_along_dim(order, -1).take_along_dim(order.mT, -2)
     factor = inverse_factor(hessian.double(), names)
     scale = row_scales(weight, spec)  # of the rows as they are: all columns of a row share one grid
-    codes = round_in_turn(wanted, scale, factor, spec)
-    back = order.argsort(dim=-1)[:, None].expand_as(weight)
-    return codes.gather(-1, back).to(torch.int8), scale.half()
+    codes = round_columns(weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale, factor, spec)
+    return codes.take_along_dim(order.argsort(dim=-1), -1).to(torch.int8), scale.half()
 
 
-def round_in_turn(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes of [n, rows, columns], column after column, each error passed on to the columns behind by `factor`."""
-    left, codes = weight.clone(), torch.empty_like(weight)
+def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes of [n, rows, columns], column after column, each error passed on to the later columns by `factor`."""
+    weight, codes = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.size(-1), GPTQ_BLOCK):
         stop = min(start + GPTQ_BLOCK, weight.size(-1))
-        errors = torch.empty_like(left[..., start:stop])
+        errors = torch.empty_like(weight[..., start:stop])
         for j in range(start, stop):
-            column = left[..., j:j + 1]
+            column = weight[..., j:j + 1]
             codes[..., j:j + 1] = code = round_to(column, scale, spec)
             error = (column - code * scale) / factor[:, j:j + 1, j:j + 1]
-            left[..., j + 1:stop] -= error * factor[:, j:j + 1, j + 1:stop]
+            weight[..., j + 1:stop] -= error * factor[:, j:j + 1, j + 1:stop]
             errors[..., j - start:j - start + 1] = error
-        left[..., stop:] -= errors @ factor[:, start:stop, stop:]
+        weight[..., stop:] -= errors @ factor[:, start:stop, stop:]
     return codes
 
 
 def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
-    """Upper-triangular U with U^T U = (hessian + damping)^-1: its row j says how the columns after j best make up for
-    an error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
-    share = torch.full((len(hessian), 1), GPTQ_DAMPING, dtype=hessian.dtype, device=hessian.device)
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    """Upper-triangular U with U^T U = (hessian + damping)^-1: row j says how the columns after j best compensate an
+    error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
+    identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    damping = torch.full_like(mean, GPTQ_DAMPING)
     for _ in range(3):
-        damped = hessian + torch.diag_embed((share * diagonal).expand(hessian.shape[:2]))
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))  # from the far corner: damped = R R^T, R upper
+        lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * identity).flip(-2, -1))
         failed = (failed != 0) | ~lower.isfinite().all(-1).all(-1)
-        if not failed.any():
-            identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
+        if not failed.any():  # flipped back: hessian + damping = R R^T with R upper-triangular
             return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True).float()
-        share = torch.where(failed[:, None], 10 * share, share)
+        damping = torch.where(failed[:, None, None], 10 * damping, damping)
     raise UserError(f"GPTQ: the Hessian of {names[int(failed.nonzero()[0])]} is singular or not finite, even damped; "
                     "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
 
 
 # ------------------------------------------------------------------------------------------------ KERNELS
+CE_CHUNK_ROWS = 1024  # rows of logits in memory at a time: large enough for fast products, small enough for the cache
+CE_CHUNK_LOGITS_CUDA = 2 ** 24  # a GPU has no such cache but needs large products, and a compiled graph few chunks
+
+
 @functools.cache
 def load_kernels() -> None:
     """Define the Triton kernels and register them as torch.ops.golf.*, which torch.compile takes as they are.
 
-    Each has its reference, in plain operations, where it is used. All is in here because importing this file must not
-    need Triton. Tiles and warps are what usually does well for bf16 on Hopper; nobody has tuned or timed them.
+    Each has its reference, in plain operations, where it is used. They are defined in here because importing this file
+    must not need Triton. Tile sizes and warps are usual ones for bf16 on Hopper, not tuned.
     """
-    global triton, tl, product_tile  # Triton looks for what a kernel calls among the module's names
+    global triton, tl, product_tile  # Triton looks up what a kernel calls among the module's globals
     import triton
     import triton.language as tl
 
@@ -1274,20 +1204,20 @@ def load_kernels() -> None:
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK)
         inside = at < vocab
-        x = tl.load(logits + row * vocab + at, mask=inside, other=0.0).to(tl.float32)
-        curve = 1 - 2 / (tl.exp(2 * x / cap) + 1)  # tanh
-        capped = tl.where(inside, cap * curve, -float("inf"))
-        top = tl.max(capped, axis=0)
-        share = tl.exp(capped - top)
-        total = tl.sum(share, axis=0)
-        wanted = at == tl.load(targets + row)
-        tl.store(losses + row, top + tl.log(total) - tl.sum(tl.where(wanted, cap * curve, 0.0), axis=0))
-        grad = (share / total - wanted.to(tl.float32)) * (1 - curve * curve) * scale
+        logit = tl.load(logits + row * vocab + at, mask=inside, other=0.0).to(tl.float32)
+        tanh = 1 - 2 / (tl.exp(2 * logit / cap) + 1)
+        capped = tl.where(inside, cap * tanh, -float("inf"))
+        largest = tl.max(capped, axis=0)
+        exps = tl.exp(capped - largest)
+        partition = tl.sum(exps, axis=0)
+        is_target = at == tl.load(targets + row)
+        tl.store(losses + row, largest + tl.log(partition) - tl.sum(tl.where(is_target, cap * tanh, 0.0), axis=0))
+        grad = (exps / partition - is_target.to(tl.float32)) * (1 - tanh * tanh) * scale
         tl.store(logits + row * vocab + at, grad.to(logits.dtype.element_ty), mask=inside)
 
     @triton.jit
     def product_tile(a, b, i, j, rows, columns, depth, b_row, b_depth, SIDE: tl.constexpr, DEPTH: tl.constexpr):
-        """fp32 tile (i, j) of a b^T; a lies row by row, b by its strides. Beyond the edges it holds zeros."""
+        """fp32 tile (i, j) of a b^T, zero beyond the edges; `a` is contiguous, b has the strides b_row, b_depth."""
         r, c = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE)
         tile = tl.zeros((SIDE, SIDE), dtype=tl.float32)
         for start in range(0, depth, DEPTH):
@@ -1302,7 +1232,7 @@ def load_kernels() -> None:
     @triton.jit
     def mlp_tile(a, b, leaky, out, rows, columns, depth, b_row, b_depth, slope, FORWARD: tl.constexpr,
                  SIDE: tl.constexpr, DEPTH: tl.constexpr):
-        """Tile of a b^T, which on the way there is leaky and squared, on the way back multiplied by the derivative."""
+        """Tile of LeakyReLU²(a b^T) in the forward pass, of a b^T times the derivative in the backward pass."""
         r, c, tile = product_tile(a, b, tl.program_id(1), tl.program_id(0), rows, columns, depth, b_row, b_depth,
                                   SIDE, DEPTH)  # neighbours share the tall side's rows; the weight stays in the cache
         at = r.to(tl.int64)[:, None] * columns + c[None, :]
@@ -1333,58 +1263,47 @@ def load_kernels() -> None:
             tl.store(out + at, tile, mask=inside)
             tl.store(out + mirrored, tl.trans(tile), mask=(r[None, :] <= c[:, None]) & (c[:, None] < rows))
 
-    side, shape = 128, {"SIDE": 128, "DEPTH": 64, "num_warps": 8}
-    def mlp(a: Tensor, b: Tensor, leaky: Tensor, slope: float, forward: bool) -> Tensor:
-        out, grid = torch.empty_like(leaky), (triton.cdiv(leaky.size(1), side), triton.cdiv(len(a), side))
-        mlp_tile[grid](a.contiguous(), b, leaky, out, *leaky.shape, a.size(1), *b.stride(), slope, FORWARD=forward,
-                       **shape)
-        return out
-
-    def register(schema: str, function, fake, mutates: tuple = ()) -> None:
+    def register(schema: str, allocate, launch, mutates: tuple = ()) -> None:
+        """An operator: `launch` fills what `allocate` returns. Tracing, which has no data, stops at `allocate`."""
+        def run(*args):
+            out = allocate(*args)
+            launch(out, *args)
+            return out
         name = schema.split("(")[0]
-        torch.library.custom_op(f"golf::{name}", function, mutates_args=mutates,
-                                schema=schema.removeprefix(name)).register_fake(fake)
+        torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
+                                schema=schema.removeprefix(name)).register_fake(allocate)
 
-    def capped_rows(logits, targets, cap, scale):
-        losses, block = logits.new_empty(len(logits), dtype=torch.float32), triton.next_power_of_2(logits.size(1))
+    side, shape = 128, {"SIDE": 128, "DEPTH": 64, "num_warps": 8}
+
+    def capped_rows(losses, logits, targets, cap, scale):
+        block = triton.next_power_of_2(logits.size(1))
         capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=block,
                                  num_warps=min(16, max(4, block // 1024)))
-        return losses
 
-    def mlp_up(x, weight, slope):
-        leaky = x.new_empty(len(x), len(weight))
-        return mlp(x, weight, leaky, slope, True), leaky
+    def mlp(out, a, b, leaky, slope, forward):
+        grid = triton.cdiv(leaky.size(1), side), triton.cdiv(len(a), side)
+        mlp_tile[grid](a.contiguous(), b, leaky, out, *leaky.shape, a.size(1), *b.stride(), slope, FORWARD=forward,
+                       **shape)
 
-    def mlp_back(upstream, weight, leaky):
-        return mlp(upstream, weight.t(), leaky, 0.0, False)
-
-    def symmetric(x, add, alpha, beta):
-        out, tiles = x.new_empty(len(x), x.size(1), x.size(1)), triton.cdiv(x.size(1), side)
-        x = x.contiguous()
+    def symmetric(out, x, add, alpha, beta):
+        x, tiles = x.contiguous(), triton.cdiv(x.size(1), side)
         symmetric_tile[tiles, tiles, len(x)](x, x if add is None else add.contiguous(), out, *x.shape[1:], alpha, beta,
                                              ADDS=add is not None, **shape)
-        return out
 
-    register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor", capped_rows,
-             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), mutates=("logits",))
-    register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)", mlp_up,
-             lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))))
-    register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor", mlp_back,
-             lambda upstream, weight, leaky: torch.empty_like(leaky))
-    register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor", symmetric,
-             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)))
-
-
-# ------------------------------------------------------------------------------------------------ MODEL
-BIGRAM_FACTORS, BIGRAM_SCALE = (36313, 27191), 0.05            # PR 1092: factors of the token and its predecessors,
-TRIGRAM_FACTORS, TRIGRAM_SCALE = (36313, 27191, 51497), 0.03   # and the initial scale of the table's output
-VALUE_SCALE = 0.1
-CE_CHUNK_ROWS = 1024  # rows of logits alive at a time: enough to feed a matrix unit, little enough to stay cached
-CE_CHUNK_LOGITS_CUDA = 2 ** 24  # a GPU has no such cache but needs large products, and a compiled graph few chunks
+    register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor",
+             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), capped_rows, mutates=("logits",))
+    register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)",
+             lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))),
+             lambda out, x, weight, slope: mlp(out[0], x, weight, out[1], slope, True))
+    register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor",
+             lambda upstream, weight, leaky: torch.empty_like(leaky),
+             lambda out, upstream, weight, leaky: mlp(out, upstream, weight.t(), leaky, 0.0, False))
+    register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor",
+             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), symmetric)
 
 
 class ScaledNorm(torch.autograd.Function):
-    """scale * RMS norm of fp32, in two passes over x and three back; the composed operation makes five and more."""
+    """scale * RMS norm in fp32, with fewer passes over memory than the composed operation: two forward, three back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: float) -> Tensor:
@@ -1400,98 +1319,6 @@ class ScaledNorm(torch.autograd.Function):
         y, inverse = ctx.saved_tensors
         along = torch.linalg.vecdot(upstream, y).unsqueeze(-1).div_(y.size(-1) * ctx.scale ** 2)
         return torch.addcmul(upstream, y, along, value=-1).mul_(inverse), None
-
-
-def norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * RMS norm over the last dimension, without a gain. Half precision has a fused kernel of PyTorch's."""
-    return ScaledNorm.apply(x, scale) if x.dtype == torch.float32 else F.rms_norm(x, (x.size(-1),)) * scale
-
-
-def rope_table(length: int, dims: int, cfg: Hyperparameters, device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, in fp32.  # [length, dims/2] each
-
-    The base grows (NTK) with the trained length, and beyond it with the window's; a shorter window keeps the trained
-    base. PR 1092 counts from 1024 while it trains on 2048, so its base is always stretched to 22,082;
-    ROPE_TRAIN_SEQ_LEN=1024 keeps that.
-    """
-    stretch = torch.sym_max(torch.sym_max(length, cfg.train_seq_len) / cfg.rope_train_seq_len, 1.0)  # no branch, so
-    base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)        # that graphs for any length pass
-    frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dimensions of each head as pairs (i, i + half); the rest passes.  # [batch, T, heads, d]"""
-    half = cos.size(-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    first, second, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
-    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
-
-
-def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self-attention: remove from each head's output its part along the position's own value.
-
-    y: [batch, T, heads, d], v: [batch, T, kv_heads, d] -> [batch, T, heads, d].
-    """
-    y = y.unflatten(2, (v.size(2), -1))                  # [batch, T, kv_heads, group, d]
-    square = torch.linalg.vecdot(v, v).clamp(min=1e-24)  # [batch, T, kv_heads]
-    v = v.unsqueeze(-2)                                  # [batch, T, kv_heads, 1, d]
-    share = torch.linalg.vecdot(y, v) / square.unsqueeze(-1)
-    return torch.addcmul(y, share.unsqueeze(-1), v, value=-1).flatten(2, 3)
-
-
-def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
-    """softcap * tanh(hidden weight^T / softcap) in fp32; `weight` as in `project`.  # [..., vocab]"""
-    return softcap * torch.tanh(project(hidden, weight).float() / softcap)
-
-
-class CappedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of soft-capped logits, in nats, that never holds the logits of the whole batch.
-
-    The gradient is made chunk by chunk in the forward pass, while the chunk's logits are at hand; the backward pass
-    only scales it. hidden: [N, dim], weight: [vocab, dim], targets: int64 [N]. With `kernels` "triton" one kernel
-    reads a chunk's logits once and leaves the gradient in their place, so that they never stand in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, kernels: str) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        total = hidden.new_zeros((), dtype=torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_hidden = []
-        size = max(CE_CHUNK_ROWS, CE_CHUNK_LOGITS_CUDA // len(weight)) if hidden.is_cuda else CE_CHUNK_ROWS
-        for rows, wanted in zip(hidden.split(size), targets.unsqueeze(1).split(size)):
-            if kernels == "triton":
-                grad = F.linear(rows, weight)
-                total += torch.ops.golf.capped_rows(grad, wanted, softcap, 1 / len(hidden)).sum()
-            else:
-                curve = F.linear(rows, weight).float().div_(softcap).tanh_()
-                top = curve.amax(-1, keepdim=True)
-                grad = (curve - top).mul_(softcap).exp_()
-                partition = grad.sum(-1, keepdim=True)
-                total += (partition.log() + softcap * (top - curve.gather(1, wanted))).sum()
-                if not (wants_hidden or wants_weight):
-                    continue
-                grad.div_(partition * len(hidden))                                           # softmax,
-                grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1 / len(hidden)))  # less the one-hot target,
-                grad = grad.addcmul_(grad, curve.square_(), value=-1).to(hidden.dtype)       # times d softcap / d logit
-            if wants_hidden:
-                grad_hidden.append(grad @ weight)
-            if wants_weight:
-                grad_weight += grad.t() @ rows
-        ctx.save_for_backward(torch.cat(grad_hidden) if grad_hidden else None,
-                              None if grad_weight is None else grad_weight.to(weight.dtype))
-        return total / len(hidden)
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None, None, None
-
-
-def project(x: Tensor, weight) -> Tensor:
-    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one: see `GPT.hidden`."""
-    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
 
 
 class SquaredLeakyReLU(torch.autograd.Function):
@@ -1510,8 +1337,8 @@ class SquaredLeakyReLU(torch.autograd.Function):
 
 
 class FusedMlp(torch.autograd.Function):
-    """`SquaredLeakyReLU` between two projections, by Triton: up-projection and activation in one kernel, and on the way
-    back the gradient of the activation in the kernel that makes it.  # x [N, dim], up [mlp, dim], down [dim, mlp]"""
+    """`SquaredLeakyReLU` between two projections, by Triton: each kernel computes a product and applies the activation
+    or, in the backward pass, its derivative.  # x [N, dim], up [mlp, dim], down [dim, mlp]"""
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
@@ -1526,41 +1353,134 @@ class FusedMlp(torch.autograd.Function):
         return grad @ up, grad.t() @ x, upstream.t() @ y, None
 
 
+class CappedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of soft-capped logits, in nats, that never holds the logits of the whole batch.
+
+    The gradient is computed chunk by chunk in the forward pass, from the chunk's logits; the backward pass only scales
+    it. hidden: [N, dim], weight: [vocab, dim], targets: int64 [N]. With `kernels` "triton" one kernel reads a chunk's
+    logits once and overwrites them with their gradient, so that they are never stored in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, kernels: str) -> Tensor:
+        total, grad_hidden = hidden.new_zeros((), dtype=torch.float32), []
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        size = max(CE_CHUNK_ROWS, CE_CHUNK_LOGITS_CUDA // len(weight)) if hidden.is_cuda else CE_CHUNK_ROWS
+        for rows, target in zip(hidden.split(size), targets.unsqueeze(1).split(size)):
+            if kernels == "triton":
+                grad = F.linear(rows, weight)
+                total += torch.ops.golf.capped_rows(grad, target, softcap, 1 / len(hidden)).sum()
+            else:
+                tanh = F.linear(rows, weight).float().div_(softcap).tanh_()
+                largest = tanh.amax(-1, keepdim=True)
+                grad = (tanh - largest).mul_(softcap).exp_()
+                partition = grad.sum(-1, keepdim=True)
+                total += (partition.log() + softcap * (largest - tanh.gather(1, target))).sum()
+                grad.div_(partition * len(hidden))                                           # softmax,
+                grad.scatter_add_(1, target, grad.new_full(target.shape, -1 / len(hidden)))  # less the one-hot target,
+                grad = grad.addcmul_(grad, tanh.square_(), value=-1).to(hidden.dtype)        # times d softcap / d logit
+            if ctx.needs_input_grad[0]:
+                grad_hidden.append(grad @ weight)
+            if grad_weight is not None:
+                grad_weight += grad.t() @ rows
+        ctx.save_for_backward(torch.cat(grad_hidden) if grad_hidden else None,
+                              None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None, None, None
+
+
+# ------------------------------------------------------------------------------------------------ MODEL
+BIGRAM_FACTORS, BIGRAM_SCALE = (36313, 27191), 0.05            # PR 1092: factors of the token and its predecessors,
+TRIGRAM_FACTORS, TRIGRAM_SCALE = (36313, 27191, 51497), 0.03   # and the initial scale of the table's output
+VALUE_SCALE = 0.1
+
+
+class CastedLinear(nn.Linear):
+    """A linear layer with fp32 parameters that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * RMS norm over the last dimension, without a gain. For half precision PyTorch has a fused kernel."""
+    return ScaledNorm.apply(x, scale) if x.dtype == torch.float32 else F.rms_norm(x, (x.size(-1),)) * scale
+
+
+def rope_table(length: int, dims: int, cfg: Hyperparameters, device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, in fp32.  # [length, dims/2] each
+
+    NTK scaling: the base grows with the longer of training length and window, from ROPE_TRAIN_SEQ_LEN on. (PR 1092
+    counts from 1024 while it trains on 2048, which stretches its base to 22,082; ROPE_TRAIN_SEQ_LEN=1024 keeps that.)
+    """
+    stretch = torch.sym_max(torch.sym_max(length, cfg.train_seq_len) / cfg.rope_train_seq_len, 1.0)  # one graph for
+    base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)                         # every length
+    frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first dimensions of each head as pairs (i, i + half), keep the rest.  # [batch, T, heads, d]"""
+    half = cos.size(-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    first, second, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
+
+
+def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self-attention (XSA): remove from each head's output its projection on the position's own value.
+    y: [batch, T, heads, d], v: [batch, T, kv_heads, d] -> [batch, T, heads, d]."""
+    y = y.unflatten(2, (v.size(2), -1))                  # [batch, T, kv_heads, group, d]
+    square = torch.linalg.vecdot(v, v).clamp(min=1e-24)  # [batch, T, kv_heads]
+    v = v.unsqueeze(-2)                                  # [batch, T, kv_heads, 1, d]
+    share = torch.linalg.vecdot(y, v) / square.unsqueeze(-1)
+    return torch.addcmul(y, share.unsqueeze(-1), v, value=-1).flatten(2, 3)
+
+
+def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
+    """softcap * tanh(hidden weight^T / softcap) in fp32; `weight` as in `project`.  # [..., vocab]"""
+    return softcap * torch.tanh(project(hidden, weight).float() / softcap)
+
+
+def project(x: Tensor, weight) -> Tensor:
+    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one: see `GPT.hidden`."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+
+
 class SmearGate(nn.Module):
-    """Each position takes a learnt share of its predecessor, dimension by dimension; half at the start."""
+    """Mix each position with its predecessor by a learnt share per dimension, initially half.  # [batch, T, dim]"""
 
     def __init__(self, dim: int):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        share = torch.sigmoid(self.gate).to(x.dtype)
-        return torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], share)
+        return torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], torch.sigmoid(self.gate).to(x.dtype))
 
 
-class Table(nn.Module):
+class ProjectedEmbedding(nn.Module):
     """A narrow embedding table, a projection to `width` where needed, and a learnt scale."""
 
     def __init__(self, rows: int, dim: int, width: int, scale: float):
         super().__init__()
         self.embed = nn.Embedding(rows, dim)
-        self.proj = nn.Linear(dim, width, bias=False) if dim != width else None
+        self.proj = CastedLinear(dim, width, bias=False) if dim != width else None
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, index: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """`table`: the weight of `embed`, perhaps rounded.  # int64 [batch, T] -> `dtype` [batch, T, width]"""
         x = F.embedding(index, table).to(dtype)
-        if self.proj is not None:
-            x = F.linear(x, self.proj.weight.to(dtype))
-        return x * self.scale.to(dtype)
+        return (x if self.proj is None else self.proj(x)) * self.scale.to(dtype)
 
 
 def hash_ngrams(ids: Tensor, factors: tuple[int, ...], buckets: int) -> Tensor:
-    """Bucket of each position's n-gram, n = len(factors); the first n-1 positions share the last bucket.
-
-    XOR of factor_j * id_{t-j}, in int32 as published, modulo buckets - 1.  # [batch, T] -> int64 [batch, T]
-    """
-    ids, reach = ids.int(), len(factors) - 1
-    length = ids.size(1)
+    """Bucket of each position's n-gram, n = len(factors): XOR of factor_j * id_{t-j}, in int32 as published, modulo
+    buckets - 1; the first n-1 positions share the last bucket.  # [batch, T] -> int64 [batch, T]"""
+    ids, reach, length = ids.int(), len(factors) - 1, ids.size(1)
     mixed = ids[:, reach:] * factors[0]
     for back, factor in enumerate(factors[1:], 1):
         mixed = mixed ^ (ids[:, reach - back:length - back] * factor)
@@ -1578,21 +1498,19 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.attend = cfg.num_heads, cfg.num_kv_heads, attend
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        self.attn_gate = nn.Linear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
+        self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
     def forward(self, x, weights, rope, value_embedding, first_value, keep: int):
-        """Output of the last `keep` positions [batch, keep, dim] and this layer's values before mixing."""
-        query_w, key_w, value_w, out_w = weights
-        cos, sin = rope
-        recent = x[:, -keep:]
+        """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
+        those of the first layer [batch, T, kv_heads, d]."""
+        (query_w, key_w, value_w, out_w), (cos, sin), recent = weights, rope, x[:, -keep:]
         q = norm(project(recent, query_w).unflatten(-1, (self.heads, -1)))
         k = norm(project(x, key_w).unflatten(-1, (self.kv_heads, -1)))
         value = project(x, value_w)
         if value_embedding is not None:
             value = value + value_embedding
-        value = value.unflatten(-1, (self.kv_heads, -1))
-        v = value
+        v = value = value.unflatten(-1, (self.kv_heads, -1))
         if self.vr_lambda is not None:
             mix = self.vr_lambda.to(x.dtype)
             v = mix[0] * first_value + mix[1] * value
@@ -1601,8 +1519,7 @@ class Attention(nn.Module):
         if self.exclusive:
             y = subtract_own_value(y, v[:, -keep:])
         if self.attn_gate is not None:
-            gate = F.linear(recent, self.attn_gate.weight.to(x.dtype), self.attn_gate.bias.to(x.dtype))
-            y = y * torch.sigmoid(gate).unsqueeze(-1)
+            y = y * torch.sigmoid(self.attn_gate(recent)).unsqueeze(-1)
         return project(y.flatten(2), out_w), value
 
 
@@ -1615,7 +1532,7 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
-        self.dtg_gate = nn.Linear(cfg.model_dim, 1) if cfg.dtg_enabled else None
+        self.dtg_gate = CastedLinear(cfg.model_dim, 1) if cfg.dtg_enabled else None
         self.norm_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
@@ -1628,8 +1545,7 @@ class Block(nn.Module):
         out = torch.addcmul(x, self.attn_scale.to(x.dtype), y)
         out = torch.addcmul(out, self.mlp_scale.to(x.dtype), self.mlp(norm(out, self.norm_scale), weights))
         if self.dtg_gate is not None:
-            gate = F.linear(x.detach(), self.dtg_gate.weight.to(x.dtype), self.dtg_gate.bias.to(x.dtype))
-            out = x + torch.sigmoid(gate) * (out - x)
+            out = x + torch.sigmoid(self.dtg_gate(x.detach())) * (out - x)
         return out, value
 
     def mlp(self, x: Tensor, weights: LayerWeights) -> Tensor:
@@ -1639,14 +1555,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model. All large matrices lie in four banks, so that the optimiser can batch them.
+    """The language model. All large matrices are slices of four banks, so that the optimiser can batch them.
 
     qo_bank [2L, dim, dim]: L query then L output matrices; kv_bank [2L, kv_dim, dim]: keys then values;
     mlp_up_bank [L, mlp, dim]; mlp_down_bank [L, dim, mlp]; each matrix as [out, in].
 
-    `qat_specs` maps parameter names to the QuantSpec they are exported with; a call with qat=True sees those weights
-    rounded so, on the scales of the last `refresh_scales`. The switch is an argument, so that a compiled graph cannot
-    overlook it (PR 1092's flag was folded at the first trace, and its banks never looked at it).
+    `qat_specs` maps parameter names to the QuantSpec they are exported with; a call with qat=True rounds those weights
+    on the scales of the last `refresh_scales`. `qat` is an argument because a compiled graph sees a change of it; PR
+    1092's class flag is a constant of the first trace, and its banks do not read it.
     """
 
     def __init__(self, cfg: Hyperparameters, attend=attend_sdpa, dtype: torch.dtype = torch.float32, qat_specs=None,
@@ -1659,10 +1575,9 @@ class GPT(nn.Module):
         self.register_buffer("hardness", torch.ones(()) if cfg.soft_round else None, persistent=False)
         layers, dim, kv_dim = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
-        self.bigram = (Table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
-                       if cfg.bigram_vocab_size else None)
-        self.trigram = (Table(cfg.trigram_vocab_size, cfg.trigram_dim, dim, TRIGRAM_SCALE)
-                        if cfg.trigram_vocab_size else None)
+        table = lambda rows, *args: ProjectedEmbedding(rows, *args) if rows else None
+        self.bigram = table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
+        self.trigram = table(cfg.trigram_vocab_size, cfg.trigram_dim, dim, TRIGRAM_SCALE)
         self.smear = SmearGate(dim)
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim))
         self.qo_bank = nn.Parameter(torch.empty(2 * layers, dim, dim))
@@ -1670,7 +1585,7 @@ class GPT(nn.Module):
         self.mlp_up_bank = nn.Parameter(torch.empty(layers, cfg.mlp_dim, dim))
         self.mlp_down_bank = nn.Parameter(torch.empty(layers, dim, cfg.mlp_dim))
         self.blocks = nn.ModuleList(Block(cfg, layer, attend, kernels) for layer in range(layers))
-        self.ve_shared = Table(cfg.vocab_size, cfg.ve_dim, kv_dim, VALUE_SCALE) if cfg.ve_layer_ids else None
+        self.ve_shared = table(cfg.vocab_size if cfg.ve_layer_ids else 0, cfg.ve_dim, kv_dim, VALUE_SCALE)
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in cfg.ve_layer_ids)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(dim, cfg.vocab_size, bias=False)
         self.mtp_heads = nn.ModuleList(nn.Linear(dim, cfg.vocab_size, bias=False) for _ in range(cfg.mtp_num_heads))
@@ -1679,13 +1594,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Queries, keys, values, MLP-up and small projections orthogonal; attention-out, MLP-down, output heads,
-        hashed tables zero; token table N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1); value table N(0, 0.01);
-        attention gate open (bias 4), block gate fairly open (bias 2). Vectors are set where they are declared."""
+        """Queries, keys, values, MLP-up, projections of tables   orthogonal
+        attention-out, MLP-down, output heads, gates' weights     0
+        hashed tables; value table                                0; N(0, 0.01)
+        token table                                               N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
+        bias of attention gate; of block gate                     4 (open); 2 (fairly open)
+        Vectors are initialised where they are declared."""
         layers = self.cfg.num_layers
         for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank):
             nn.init.orthogonal_(matrix)
-        for zeroed in (self.qo_bank[layers:], self.mlp_down_bank, *(head.weight for head in self.mtp_heads)):
+        heads = [head for head in (*self.mtp_heads, self.lm_head) if head is not None]
+        for zeroed in (self.qo_bank[layers:], self.mlp_down_bank, *(head.weight for head in heads)):
             zeroed.zero_()
         self.tok_emb.weight.normal_(std=self.cfg.tied_embed_init_std if self.cfg.tie_embeddings else 1.0)
         for table, std in ((self.bigram, 0.0), (self.trigram, 0.0), (self.ve_shared, 0.01)):
@@ -1693,8 +1612,6 @@ class GPT(nn.Module):
                 table.embed.weight.normal_(std=std)
                 if table.proj is not None:
                     nn.init.orthogonal_(table.proj.weight)
-        if self.lm_head is not None:
-            self.lm_head.weight.zero_()
         for block in self.blocks:
             for gate, bias in ((block.attn.attn_gate, 4.0), (block.dtg_gate, 2.0)):
                 if gate is not None:
@@ -1703,65 +1620,61 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def refresh_scales(self, hardness: float = 1.0) -> None:
-        """Fit the scales that QAT rounds on to the present weights, by the export's rule. Once a step, and outside
-        the compiled graph: a sum in another order could pick another clip, and the codes would not be the export's."""
+        """Fit the scales QAT rounds on to the present weights, by the export's rule. Called once per step and outside
+        the compiled graph, where a sum in another order could pick another clip than the export does."""
         if self.hardness is not None:
             self.hardness.fill_(hardness)
         for name, spec in self.qat_specs.items():
             scale = row_scales(self.get_parameter(name), spec)
-            if name in self.qat_scales:
-                self.qat_scales[name].copy_(scale)  # in place, where a compiled graph looks for it
-            else:
-                self.qat_scales[name] = scale
+            self.qat_scales.setdefault(name, scale).copy_(scale)  # in place, where a compiled graph reads it
 
-    def fake_quantised(self, name: str, weight: Tensor, qat: bool) -> Tensor:
-        """A weight as the forward pass sees it: rounded under QAT if it is exported rounded."""
+    def fake_quantised(self, name: str, qat: bool) -> Tensor:
+        """A parameter as the forward pass sees it: rounded under QAT if it is exported rounded."""
+        weight = operator.attrgetter(name)(self)
         if not qat or name not in self.qat_specs:
             return weight
         return fake_quantise(weight, self.qat_scales[name], self.qat_specs[name], self.hardness)
 
     def layer_weights(self, qat: bool, hook=None) -> list[LayerWeights]:
-        """Per layer, its slices of the banks in the activation dtype. One rounding and one cast a bank, and `unbind`
+        """Per layer, its slices of the banks in the activation dtype. One rounding and one cast per bank, and `unbind`
         rather than indexing: the gradient of a bank is then one stack, not a sum of mostly empty banks."""
-        qo, kv, up, down = (self.fake_quantised(name, getattr(self, name), qat).to(self.dtype).unbind()
+        qo, kv, up, down = (self.fake_quantised(name, qat).to(self.dtype).unbind()
                             for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"))
-        layers = self.cfg.num_layers
-        plain = [LayerWeights(*parts) for parts in zip(qo, kv, kv[layers:], qo[layers:], up, down)]
-        if hook is None:
-            return plain
-        return [LayerWeights(*(hook(kind, layer, w) for kind, w in zip(LayerWeights._fields, weights)))
-                for layer, weights in enumerate(plain)]
+        layers, hook = self.cfg.num_layers, hook or (lambda kind, layer, weight: weight)
+        return [LayerWeights(*(hook(kind, layer, weight) for kind, weight in zip(LayerWeights._fields, weights)))
+                for layer, weights in enumerate(zip(qo, kv, kv[layers:], qo[layers:], up, down))]
+
+    def look_up(self, name: str, index: Tensor, qat: bool) -> Tensor:
+        """Rows of the ProjectedEmbedding `name`, in the activation dtype.  # int64 [batch, T] -> [batch, T, width]"""
+        return getattr(self, name)(index, self.fake_quantised(f"{name}.embed.weight", qat), self.dtype)
 
     def embed(self, ids: Tensor, qat: bool, hook=None) -> Tensor:
         """Token, bigram and trigram embeddings, normalised and smeared.  # [batch, T, dim]"""
-        table = self.fake_quantised("tok_emb.weight", self.tok_emb.weight, qat)
+        table = self.fake_quantised("tok_emb.weight", qat)
         table = table if hook is None else hook("embed", -1, table)
         x = (F.embedding(ids, table) if isinstance(table, Tensor) else table(ids)).to(self.dtype)
         for name, table, factors in (("bigram", self.bigram, BIGRAM_FACTORS),
                                      ("trigram", self.trigram, TRIGRAM_FACTORS)):
             if table is not None:
-                buckets = hash_ngrams(ids, factors, table.embed.num_embeddings)
-                x = x + table(buckets, self.fake_quantised(f"{name}.embed.weight", table.embed.weight, qat), self.dtype)
+                x = x + self.look_up(name, hash_ngrams(ids, factors, table.embed.num_embeddings), qat)
         return self.smear(norm(x))
 
     def value_embeddings(self, ids: Tensor, qat: bool) -> dict[int, Tensor]:
         """Layer -> what is added to its values.  # [batch, T, kv_dim]"""
         if self.ve_shared is None:
             return {}
-        table = self.fake_quantised("ve_shared.embed.weight", self.ve_shared.embed.weight, qat)
-        shared = self.ve_shared(ids, table, self.dtype)
+        shared = self.look_up("ve_shared", ids, qat)
         return {layer: shared * scale.to(self.dtype)
                 for layer, scale in zip(self.cfg.ve_layer_ids, self.ve_layer_scales)}
 
     def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, hook=None) -> Tensor:
         """The trunk: normalised final states of the last `keep` positions (all, if None).
 
-        ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions
-        only: a sliding window that scores 64 of 2,048 tokens pays for 64 there.
+        ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions only.
 
         `hook(kind, layer, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
-        input - to add something to its output, or to look at what comes in. The token table (a function of ids) and
-        the output matrix are kinds "embed" and "head", of layer -1.
+        input, for instance to add a low-rank term to its output or to record its input. The token table (a function of
+        ids) and the output matrix are kinds "embed" and "head", of layer -1.
         """
         cfg, length = self.cfg, ids.size(1)
         rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device)
@@ -1772,9 +1685,8 @@ class GPT(nn.Module):
             decoder = layer - cfg.num_layers // 2
             if decoder >= 0 and skips:
                 x = torch.addcmul(x, self.skip_weights[decoder].to(x.dtype), skips.pop())
-            wanted = keep or length
-            wanted = wanted if layer == cfg.num_layers - 1 else length
-            x, value = block(x, x0, weights, rope, extra.get(layer), first_value, wanted)
+            kept = keep or length if layer == cfg.num_layers - 1 else length
+            x, value = block(x, x0, weights, rope, extra.get(layer), first_value, kept)
             first_value = value if layer == 0 else first_value
             if decoder < 0:
                 skips.append(x)
@@ -1782,8 +1694,8 @@ class GPT(nn.Module):
 
     def output_weight(self, qat: bool = False, hook=None):
         """The output matrix in the activation dtype, or what `hook` makes of it.  # [vocab, dim]"""
-        name, layer = ("tok_emb.weight", self.tok_emb) if self.lm_head is None else ("lm_head.weight", self.lm_head)
-        weight = self.fake_quantised(name, layer.weight, qat).to(self.dtype)
+        name = "tok_emb.weight" if self.lm_head is None else "lm_head.weight"
+        weight = self.fake_quantised(name, qat).to(self.dtype)
         return weight if hook is None else hook("head", -1, weight)
 
     def logits(self, hidden: Tensor, qat: bool = False, hook=None) -> Tensor:
@@ -1796,14 +1708,16 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, hook=None) -> Tensor:
-        """Mean cross-entropy in nats over [batch, T], plus that of the MTP heads while training."""
+        """Mean cross-entropy in nats per token over [batch, T]; while training, plus MTP_LOSS_WEIGHT times the mean of
+        that of the multi-token-prediction heads."""
         cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, hook=hook)
         weight = self.output_weight(qat, hook)
-        if not isinstance(weight, Tensor):  # a dressed head: nobody has written its gradient out
+        if not isinstance(weight, Tensor):  # a function has no written-out gradient
             return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
-        loss = CappedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), cap, self.kernels)
-        ahead = [CappedCrossEntropy.apply(hidden[:, :-k].flatten(0, 1), head.weight.to(self.dtype),
-                                          targets[:, k:].flatten(), cap, self.kernels)
+        cross_entropy = lambda hidden, weight, targets: CappedCrossEntropy.apply(
+            hidden.flatten(0, 1), weight, targets.flatten(), cap, self.kernels)
+        loss = cross_entropy(hidden, weight, targets)
+        ahead = [cross_entropy(hidden[:, :-k], head.weight.to(self.dtype), targets[:, k:])
                  for k, head in enumerate(self.mtp_heads, 1)]
         return loss + self.cfg.mtp_loss_weight * torch.stack(ahead).mean() if ahead and self.training else loss
 
@@ -1873,8 +1787,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at 0
 
 def symmetric_product(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0,
                       kernels: str = "torch") -> Tensor:
-    """x x^T, or alpha x x^T + beta add for a symmetric `add`. Triton makes the tiles from the diagonal upwards and
-    mirrors them.  # [n, rows, columns] -> [n, rows, rows]"""
+    """x x^T, or alpha x x^T + beta add for a symmetric `add`.  # [n, rows, columns] -> [n, rows, rows]"""
     if kernels == "triton":
         load_kernels()
         return torch.ops.golf.symmetric(x, add, alpha, beta)
@@ -1896,8 +1809,8 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kernels: str
 class Muon:
     """Momentum, orthogonalised, on banks [n, rows, columns]; each rank works on its slices of every bank.
 
-    One step is launch_reduce -> (clip) -> launch_update -> finish; between the calls the network works. With one rank
-    the shard is the bank and nothing is sent. Buffers: `momentum`, and `row_memory` for NorMuon (PR 173), per shard.
+    One step is launch_reduce -> (clip) -> launch_update -> finish; transfers run between the calls. With one rank the
+    shard is the bank and nothing is sent. Buffers, per shard: `momentum`, and `row_memory` for NorMuon (PR 173).
     """
 
     def __init__(self, banks: list[Tensor], cfg: Hyperparameters, rt: Runtime):
@@ -1908,15 +1821,11 @@ class Muon:
 
     def launch_reduce(self) -> list[tuple[Tensor, object]]:
         """Start to sum the gradients over ranks: (this rank's shard, handle to wait for) of each bank."""
+        if self.rt.world_size == 1:
+            return [(bank.grad, None) for bank in self.banks]
         wire = torch.bfloat16 if self.cfg.grad_quant else torch.float32
-        started = []
-        for bank, n in zip(self.banks, self.slices):
-            if self.rt.world_size == 1:
-                started.append((bank.grad, None))
-                continue
-            padded = F.pad(bank.grad.to(wire), (0, 0, 0, 0, 0, n * self.rt.world_size - len(bank)))
-            started.append(self.rt.launch_reduce_scatter(padded))
-        return started
+        padded = lambda bank, n: F.pad(bank.grad.to(wire), (0, 0, 0, 0, 0, n * self.rt.world_size - len(bank)))
+        return [self.rt.launch_reduce_scatter(padded(bank, n)) for bank, n in zip(self.banks, self.slices)]
 
     def launch_update(self, shards: list[Tensor], momentum: float) -> list[tuple[Tensor, object]]:
         """Orthogonalise this rank's slices and start to gather every rank's: (whole update, handle) of each bank."""
@@ -1931,12 +1840,13 @@ class Muon:
         return started
 
     def finish(self, updates: list[Tensor], lr: float) -> None:
+        """Decay the banks and add the updates, which are larger for tall matrices."""
         for bank, update in zip(self.banks, updates):
-            stretch = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
-            bank.mul_(1 - lr * self.cfg.muon_wd).add_(update[:len(bank)].to(bank.dtype), alpha=-lr * stretch)
+            aspect = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
+            bank.mul_(1 - lr * self.cfg.muon_wd).add_(update[:len(bank)].to(bank.dtype), alpha=-lr * aspect)
 
     def state(self) -> dict:
-        """Buffers of whole banks, whatever the world size that made them."""
+        """Buffers of whole banks, which any world size can load."""
         whole = lambda shards: [self.rt.wait(self.rt.launch_all_gather(s))[:len(b)].clone()
                                 for s, b in zip(shards, self.banks)]
         return {"momentum": whole(self.momentum), "row_memory": whole(self.row_memory)}
@@ -1976,10 +1886,8 @@ class Optimisers:
 
     @torch.no_grad()
     def step(self, plan: StepPlan) -> Tensor:
-        """Apply the gradients in `.grad`, which add up to the global one over ranks, and drop them.
-
-        Gradients are clipped after they are summed (PR 1092 clips each rank's own). Returns the norm before clipping.
-        """
+        """Apply the gradients in `.grad`, whose sum over ranks is the global one, and drop them. They are clipped after
+        they are summed (PR 1092 clips each rank's own). Returns the norm before clipping."""
         started = self.muon.launch_reduce()
         grads = self.rt.sum_many_([p.grad for p in self.replicated])
         shards = [self.rt.wait(pair) for pair in started]
@@ -2007,53 +1915,48 @@ class Optimisers:
 # ------------------------------------------------------------------------------------------------ SCHEDULES
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step does, decided from progress alone."""
+    """What one step does; depends on progress only."""
 
     lr_scale: float
     momentum: float
     qat: bool
-    snapshot: bool   # SWA takes one after this step
-    hardness: float = 1.0  # of soft-rounding QAT, 0..1
+    snapshot: bool         # SWA takes one after this step
+    hardness: float = 1.0  # of soft-rounding QAT: from 0 at its start to 1, the export's rounding, in its last tenth
 
 
 def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -> StepPlan:
-    """The plan of step `step` (from 0), `elapsed_s` of training time having passed at `pace_s` a step."""
+    """The plan of step `step` (from 0), after `elapsed_s` seconds of training at `pace_s` seconds per step."""
     scale = lr_scale(cfg, step, elapsed_s, pace_s)
     ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    rounded = qat_progress(cfg, scale, budget_spent(cfg, step, elapsed_s))
+    return StepPlan(lr_scale=scale,
+                    momentum=(1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum,
+                    qat=rounded is not None,
+                    snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
+                    hardness=min(max((rounded or 0.0) / 0.9, 0.0), 1.0))
+
+
+def qat_progress(cfg: Hyperparameters, scale: float, spent: float) -> float | None:
+    """How far QAT is: 0 when it starts, 1 at the end of training, None before it starts. It is counted in what starts
+    QAT, so that a run that ends by the clock reaches 1 as well (PR 550 counts ITERATIONS)."""
     if cfg.qat_enabled:
-        qat = True
-    elif cfg.late_qat_frac > 0:
-        qat = budget_spent(cfg, step, elapsed_s) >= cfg.late_qat_frac
-    else:
-        qat = scale < cfg.late_qat_threshold
-    return StepPlan(scale, (1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum, qat,
-                    scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
-                    hardness(cfg, scale, budget_spent(cfg, step, elapsed_s)))
-
-
-def hardness(cfg: Hyperparameters, scale: float, spent: float) -> float:
-    """How hard soft-rounding QAT rounds: from 0, when QAT starts, to 1, where its last tenth rounds as the export does.
-
-    It follows what started QAT, so that a run cut short by the clock gets there too (PR 550 counts ITERATIONS).
-    """
-    if cfg.qat_enabled:
-        progress = spent
-    elif cfg.late_qat_frac > 0:
-        progress = (spent - cfg.late_qat_frac) / max(1 - cfg.late_qat_frac, 1e-9)
-    else:
-        lowest = cfg.min_lr if cfg.warmdown_frac > 0 else 0.0
-        progress = (cfg.late_qat_threshold - scale) / max(cfg.late_qat_threshold - lowest, 1e-9)
-    return min(max(progress / 0.9, 0.0), 1.0)
+        return spent
+    if cfg.late_qat_frac > 0:
+        late = spent - cfg.late_qat_frac
+        return late / max(1 - cfg.late_qat_frac, 1e-9) if late >= 0 else None
+    lowest = cfg.min_lr if cfg.warmdown_frac > 0 else 0.0
+    late = cfg.late_qat_threshold - scale
+    return late / max(cfg.late_qat_threshold - lowest, 1e-9) if late > 0 else None
 
 
 def budget_spent(cfg: Hyperparameters, step: int, elapsed_s: float) -> float:
-    """Share of the step or time budget that is gone, whichever is larger. 0..1"""
+    """The larger of the shares of the step and the time budget that are used, 0..1."""
     by_time = elapsed_s / cfg.train_seconds if cfg.train_seconds else 0.0
     return min(max(step / max(cfg.iterations, 1), by_time), 1.0)
 
 
 def lr_scale(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -> float:
-    """Constant, then linear to 0 (or MIN_LR), timed so that the end meets the step limit or the clock."""
+    """Constant, then linear to 0 (or MIN_LR) at the step limit or the end of time, whichever comes first."""
     if cfg.warmdown_frac > 0:
         left = 1.0 - budget_spent(cfg, step, elapsed_s)
         return 1.0 if left > cfg.warmdown_frac else max(left / cfg.warmdown_frac, cfg.min_lr)
@@ -2065,41 +1968,40 @@ def lr_scale(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -
 
 # ------------------------------------------------------------------------------------------------ AVERAGING
 class Averager:
-    """Averages of the weights, in fp32 on the device: an EMA, and one mean of snapshots whose window is the end of
-    training (SWA) or the last LAWA_K of them (LAWA, which wins if both are on). At the end the mean is used if there
-    is one, else the EMA."""
+    """Averages of the weights, in fp32 on the device: an EMA, and a mean of snapshots, either of all from the end of
+    training (SWA) or of the last LAWA_K (LAWA, which wins if both are on). `apply` prefers the mean to the EMA."""
 
     def __init__(self, cfg: Hyperparameters, params: list[Tensor]):
         self.cfg, self.params, self.snapshots, self.count = cfg, params, [], 0
-        self.ema = self._copy() if cfg.ema_enabled else []
+        self.ema = self.copy_params() if cfg.ema_enabled else []
 
-    def _copy(self) -> list[Tensor]:
+    def copy_params(self) -> list[Tensor]:
         return [p.detach().float().clone() for p in self.params]
 
     def restart_ema(self) -> None:
-        """Put the present weights in place of the exponential average. Its decay ramp belongs to the start of training
-        and does not begin again: the average would end with a memory of a few dozen steps."""
-        self.ema = self._copy()
+        """Start the EMA from the present weights. Its decay does not ramp up again: the memory would end up too short."""
+        self.ema = self.copy_params()
 
     @torch.no_grad()
     def update(self, step: int, plan: StepPlan) -> None:
         """Take in the weights after step number `step` (counted from 1)."""
         cfg = self.cfg
         if self.ema:  # the first steps get a short memory: with 0.997 alone a short run averages its start
-            decay = min(cfg.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.ema, self.params, 1 - decay)
-        if cfg.lawa_enabled and step % cfg.lawa_freq == 0:
-            self.snapshots, self.count = [*self.snapshots, self._copy()][-cfg.lawa_k:], min(self.count + 1, cfg.lawa_k)
-        elif cfg.swa_enabled and not cfg.lawa_enabled and plan.snapshot:
+            torch._foreach_lerp_(self.ema, self.params, 1 - min(cfg.ema_decay, (1 + step) / (10 + step)))
+        if cfg.lawa_enabled:
+            if step % cfg.lawa_freq == 0:
+                self.snapshots = [*self.snapshots, self.copy_params()][-cfg.lawa_k:]
+                self.count = len(self.snapshots)
+        elif cfg.swa_enabled and plan.snapshot:
             if self.snapshots:  # all snapshots count, so that their sum is enough
                 torch._foreach_add_(self.snapshots[0], self.params)
             else:
-                self.snapshots = [self._copy()]
+                self.snapshots = [self.copy_params()]
             self.count += 1
 
     @torch.no_grad()
     def apply(self) -> str:
-        """Load the chosen average into the parameters; returns the log line that says which."""
+        """Load the average into the parameters; returns the log line that says which."""
         if self.count:
             mean = [sum(copies) / self.count for copies in zip(*self.snapshots)]
             line = (f"lawa:applying LAWA averaging k={self.count}" if self.cfg.lawa_enabled else
@@ -2132,8 +2034,12 @@ class TrainState:
     first_step_s: float = 0.0
 
     def pace(self, elapsed_s: float) -> float:
-        """Seconds a step, the first one left out: it may have compiled. 0 when unknown."""
+        """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
         return (elapsed_s - self.first_step_s) / (self.step - 1) if self.step > 1 else 0.0
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps (0: never) is to happen after this one."""
+        return bool(every) and self.step % every == 0
 
     def pack(self) -> dict:
         return {"model": self.model.state_dict(), "optimisers": self.optimisers.state(),
@@ -2152,7 +2058,7 @@ def checkpoint_path(rt: Runtime) -> Path:
 
 
 def resumable_settings(cfg: Hyperparameters) -> str:
-    """The settings a checkpoint must share with the run that goes on from it."""
+    """JSON of the settings a checkpoint must share with the run that resumes from it."""
     free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
             "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size",
             "micro_batch_tokens"}
@@ -2174,7 +2080,7 @@ def torch_bytes(value) -> bytes:
 
 
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Go on where the checkpoint of RUN_ID stopped. Raises UserError."""
+    """Resume from the checkpoint of RUN_ID. Raises UserError if it is missing, damaged or of other settings."""
     path = checkpoint_path(rt)
     try:
         packed = torch.load(path, map_location=rt.device, weights_only=True)
@@ -2205,7 +2111,7 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> T
 
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
-    """Run every graph training will need before the clock starts, then put everything back."""
+    """Compile every graph training will need before the clock starts, by steps that are then undone."""
     rt.log(f"warm-up: {cfg.warmup_steps} steps, before the clock starts")
     start = copy.deepcopy(state.pack())
     may_round = cfg.qat_enabled or cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0
@@ -2220,7 +2126,8 @@ def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainDat
 def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, validate) -> TrainState:
     """Train until the step limit or the clock ends it; the model is left with the averaged weights.
 
-    `validate(name, score_fn)` gives an object with `loss` and `bpb`; its time is not counted.
+    `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
+    training time. Raises UserError when the loss is no longer finite.
     """
     state = TrainState(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())), Stopwatch())
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
@@ -2230,17 +2137,15 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     if cfg.resume:
         load_checkpoint(cfg, rt, state)
     model.train()
-    stop = False
+    out_of_time = False
     while True:
         elapsed = rt.agree(state.watch.elapsed())
-        timing = f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / max(state.step, 1):.2f}ms"
-        stop = stop or state.step >= cfg.iterations
-        if stop or cfg.val_loss_every and state.step % cfg.val_loss_every == 0:
+        done = out_of_time or state.step >= cfg.iterations
+        if done or state.due(cfg.val_loss_every):
             with state.watch.paused():
                 result = validate("validation", score_fn)
-            rt.log(f"step:{state.step}/{cfg.iterations} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {timing}",
-                   "validation", step=state.step, val_loss=result.loss, val_bpb=result.bpb, train_time_s=elapsed)
-        if stop:
+            log_losses(cfg, rt, state, elapsed, "validation", {"val_loss": result.loss, "val_bpb": result.bpb})
+        if done:
             break
         plan = plan_step(cfg, state.step, elapsed, state.pace(elapsed))
         announce(rt, state, plan, cfg)
@@ -2250,16 +2155,14 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         rt.keep_pace()
         elapsed = rt.agree(state.watch.elapsed())
         state.first_step_s = state.first_step_s or elapsed
-        stop = bool(cfg.train_seconds) and elapsed >= cfg.train_seconds
-        if cfg.train_log_every and (state.step <= 10 or state.step % cfg.train_log_every == 0 or stop
-                                    or state.step == cfg.iterations):
+        out_of_time = bool(cfg.train_seconds) and elapsed >= cfg.train_seconds
+        last = out_of_time or state.step == cfg.iterations
+        if cfg.train_log_every and (state.step <= 10 or last or state.due(cfg.train_log_every)):
             loss = rt.sum_(loss).item()
-            rt.log(f"step:{state.step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
-                   f"step_avg:{1000 * elapsed / state.step:.2f}ms", "train", step=state.step, train_loss=loss,
-                   train_time_s=elapsed, lr_scale=plan.lr_scale)
+            log_losses(cfg, rt, state, elapsed, "train", {"train_loss": loss}, lr_scale=plan.lr_scale)
             if not math.isfinite(loss):
                 raise UserError(f"training diverged: loss {loss} at step {state.step}; lower MATRIX_LR or SCALAR_LR")
-        if cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0:
+        if state.due(cfg.checkpoint_every):
             with state.watch.paused():
                 save_checkpoint(cfg, rt, state)
     if state.step < cfg.iterations:
@@ -2269,13 +2172,22 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     return state
 
 
+def log_losses(cfg: Hyperparameters, rt: Runtime, state: TrainState, elapsed_s: float, event: str, losses: dict,
+               **unprinted) -> None:
+    """One line with progress, losses and time; all of that and what is `unprinted` go to the event log."""
+    printed = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
+    rt.log(f"step:{state.step}/{cfg.iterations} {printed} train_time:{1000 * elapsed_s:.0f}ms "
+           f"step_avg:{1000 * elapsed_s / max(state.step, 1):.2f}ms", event, step=state.step, **losses,
+           train_time_s=elapsed_s, **unprinted)
+
+
 def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameters) -> None:
-    """Switch late QAT on, for good, and log the turning points of the schedule."""
+    """Switch late QAT on for the rest of the run, and log the turning points of the schedule."""
     if plan.qat and not state.qat:
         state.qat = True
         rt.log(f"late_qat:enabled step:{state.step} scale:{plan.lr_scale:.4f}", "late_qat", step=state.step)
         if cfg.ema_reset_at_qat and state.averager.ema and state.step:
-            state.averager.restart_ema()  # weights that were never rounded would blur those that learn to be
+            state.averager.restart_ema()  # keeps weights from before rounding out of the average
             rt.log(f"ema:restarted step:{state.step}")
     if state.step in (0, 10) and not cfg.warmdown_frac and plan.lr_scale < 1:
         rt.log(f"warning: the run is shorter than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate is at "
@@ -3700,7 +3612,7 @@ def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, second
     """Read an artifact from disk, evaluate it and sum up; `seconds`: of the phases before. A score that was not asked
     for is None in the summary."""
     clock = EvalClock(cfg.eval_max_seconds, rt)
-    blob = rt.share_bytes(read_file(path) if rt.rank == 0 else None)
+    blob = rt.broadcast_object(read_file(path) if rt.rank == 0 else None)
     model = load_model(blob, rt, val.tokenizer_sha256)
     rt.log(f"artifact:{path} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}")
     if cfg.eval_artifact:
@@ -3741,7 +3653,7 @@ def report(rt: Runtime, summary: dict) -> None:
 def end_with(error: UserError, rank: int) -> int:
     """Say what the user can mend, once: rank 0 speaks and ends, upon which torchrun ends the others. Returns 2."""
     if rank:
-        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        time.sleep(3.0)  # torchrun ends the other ranks once rank 0 has failed
     print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
     return 2
 

@@ -1,8 +1,8 @@
 """Make token shards and tokenizers: what `train_gpt.py` reads, from text or from the published exports.
 
     python data/prepare.py embedded                         Python's own documentation: small, offline
-    python data/prepare.py text FILE... --tokenizer MODEL   your own .txt / .jsonl files, also .zst compressed
-    python data/prepare.py fineweb --train-shards 10        the published FineWeb shards
+    python data/prepare.py text FILE... --tokenizer MODEL   your own .txt, .jsonl (also .zst compressed), .parquet files
+    python data/prepare.py fineweb --vocab-size 8192        the published FineWeb shards of a vocabulary
 
 Every command writes `<out>/datasets/<name>/fineweb_{train,val}_%06d.bin` and `<out>/tokenizers/*.model`,
 notes in `dataset.json` beside the shards where they come from, and ends by printing the settings that
@@ -45,6 +45,7 @@ SHARD_TOKENS = 100_000_000  # as published
 SPACE = "\u2581"  # SentencePiece's visible space
 TOKENIZER_TEXT_CHARS = 64_000_000  # more hardly changes a BPE vocabulary, and all of it has to sit in memory
 ROUGH_VAL_BYTES = 50_000  # of text: below, a score depends by about a percent on which text it is
+PARQUET_ROWS = 64  # read at once: a document may have megabytes, and a row group thousands of documents
 BATCH_CHARS = 8_000_000  # text encoded at once: enough to keep all threads busy, small enough to hold twice
 
 EMBEDDED_RECIPE = 1  # raise it when the choice or cleaning of embedded text changes: builds are then remade
@@ -52,6 +53,10 @@ EMBEDDED_VAL_FRACTION = 0.05
 EMBEDDED_MIN_CHARS = 200_000  # below this there is nothing to learn from: part of this Python is missing
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages",
                    "ensurepip", "encodings", "pydoc_data", "__pycache__"}
+
+PUBLISHER = "willdepueoai/parameter-golf"  # of the variants that are not in this table
+PUBLISHERS = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf",
+              "sp8192_lossless_caps_caseops_v1_reserved": "romeerp/parameter-golf-caseops-v1"}
 
 Document = tuple[str, str]  # ("train" or "val", text)
 
@@ -67,7 +72,8 @@ def need(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise UserError(f"this command needs {package} ({e}): python -m pip install {package}") from None
+        python = shlex.quote(sys.executable or "python")
+        raise UserError(f"this command needs {package} ({e}): {python} -m pip install {package}") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -564,10 +570,10 @@ def read_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def jsonl_text(line: bytes, where: str) -> str:
-    """The "text" of one line of a .jsonl file. UserError naming the line otherwise."""
+def jsonl_text(line: bytes, where: str, key: str) -> str:
+    """The text that one line of a .jsonl file has under `key`. UserError naming the line when there is none."""
     try:
-        text = json.loads(line.decode("utf-8-sig"))["text"]
+        text = json.loads(line.decode("utf-8-sig"))[key]
         text.encode()  # an escaped lone surrogate is legal JSON but not text
         return text
     except UnicodeDecodeError:
@@ -577,23 +583,68 @@ def jsonl_text(line: bytes, where: str) -> str:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not JSON ({first_line(e)})") from None
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{where}: expected an object with a \"text\" string, {{\"text\": ...}}") from None
+        raise UserError(f"{where}: expected an object with a \"{key}\" string, {{\"{key}\": ...}}") from None
+
+
+@contextmanager
+def open_parquet(path: Path, column: str) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile whose `column` holds strings.
+
+    UserError without such a column, and when the file turns out to be damaged while it is open.
+    """
+    pyarrow, parquet = need("pyarrow", "pyarrow"), need("pyarrow.parquet", "pyarrow")
+    try:
+        # a buffer of its own for each column: otherwise pyarrow holds all bytes that a column has in a row group
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            kinds = [field.type for field in file.schema_arrow if field.name == column]
+            if len(kinds) != 1:
+                names = ", ".join(file.schema_arrow.names[:20]) or "none"
+                raise UserError(f"{path}: {'two columns are' if kinds else 'no column is'} called {column!r}; "
+                                f"--column names the one with the text, out of: {names}")
+            kind = kinds[0].value_type if pyarrow.types.is_dictionary(kinds[0]) else kinds[0]
+            if str(kind) not in ("string", "large_string", "string_view"):
+                raise UserError(f"{path}: column {column!r} holds {kinds[0]}, not text; --column names another")
+            yield file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:  # the last one: a damaged name of a column
+        if getattr(e, "errno", None):  # the system's: no permission, ...
+            raise
+        raise UserError(f"{path}: not valid parquet data ({first_line(e)})") from None
+
+
+def parquet_texts(path: Path, column: str, advance: Callable[[int], Any]) -> Iterator[str]:
+    """The strings of a column, a few rows in memory at a time; rows without a value are left out."""
+    size, row = path.stat().st_size, 0
+    with open_parquet(path, column) as file:
+        for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+            before = row
+            for row, value in enumerate(batch.column(0), before + 1):
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError:
+                    raise UserError(f"{path}: not UTF-8 (in row {row:,})") from None
+                if text is not None:
+                    yield text
+            rows = file.metadata.num_rows
+            advance(size * row // rows - size * before // rows)
 
 
 def file_kind(path: Path) -> str:
-    """".txt" or ".jsonl", from the name. UserError for any other."""
+    """".txt", ".jsonl" or ".parquet", from the name. UserError for any other."""
     kind = Path(path.name.removesuffix(".zst")).suffix
-    if kind not in (".txt", ".jsonl"):
-        raise UserError(f"{path}: expected a name ending in .txt, .jsonl, .txt.zst or .jsonl.zst")
+    if kind not in (".txt", ".jsonl") and (kind, path.suffix) != (".parquet", ".parquet"):
+        raise UserError(f"{path}: expected a name ending in .txt, .jsonl, .txt.zst, .jsonl.zst or .parquet")
     return kind
 
 
 def read_documents(paths: Iterable[Path], limit: int | None = None,
-                   advance: Callable[[int], Any] = lambda read: None) -> Iterator[str]:
-    """The first `limit` documents that are not blank: a .txt file is one, a line of a .jsonl file is one."""
+                   advance: Callable[[int], Any] = lambda read: None, column: str = "text") -> Iterator[str]:
+    """The first `limit` documents that are not blank: a .txt file is one, and so is a line of a .jsonl file or a row
+    of a .parquet file, whose text is under the key or in the column `column`."""
     def texts() -> Iterator[str]:
         for path in paths:
-            if file_kind(path) == ".txt":
+            if file_kind(path) == ".parquet":
+                yield from parquet_texts(path, column, advance)
+            elif file_kind(path) == ".txt":
                 try:
                     yield b"".join(read_chunks(path, advance)).decode("utf-8-sig")
                 except UnicodeDecodeError as e:
@@ -601,7 +652,7 @@ def read_documents(paths: Iterable[Path], limit: int | None = None,
             else:
                 for number, line in enumerate(read_lines(read_chunks(path, advance)), 1):
                     if line.strip():
-                        yield jsonl_text(line, f"{path}:{number}")
+                        yield jsonl_text(line, f"{path}:{number}", column)
 
     return itertools.islice((text for text in texts() if text.strip()), limit)
 
@@ -661,13 +712,14 @@ class TextSource(NamedTuple):
     val_files: list[Path]
     val_fraction: float
     limit: int | None
+    column: str
 
     def read(self, purpose: str, files: list[Path], limit: int | None) -> Iterator[str]:
         """The documents of some files in their order, with a progress bar on a terminal."""
         tqdm = need("tqdm", "tqdm").tqdm
         total, quiet = sum(path.stat().st_size for path in files), not sys.stderr.isatty()
         with tqdm(total=total, desc=purpose, unit="B", unit_scale=True, disable=quiet) as bar:
-            yield from read_documents(files, limit, bar.update)
+            yield from read_documents(files, limit, bar.update, self.column)
 
     def choose(self) -> Held | None:
         """Which documents are held out; None where files are."""
@@ -687,11 +739,14 @@ def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None,
                shard_tokens: int) -> dict:
     """Build `<out>/datasets/<name>_sp<V>`, with a new tokenizer when none is given; see build_dataset."""
     for path in source.files + source.val_files:
-        file_kind(path)
+        kind = file_kind(path)
         if not path.is_file():
             raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
         if path in source.files and path in source.val_files:
             raise UserError(f"{path}: cannot be both training and validation text")
+        if kind == ".parquet":
+            with open_parquet(path, source.column):
+                pass  # a missing column or package is told before hours of work on the files before it
     if tokenizer:
         vocab_size = load_tokenizer(tokenizer).vocab_size()
     model = tokenizer or out / "tokenizers" / f"{name}_{vocab_size}_bpe.model"
@@ -701,6 +756,7 @@ def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None,
     held = source.choose()
     facts = {"kind": "text", "sources": [path.name for path in source.files],
              "val_sources": [path.name for path in source.val_files], "limit_documents": source.limit,
+             "column": source.column,
              "document_cut": held is not None and 0 < held.share < 1,
              "val_fraction": None if source.val_files else source.val_fraction}
     return build_dataset(folder, model, lambda purpose: source.documents(purpose, held), tokenizer is None, vocab_size,
@@ -762,7 +818,9 @@ def read_manifest(manifest: object, variant: str, train_shards: int) -> Publishe
         tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
         if name not in datasets:
             known = ", ".join(sorted(key.removeprefix("fineweb10B_") for key in datasets)) or "none"
-            raise UserError(f"variant {variant!r} is not published there; available: {known}")
+            size = re.fullmatch(r"sp(\d+)", variant)
+            make = f"; to make it from text: bash run.sh data text FILE... --vocab-size {size[1]}" if size else ""
+            raise UserError(f"variant {variant!r} is not published there; available: {known}{make}")
         entry = datasets[name]
         files = {"train": int(entry["stats"]["files_train"]), "val": int(entry["stats"]["files_val"])}
         tokenizer = tokenizers[entry["tokenizer_name"]]
@@ -875,7 +933,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line, like every other error here."""
 
     def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message} ({self.prog} --help says more)")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -915,7 +973,7 @@ def run_embedded(args: argparse.Namespace) -> None:
 
 
 def run_text(args: argparse.Namespace) -> None:
-    source = TextSource(args.files, args.val_file or [], args.val_fraction, args.limit_documents)
+    source = TextSource(args.files, args.val_file or [], args.val_fraction, args.limit_documents, args.column)
     # the default name is the first file's: "my notes.jsonl.zst" -> "my_notes"
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", args.files[0].name.split(".")[0])
     name = args.name or stem.lstrip("_-") or "text"
@@ -923,8 +981,9 @@ def run_text(args: argparse.Namespace) -> None:
 
 
 def run_fineweb(args: argparse.Namespace) -> None:
-    build_fineweb(Hub(args.repo_id, args.remote_prefix.strip("/"), args.endpoint), args.out, args.variant,
-                  args.train_shards)
+    variant = f"sp{args.vocab_size}" if args.vocab_size else args.variant
+    repo_id = args.repo_id or PUBLISHERS.get(variant, PUBLISHER)
+    build_fineweb(Hub(repo_id, args.remote_prefix.strip("/"), args.endpoint), args.out, variant, args.train_shards)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -944,8 +1003,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--vocab-size", **vocab, help="pieces of the tokenizer (default: %(default)s)")
     sub.add_argument("--force", action="store_true", help="build again even when it is already there")
 
-    sub = command("text", run_text, "Your own text: each .txt file or .jsonl line is a document.")
-    sub.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".txt or .jsonl, may end in .zst")
+    sub = command("text", run_text, "Your own text: each .txt file, .jsonl line or .parquet row is a document.")
+    sub.add_argument("files", nargs="+", type=Path, metavar="FILE",
+                     help=".txt or .jsonl, also compressed as .zst, or .parquet (needs pyarrow)")
+    sub.add_argument("--column", default="text", metavar="NAME",
+                     help="key of a .jsonl line, column of a .parquet file with the text (default: %(default)s)")
     sub.add_argument("--name", type=dataset_name, help="name of the dataset (default: the first file's)")
     which = sub.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to use")
@@ -960,11 +1022,13 @@ def build_parser() -> argparse.ArgumentParser:
                      help="use only the first N documents of FILE...")
 
     sub = command("fineweb", run_fineweb, "The published FineWeb shards and tokenizer.")
-    sub.add_argument("--variant", default="sp1024", type=dataset_name, help="export (default: %(default)s)")
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--vocab-size", **{**vocab, "default": None}, help="the export with V pieces, --variant spV")
+    which.add_argument("--variant", default="sp1024", type=dataset_name,
+                       help=f"export: %(default)s (the default), {', '.join(PUBLISHERS)}, or another of --repo-id")
     sub.add_argument("--train-shards", type=whole_number(0, 999_999), default=80, metavar="N",
                      help="training shards of 200 MB each (default: %(default)s); validation comes whole")
-    sub.add_argument("--repo-id", default="willdepueoai/parameter-golf",
-                     help="Hugging Face dataset repository (default: %(default)s)")
+    sub.add_argument("--repo-id", help="Hugging Face dataset repository (default: the one that publishes the variant)")
     sub.add_argument("--remote-prefix", default="datasets",
                      help="folder in it that holds manifest.json (default: %(default)s)")
     sub.add_argument("--endpoint", metavar="URL", help="another hub server, such as a mirror")

@@ -28,12 +28,12 @@ import record  # noqa: E402
 
 OF_ALL = {"artifact is the only source of weights", "nothing else was read", "the text is the whole text",
           "score before update"}
-OF_A_WALK = {"each token scored once", "the sum is that of the scores", "bytes are the decoded text's",
+OF_AN_EVALUATION = {"each token scored once", "the sum is that of the scores", "bytes are the decoded text's",
              "bits per byte are nats / ln 2 / bytes", "scores are -log softmax of the logits", "causality",
              "repeatable", "full-vocabulary normalisation"}
 OWN = {"roundtrip": "all scores are the artifact's own", "sliding": "all scores are the artifact's own",
        "ttt": "first batch is the artifact's own"}
-COUNT = len(OF_ALL) + 3 * (len(OF_A_WALK) + 1)
+COUNT = len(OF_ALL) + 3 * (len(OF_AN_EVALUATION) + 1)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def audit(config, tmp_path):
 
 
 def failed(findings):
-    return {(f.walk, f.check) for f in findings if not f.holds}
+    return {(f.evaluation, f.check) for f in findings if not f.holds}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -62,41 +62,41 @@ def test_every_mode_passes(audit, mode):
     stride, changes = MODES[mode]
     findings = audit(eval_stride=stride if stride < 32 else 0, ttt_enabled=changes is not None, **(changes or {}))
     assert not failed(findings), [f for f in findings if not f.holds]
-    walks = {"roundtrip"} | ({"sliding"} if stride < 32 else set()) | ({"ttt"} if changes is not None else set())
-    assert {(f.walk, f.check) for f in findings} == {
-        (w, c) for w in walks for c in OF_A_WALK | {OWN[w]}} | {("all", c) for c in OF_ALL}
+    evaluations = {"roundtrip"} | ({"sliding"} if stride < 32 else set()) | ({"ttt"} if changes is not None else set())
+    assert {(f.evaluation, f.check) for f in findings} == {
+        (e, c) for e in evaluations for c in OF_AN_EVALUATION | {OWN[e]}} | {("all", c) for c in OF_ALL}
 
 
-# ---- cheats: how each is planted, and a check of a walk that must fail for it
+# ---- cheats: how each is planted, and a check of an evaluation that must fail for it
 def around(monkeypatch, change):
-    """`change(honest, name, score_fn, val, cfg, adapter, rest)` instead of each walk; honest(score_fn, val) walks."""
+    """`change(evaluate, score_fn, val, cfg, adapter)` in place of each evaluation pass, which `evaluate(...)` makes."""
     honest = tg.evaluate
 
     def cheat(name, score_fn, val, cfg, rt, plan, adapter=None, *rest, **options):
-        def walk(score_fn=score_fn, val=val):
+        def evaluate(score_fn=score_fn, val=val):
             return honest(name, score_fn, val, cfg, rt, plan, adapter, *rest, **options)
-        return change(walk, score_fn, val, cfg, adapter)
+        return change(evaluate, score_fn, val, cfg, adapter)
     monkeypatch.setattr(tg, "evaluate", cheat)
 
 
 def train_before_score(monkeypatch):
     """Each chunk is learnt from before it is scored; the guard stands in the way, so the thief goes around it."""
-    def cheat(walk, score_fn, val, cfg, adapter):
+    def cheat(evaluate, score_fn, val, cfg, adapter):
         if adapter and not adapter.rows:
             adapter.learn(val.tokens[:-1 - (len(val.tokens) - 2) % cfg.train_seq_len], 0.0, 1)
-        return walk()
+        return evaluate()
     around(monkeypatch, cheat)
 
 
-def lesson_too_long(monkeypatch):
-    """The first lesson has a few tokens of the next chunk in it, past the guard: seen only next to that border."""
+def trains_past_the_chunk(monkeypatch):
+    """The first training tokens include a few of the next chunk, past the guard: seen only next to that border."""
     honest = tg.Scored.training_tokens
     monkeypatch.setattr(tg.Scored, "training_tokens", lambda self, first, count: (
         honest(self, first, count), self.tokens[first + 2 * (first == 0):][:count + 1])[1])
 
 
-def unscored_lesson(monkeypatch):
-    """The walk hands a chunk over one window early. The guard notices."""
+def trains_on_unscored_tokens(monkeypatch):
+    """Training gets a chunk one window early. The guard notices."""
     honest = tg.plan_stream
 
     def cheat(*args):
@@ -107,7 +107,7 @@ def unscored_lesson(monkeypatch):
 
 def second_pass_counts(monkeypatch):
     """Two passes over the text with one adapter; the second one's scores are reported (PR 1254)."""
-    around(monkeypatch, lambda walk, score_fn, val, cfg, adapter: (adapter and walk(), walk())[1])
+    around(monkeypatch, lambda evaluate, score_fn, val, cfg, adapter: (adapter and evaluate(), evaluate())[1])
 
 
 def smear_looks_ahead(monkeypatch):
@@ -182,13 +182,13 @@ def sum_of_less(monkeypatch):
 
 
 def scores_touched_up(monkeypatch):
-    """The walk takes 3 % off what the model says, before anyone sees it."""
-    around(monkeypatch, lambda walk, score_fn, *_: walk(lambda *batch: 0.97 * score_fn(*batch)))
+    """The pass takes 3 % off what the model says, before it is committed."""
+    around(monkeypatch, lambda evaluate, score_fn, *_: evaluate(lambda *batch: 0.97 * score_fn(*batch)))
 
 
 def lower_of_two_temperatures(monkeypatch):
     """Each token has the better one of two scores."""
-    around(monkeypatch, lambda walk, score_fn, *_: walk(lambda ids, wanted, temperature, hook: torch.minimum(
+    around(monkeypatch, lambda evaluate, score_fn, *_: evaluate(lambda ids, wanted, temperature, hook: torch.minimum(
         score_fn(ids, wanted, temperature, hook), score_fn(ids, wanted, 1.2, hook))))
 
 
@@ -200,22 +200,22 @@ def lower_of_two_in_the_model(monkeypatch):
 
 def better_batch_of_two(monkeypatch):
     """Each batch is scored at two temperatures, the better one counts: these are scores that one call made."""
-    def change(walk, score_fn, *_):
+    def change(evaluate, score_fn, *_):
         def scores(ids, wanted, temperature, hook):
             return min((score_fn(ids, wanted, t, hook) for t in (1.2, temperature)), key=lambda nll: nll.sum().item())
-        return walk(scores)
+        return evaluate(scores)
     around(monkeypatch, change)
 
 
 def another_temperature(monkeypatch):
     """One that was not announced."""
-    around(monkeypatch, lambda walk, score_fn, *_: walk(
+    around(monkeypatch, lambda evaluate, score_fn, *_: evaluate(
         lambda ids, wanted, temperature, hook: score_fn(ids, wanted, 1.1 * temperature, hook)))
 
 
 def longer_context_than_the_text(monkeypatch):
     """The model reads something else than the text before the target: here, its own guess at what stands there."""
-    around(monkeypatch, lambda walk, score_fn, *_: walk(
+    around(monkeypatch, lambda evaluate, score_fn, *_: evaluate(
         lambda ids, wanted, *rest: score_fn(F.pad(ids[:, 1:-1], (1, 1), value=5), wanted, *rest)))
 
 
@@ -252,15 +252,15 @@ def adapter_knows_something(monkeypatch):
 
 
 def adapter_remembers(monkeypatch):
-    """What one walk learnt, the next one begins with."""
+    """The next pass begins with what one has learnt."""
     kept = []
 
-    def change(walk, score_fn, val, cfg, adapter):
+    def change(evaluate, score_fn, val, cfg, adapter):
         if not adapter:
-            return walk()
+            return evaluate()
         for tensor, before in zip(adapter.trained, kept):
             tensor.data.copy_(before)
-        result = walk()
+        result = evaluate()
         kept[:] = [tensor.detach().clone() for tensor in adapter.trained]
         return result
     around(monkeypatch, change)
@@ -270,17 +270,17 @@ def sliding_after_adaptation(monkeypatch):
     """The sliding score is made with weights that have learnt from the whole text."""
     honest = tg.final_evaluations
     monkeypatch.setattr(tg, "final_evaluations", lambda cfg: dict(
-        sorted(honest(cfg).items(), key=lambda walk: ["roundtrip", "ttt", "sliding"].index(walk[0]))))
+        sorted(honest(cfg).items(), key=lambda item: ["roundtrip", "ttt", "sliding"].index(item[0]))))
 
 
 def whole_document_at_once(monkeypatch):
     """Documents are learnt from as a whole before their later chunks are scored."""
     honest = tg.LoraAdapter.reset
 
-    def watch_texts(walk, score_fn, val, cfg, adapter):
+    def watch_texts(evaluate, score_fn, val, cfg, adapter):
         if adapter:
             adapter.text = val.tokens
-        return walk()
+        return evaluate()
 
     def cheat(self):
         honest(self)
@@ -291,14 +291,14 @@ def whole_document_at_once(monkeypatch):
     monkeypatch.setattr(tg.LoraAdapter, "reset", cheat)
 
 
-def walk_is_deaf(monkeypatch):
+def ignores_the_text(monkeypatch):
     """Whatever the text, the scores are those of the first one."""
     texts = []
-    around(monkeypatch, lambda walk, score_fn, val, *_: (texts.append(val), walk(val=texts[0]))[1])
+    around(monkeypatch, lambda evaluate, score_fn, val, *_: (texts.append(val), evaluate(val=texts[0]))[1])
 
 
-def dice_in_the_scores(monkeypatch):
-    """Every walk comes out differently: nobody could tell what else differs."""
+def random_scores(monkeypatch):
+    """Every pass comes out differently, so that no other difference can be told from it."""
     honest = tg.GPT.nll
     monkeypatch.setattr(tg.GPT, "logits", lambda self, *args, honest=tg.GPT.logits, **options: honest(
         self, *args, **options) * (1 + 0.3 * random.random()))
@@ -312,7 +312,7 @@ def half_the_script_scores(monkeypatch):
 DOCUMENT = {**LORA, "ttt_reset": "document", "ttt_batch_docs": 8, "ttt_doc_chunk_tokens": 16}
 CHEATS = [
     (train_before_score, {}, "causality"),
-    (lesson_too_long, {}, "causality"),
+    (trains_past_the_chunk, {}, "causality"),
     (second_pass_counts, {}, "causality"),
     (second_pass_counts, {}, "each token scored once"),
     (second_pass_counts, {**LORA, "hash_embed_buckets": 64}, "causality"),
@@ -340,9 +340,9 @@ CHEATS = [
     (loss_scaled, {}, "the sum is that of the scores"),
     (adapter_knows_something, LORA, "first batch is the artifact's own"),
     (adapter_remembers, {}, "repeatable"),
-    (dice_in_the_scores, {}, "repeatable"),
+    (random_scores, {}, "repeatable"),
     (whole_document_at_once, DOCUMENT, "causality"),
-    (walk_is_deaf, {}, "causality"),
+    (ignores_the_text, {}, "causality"),
 ]
 
 
@@ -353,8 +353,8 @@ def test_planted_cheats_are_caught(audit, monkeypatch, cheat, changes, check):
     assert ("ttt", check) in failed(found), found
 
 
-@pytest.mark.parametrize("cheat", [unscored_lesson, tail_scored_again])
-def test_what_the_guard_of_the_walk_stops(audit, monkeypatch, cheat):
+@pytest.mark.parametrize("cheat", [trains_on_unscored_tokens, tail_scored_again])
+def test_what_the_guard_stops(audit, monkeypatch, cheat):
     cheat(monkeypatch)
     assert failed(audit()) == {("all", "score before update")}
 
@@ -411,10 +411,10 @@ def test_weights_from_a_second_file_are_caught(audit, monkeypatch, tmp_path):
 
 
 def test_a_call_for_help_is_caught(audit, monkeypatch):
-    def ask(walk, *_):
+    def ask(evaluate, *_):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             s.connect(("192.0.2.7", 9))  # sends nothing
-        return walk()
+        return evaluate()
     around(monkeypatch, ask)
     found = audit(ttt_enabled=False)
     assert failed(found) == {("all", "nothing else was read")} and "192.0.2.7" in str(found)
@@ -493,9 +493,9 @@ def test_honest_noise_passes(audit, monkeypatch, changes, dtype):
 
 @pytest.mark.parametrize("left, apart, holds", [(0, 0.05, False), (1, 0.05, True), (1, 0.2, False)])
 def test_what_noise_excuses(left, apart, holds):
-    """A flipped rounding in half precision, where equal walks left unequal weights; nothing where they did not."""
+    """A flipped rounding in half precision, where equal passes left unequal weights; nothing where they did not."""
     targets, found = torch.arange(40.0, dtype=torch.float64), []
-    equal = [tool.Walk(targets, targets, left=[left * i]) for i in range(3)]
+    equal = [tool.EvalPass(targets, targets, weight_sums=[left * i]) for i in range(3)]
     other = targets.clone()
     other[5] += apart
     other[20:] += 1
@@ -624,7 +624,7 @@ def test_a_built_script_and_a_failed_audit(here, artifact, tmp_path, corpus):
     source = (ROOT / "train_gpt.py").read_text()
     lie = source.replace("nats / math.log(2) / max(size, 1), int(tokens)", "nats / 0.7 / max(size, 1), int(tokens)")
     for name, text in (("honest", source), ("lying", lie)):
-        (tmp_path / f"{name}.py").write_text(record.build(text))
+        (tmp_path / f"{name}.py").write_bytes(record.build(text))
         done = here(artifact, "--script", tmp_path / f"{name}.py", "AUDIT_POSITIONS=1", "TTT_ENABLED=0")
         found = check_signed(tmp_path / "logs/some", done, artifact, tmp_path / f"{name}.py", corpus)
         assert done.code == (0 if name == "honest" else 2) and (found["verdict"] == "pass") == (name == "honest")
@@ -642,8 +642,8 @@ def test_ranks_audit_together(corpus, tmp_path, artifact):
 
 @pytest.mark.parametrize("mode, more", [("sliding", 0), ("sgd", 0), ("lora", 0), ("document", 1)])
 def test_the_audit_adds_no_graphs(audit, monkeypatch, mode, more):
-    """Probes and walks over other texts use those of the first evaluation; of growing windows torch makes one more when
-    it meets a second adapter. The back end runs them eagerly, for want of time."""
+    """Probes and passes over other texts use those of the first evaluation; for growing windows torch makes one more
+    when it meets a second adapter. The back end runs them eagerly, for want of time."""
     counted, made, honest, graphs = CompileCounterWithBackend("eager"), torch.compile, tg.final_scores, []
     monkeypatch.setattr(torch, "compile", lambda function, **options: made(function, backend=counted, **options))
     monkeypatch.setattr(tg, "final_scores", lambda *args: (honest(*args), graphs.append(counted.frame_count))[0])

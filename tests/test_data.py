@@ -1,5 +1,6 @@
 import hashlib
 import json
+from operator import attrgetter
 
 import numpy as np
 import prepare
@@ -159,6 +160,30 @@ def test_a_data_set_finds_its_tokenizer_and_vocabulary(corpus, tmp_path):
     assert (cfg.vocab_size, cfg.tokenizer_path) == (7, "mine")
     (tmp_path / "tokenizers" / "tiny.model").rename(tmp_path / "tokenizers" / "renamed.model")
     assert tg.settings_from({"DATA_PATH": str(data)}).tokenizer_path.endswith("renamed.model")  # found by its contents
+
+
+def test_a_vocabulary_finds_its_data_and_tokenizer(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    three = lambda variables: attrgetter("data_path", "tokenizer_path", "vocab_size")(tg.settings_from(variables))
+    with pytest.raises(tg.UserError, match="no data for VOCAB_SIZE=384 in data.datasets; `bash run.sh data fineweb --vocab-size 384`"):
+        tg.settings_from({"VOCAB_SIZE": "384"})
+    with pytest.raises(tg.UserError, match="VOCAB_SIZE='many' is not a whole number"):
+        tg.settings_from({"VOCAB_SIZE": "many"})
+    assert tg.settings_from({}).non_defaults() == {}
+    noted(tmp_path / "data", corpus.tokenizer_path)  # data/datasets/own
+    (tmp_path / "data" / "tokenizers").mkdir()
+    (tmp_path / "data" / "tokenizers" / "tiny.model").write_bytes(corpus.tokenizer_path.read_bytes())
+    own = "data/datasets/own", "data/tokenizers/tiny.model", 384
+    assert three({"VOCAB_SIZE": "384"}) == own
+    assert three({"VOCAB_SIZE": "384", "TOKENIZER_PATH": "mine"}) == (own[0], "mine", 384)
+    with pytest.raises(tg.UserError, match="no data for VOCAB_SIZE=385"):
+        tg.settings_from({"VOCAB_SIZE": "385"})
+    for size in (384, 8192):  # FineWeb comes first, also as others fetch it, without a dataset.json
+        (tmp_path / "data" / "datasets" / f"fineweb10B_sp{size}").mkdir()
+        named = f"./data/datasets/fineweb10B_sp{size}", f"./data/tokenizers/fineweb_{size}_bpe.model", size
+        assert three({"VOCAB_SIZE": str(size)}) == named
+        assert three({"VOCAB_SIZE": str(size), "DATA_PATH": named[0]}) == named
+    assert three({}) == (tg.Hyperparameters.data_path, tg.Hyperparameters.tokenizer_path, 1024)
 
 
 def test_a_tokenizer_of_another_data_set_is_refused(corpus, config, rt, tmp_path):

@@ -10,6 +10,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
+import bench  # noqa: E402
+import benchlib  # noqa: E402
 import gpu_bench  # noqa: E402
 
 FULL = gpu_bench.SETTINGS["cuda"]
@@ -46,19 +48,19 @@ def test_matmul_params_are_those_of_the_model(config):
 
 
 def test_logs_of_both_kinds():
-    found = gpu_bench.read_log(OURS_LOG.format(tokens=8192, sliding=3000, ttt=5000), 8192)
+    found = benchlib.read_log(OURS_LOG.format(tokens=8192, sliding=3000, ttt=5000), 8192)
     assert found["step_ms"] == 100 and found["train_tokens_per_s"] == pytest.approx(81_920)
     assert (found["peak_mib"], found["total_bytes"], found["val_tokens"]) == (1234, 15_000_000, 8192)
     assert (found["sliding_bpb"], found["ttt_bpb"], found["ttt_s"]) == (1.80123456, 1.70, 5.0)
     other = "".join(f"{n}/6 train_loss: 5.0 train_time: 0.0m tok/s: {1e3 * n * 8192 / (300 + 100 * n):.0f}\n"
                     for n in range(1, 7)) + "quantized_ttt_phased val_loss:2.9 val_bpb:1.70 eval_time:5000ms\n"
-    found = gpu_bench.read_log(other, 8192)
+    found = benchlib.read_log(other, 8192)
     assert found["step_ms"] == pytest.approx(100, rel=1e-2) and found["ttt_s"] == 5
-    assert "sliding_bpb" not in found and gpu_bench.read_log("", 8192) == {}
+    assert "sliding_bpb" not in found and benchlib.read_log("", 8192) == {}
 
 
 def test_compilation_cancels_out_of_evaluation_speed():
-    whole, quarter = (gpu_bench.read_log(OURS_LOG.format(tokens=t, sliding=s, ttt=s), 8192)
+    whole, quarter = (benchlib.read_log(OURS_LOG.format(tokens=t, sliding=s, ttt=s), 8192)
                       for t, s in ((8000, 21_000), (2000, 20_400)))
     found = gpu_bench.combine(whole, quarter, FULL, ceiling=1e12)
     assert found["sliding_tokens_per_s"] == pytest.approx(10_000) and found["step_ms"] == 100
@@ -121,3 +123,12 @@ def test_it_says_what_it_cannot_do(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         gpu_bench.main(["--gpu", "--help"])
     assert stop.value.code == 0 and "--profile" in capsys.readouterr().out
+
+
+def test_the_cpu_bench_hands_over_to_it(monkeypatch):
+    started = []
+    monkeypatch.setattr(bench.os, "execv", lambda *command: started.append(command) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        bench.main(["--profile", "--gpu", "NUM_LAYERS=3"])
+    file = str(ROOT / "tools" / "gpu_bench.py")
+    assert started == [(sys.executable, [sys.executable, file, "--profile", "--gpu", "NUM_LAYERS=3"])]

@@ -450,9 +450,121 @@ def test_sample_is_evenly_spread_and_bounded(texts, limit):
     assert len(set(strides.tolist())) <= 1 and sample[:1] == texts[:1]
 
 
+def test_text_jsonl_key(tmp_path, model, capsys):
+    lines = [json.dumps({"id": i, "body": text}) for i, text in enumerate(TEXTS)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    arguments = ("text", tmp_path / "d.jsonl", "--out", tmp_path, "--tokenizer", model)
+    works(capsys, *arguments, "--column", "body")
+    info = note(tmp_path, "d_sp1024")
+    assert info["column"] == "body" and info["train"]["documents"] + info["val"]["documents"] >= len(TEXTS)
+    assert 'd.jsonl:1: expected an object with a "text" string' in fails(capsys, *arguments)
+    assert 'd.jsonl:1: expected an object with a "id" string' in fails(capsys, *arguments, "--column", "id")
+
+
+# ---- parquet: skipped where pyarrow is not installed -------------------------------------------------------
+
+PARQUET_TYPES = {"string": lambda pa: pa.string(), "large_string": lambda pa: pa.large_string(),
+                 "dictionary": lambda pa: pa.dictionary(pa.int32(), pa.string())}
+
+
+def write_parquet(path: Path, texts: list[str | None], rows: int = 50, kind: str = "string", **columns) -> Path:
+    """A parquet file with a column `text`, others before it, and row groups of `rows` rows."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text = pa.array(texts, pa.string()).cast(PARQUET_TYPES[kind](pa))
+    parquet.write_table(pa.table({**columns, "text": text}), path, row_group_size=rows)
+    return path
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=200),
+       st.integers(1, 250), st.sampled_from(sorted(PARQUET_TYPES)), st.integers(1, 200))
+def test_parquet_gives_the_documents_that_jsonl_gives(tmp_path_factory, texts, rows, kind, limit):
+    folder, told = tmp_path_factory.mktemp("parquet"), []
+    packed = write_parquet(folder / "d.parquet", texts, rows, kind, id=list(range(len(texts))))
+    plain = folder / "d.jsonl"
+    plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if text is not None))
+    assert list(prepare.read_documents([packed], None, told.append)) == list(prepare.read_documents([plain]))
+    assert sum(told) == (packed.stat().st_size if texts else 0)  # the progress bar ends at its end
+    both = [text for text in texts if text and text.strip()] * 2
+    assert list(prepare.read_documents([packed, plain], limit)) == both[:limit]
+
+
+def test_text_parquet_becomes_the_same_shards(jsonl, tmp_path, model, capsys):
+    packed = write_parquet(tmp_path / "docs.parquet", TEXTS, rows=7)
+    for path, out in ((jsonl, "a"), (packed, "b")):
+        works(capsys, "text", path, "--out", tmp_path / out, "--tokenizer", model, "--shard-tokens", 1000)
+    a, b = folder_bytes(tmp_path / "a"), folder_bytes(tmp_path / "b")
+    assert a.keys() == b.keys() and all(a[name] == b[name] for name in a if name.endswith(".bin"))
+    held = write_parquet(tmp_path / "held.parquet", ["Held out."])
+    works(capsys, "text", jsonl, packed, "--val-file", held, "--out", tmp_path / "c", "--vocab-size", 350)
+    info = note(tmp_path / "c", "docs_sp350")
+    assert info["train"]["documents"] == 2 * len(TEXTS) and info["val"]["documents"] == 1
+
+
+def test_parquet_is_read_a_few_rows_at_a_time(tmp_path):
+    """Its one row group takes 48 MB; what Arrow holds meanwhile does not depend on that, but on the pages in it."""
+    pa = pytest.importorskip("pyarrow")
+    random = np.random.default_rng(0)
+    texts = [random.bytes(3000).hex() for _ in range(8000)]
+    packed = write_parquet(tmp_path / "d.parquet", texts, rows=len(texts))
+    assert packed.stat().st_size > 40_000_000
+    before, most = pa.total_allocated_bytes(), 0
+    for number, text in enumerate(prepare.read_documents([packed])):
+        most = max(most, pa.total_allocated_bytes() - before)
+        assert text == texts[number]
+    assert number + 1 == len(texts) and most < 20_000_000
+
+
+def test_bad_parquet_is_one_line(jsonl, tmp_path, model, capsys):
+    pa = pytest.importorskip("pyarrow")
+    sizes = list(range(len(TEXTS)))
+    whole = write_parquet(tmp_path / "whole.parquet", TEXTS, url=[f"http://{i}" for i in sizes], size=sizes)
+    arguments = ("--out", tmp_path / "out", "--tokenizer", model)
+    raw = whole.read_bytes()
+    for name, content in (("noise", b"not parquet"), ("empty", b""), ("cut", raw[:-20]), ("hole", raw[:4] + raw[9:])):
+        (tmp_path / f"{name}.parquet").write_bytes(content)
+        # told before any other file is read
+        assert f"{name}.parquet: not valid parquet" in fails(
+            capsys, "text", jsonl, tmp_path / f"{name}.parquet", *arguments)
+    message = fails(capsys, "text", whole, "--column", "body", *arguments)
+    assert "no column is called 'body'; --column names the one with the text, out of: url, size, text" in message
+    assert "column 'size' holds int64, not text" in fails(capsys, "text", whole, "--column", "size", *arguments)
+    works(capsys, "text", whole, "--column", "url", *arguments)
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pa.parquet.write_table(twice, tmp_path / "twice.parquet")
+    assert "two columns are called 'text'" in fails(capsys, "text", tmp_path / "twice.parquet", *arguments)
+    latin = pa.array([b"ok", b"caf\xe9"], pa.binary()).view(pa.string())
+    pa.parquet.write_table(pa.table({"text": latin}), tmp_path / "latin.parquet")
+    assert "latin.parquet: not UTF-8 (in row 2)" in fails(capsys, "text", tmp_path / "latin.parquet", *arguments)
+    assert "no document is left" in fails(
+        capsys, "text", write_parquet(tmp_path / "none.parquet", [None, " "]), *arguments)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damaged_parquet_is_read_or_refused(tmp_path_factory, data):
+    path = write_parquet(tmp_path_factory.mktemp("damage") / "d.parquet", TEXTS, 30)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        list(prepare.read_documents([path]))
+    except prepare.UserError as error:
+        assert "d.parquet: " in str(error) and "\n" not in str(error)
+
+
+def test_without_pyarrow_one_is_told_how_to_install_it(jsonl, tmp_path, model, capsys, monkeypatch):
+    (tmp_path / "d.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "-m pip install pyarrow" in fails(capsys, "text", jsonl, tmp_path / "d.parquet", "--out", tmp_path)
+    works(capsys, "text", jsonl, "--out", tmp_path, "--tokenizer", model)  # others do without it
+
+
 BAD_FILES = {
     "missing.txt": (None, "no such file"),
     "a.pdf": (b"x", "expected a name ending in"),
+    "a.parquet.zst": (b"x", "expected a name ending in"),
     "latin.txt": (b"caf\xe9 au lait", "not UTF-8 (at byte 3)"),
     "latin.jsonl": (b'{"text": "ok"}\n{"text": "caf\xe9"}\n', ":2: not UTF-8"),
     "cut.jsonl": (b'{"text": "ok"}\n\n{"text": "o\n', ":3: not JSON"),
@@ -658,6 +770,28 @@ def test_fineweb_brings_what_the_manifest_names(hub, tmp_path, capsys):
     assert info["tokenizer"] == {"name": model.name, "sha256": hashlib.sha256(packed).hexdigest()}
 
 
+def test_fineweb_of_a_vocabulary_comes_from_who_publishes_it(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(prepare.PUBLISHERS, "sp300", "someone/shards")
+    rest = ("--train-shards", 1, "--endpoint", hub.url, "--out", tmp_path)
+    printed = works(capsys, "fineweb", "--vocab-size", 300, *rest)
+    assert printed.splitlines()[-1].endswith("VOCAB_SIZE=300")
+    assert note(tmp_path, "fineweb10B_sp300")["repo_id"] == "someone/shards"
+    message = fails(capsys, "fineweb", "--vocab-size", 999, "--repo-id", "someone/shards", *rest)
+    assert "available: sp300; to make it from text: bash run.sh data text FILE... --vocab-size 999" in message
+    assert "not allowed with" in fails(capsys, "fineweb", "--vocab-size", 300, "--variant", "sp300", *rest)
+
+
+@pytest.mark.parametrize("arguments, variant, repo_id", [
+    ((), "sp1024", "willdepueoai/parameter-golf"), (("--vocab-size", 4096), "sp4096", "kevclark/parameter-golf"),
+    (("--variant", "sp8192"), "sp8192", "kevclark/parameter-golf"),
+    (("--vocab-size", 8192, "--repo-id", "a/b"), "sp8192", "a/b")])
+def test_fineweb_repositories(capsys, monkeypatch, arguments, variant, repo_id):
+    asked = []
+    monkeypatch.setattr(prepare, "build_fineweb", lambda hub, out, name, shards: asked.append((name, hub.repo_id)))
+    works(capsys, "fineweb", *arguments)
+    assert asked == [(variant, repo_id)]
+
+
 def test_fineweb_fetches_only_what_is_missing_or_broken(hub, tmp_path, capsys):
     works(capsys, *fineweb(hub, tmp_path))
     data = tmp_path / "datasets" / "fineweb10B_sp300"
@@ -761,7 +895,7 @@ def test_fineweb_brings_byte_sidecars(hub, tmp_path, capsys):
 
 def test_import_does_nothing_and_needs_only_numpy():
     code = ("import os, sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['x', '--bogus']\n"
-            "for name in ('sentencepiece', 'zstandard', 'tqdm', 'huggingface_hub', 'torch'):\n"
+            "for name in ('sentencepiece', 'zstandard', 'tqdm', 'huggingface_hub', 'pyarrow', 'torch'):\n"
             "    sys.modules[name] = None\n"
             "before = dict(os.environ); import prepare; assert os.environ == before")
     command = [sys.executable, "-B", "-c", code, str(SCRIPT.parent)]

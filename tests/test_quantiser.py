@@ -26,7 +26,7 @@ def test_fake_quantisation_is_exactly_the_export(shape, spec, seed):
     weight = weight_of(shape, seed)
     codes, scales = tg.quantise(weight, spec)
     assert codes.dtype == torch.int8 and scales.dtype == torch.float16
-    assert codes.abs().max() <= spec.top
+    assert codes.abs().max() <= spec.max_code
     assert torch.equal(tg.fake_quantise(weight, tg.row_scales(weight, spec), spec), tg.dequantise(codes, scales))
 
 
@@ -54,8 +54,8 @@ def test_each_row_gets_the_candidate_of_least_error(bits):
     for row, got in zip(weight, chosen):
         errors = []
         for share in tg.PERCENTILES:
-            scale = (torch.quantile(row.abs(), share) / spec.top).half().float()
-            errors.append(((row / scale).round().clamp(-spec.top, spec.top) * scale - row).square().sum())
+            scale = (torch.quantile(row.abs(), share) / spec.max_code).half().float()
+            errors.append(((row / scale).round().clamp(-spec.max_code, spec.max_code) * scale - row).square().sum())
         assert (got - row).square().sum() <= min(errors) * 1.0001
     widest = tg.dequantise(*tg.quantise(weight, tg.QuantSpec(bits, "amax")))
     assert (chosen - weight).square().mean() <= (widest - weight).square().mean()
@@ -189,7 +189,7 @@ def test_gptq_is_the_slow_and_obvious_one(monkeypatch, block, spec):
     codes, scales = tg.gptq(weight, hessian, spec, NAMES)
     assert codes.dtype == torch.int8 and torch.equal(scales.float(), tg.row_scales(weight, spec))
     for w, h, c, s in zip(weight, hessian, codes, scales.float()):
-        assert torch.equal(c, slow_gptq(w, h, s, spec.top).to(torch.int8))
+        assert torch.equal(c, slow_gptq(w, h, s, spec.max_code).to(torch.int8))
 
 
 @pytest.mark.parametrize("spec", [tg.QuantSpec(3), tg.QuantSpec(4), tg.QuantSpec(6, "sdclip", 12.85)])

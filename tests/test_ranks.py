@@ -54,7 +54,7 @@ def in_steps(patch, act):
 
 @scenario
 def agreement(cfg, rt, patch):
-    return [rt.agree(0.1 + rt.rank), rt.agree(1e300 * (1 - 2 * rt.rank)), rt.share_bytes(bytes([7 + rt.rank])).hex()]
+    return [rt.agree(0.1 + rt.rank), rt.agree(1e300 * (1 - 2 * rt.rank)), rt.broadcast_object(bytes([7 + rt.rank])).hex()]
 
 
 @scenario

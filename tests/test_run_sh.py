@@ -22,9 +22,10 @@ line=${*//$'\n'/ }
 echo "$line" >>"$CALLS"
 case $line in
   "train_gpt.py --names") printf '%s\n' $NAMES ;;
-  tools/shell.py*) exec "$SHELL_PYTHON" "$@" ;;
+  tools/check_settings.py*) exec "$SHELL_PYTHON" "$@" ;;
   tools/*.py* | data/prepare.py*) env ;;&
   *device_count*) echo "${GPUS:-0}" ;;
+  "-c import pyarrow") exit "${LACKS_PYARROW:-0}" ;;
   "-c import xdist") exit "${LACKS_XDIST:-0}" ;;
   "tools/record.py build") [ -z "${BUILT:-}" ] || { mkdir -p runs && printf '%s' "$BUILT" >runs/train_gpt.py; } ;;
   *find_spec*) [ -z "${REAL_PYTHON:-}" ] || exec "$REAL_PYTHON" "$@"; exit "${LACKS_PACKAGES:-0}" ;;
@@ -41,10 +42,11 @@ esac
 
 
 @pytest.fixture
-def house(tmp_path):
-    """A copy of the repository; `house(arguments, **environment)` runs run.sh there."""
+def project(tmp_path):
+    """A copy of the repository; `project(arguments, **environment)` runs run.sh there."""
     repo, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
     for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", ".ci/run", "tools/shell.py",
+                 "tools/check_settings.py",
                  *(f"profiles/{profile}.env" for profile in PROFILES)):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
@@ -74,53 +76,56 @@ def installs(result) -> int:
     return sum(call.startswith("-m pip install") for call in result.calls)
 
 
-def test_help_lists_commands_and_profiles(house):
-    result = house("help")
+def test_help_lists_commands_and_profiles(project):
+    result = project("help")
     assert result.code == 0 and not result.calls
     for word in ("test", "data", "bench", "parity", "settings", "KEY=VALUE", *PROFILES):
         assert word in result.out
 
 
-def test_unknown_word_is_one_line_with_the_profiles(house):
-    result = house("nosuch")
+def test_unknown_word_is_one_line_with_the_profiles(project):
+    result = project("nosuch")
     assert result.code == 2 and not result.calls
     assert result.err.count("\n") == 1 and "unknown command or profile 'nosuch'" in result.err
     assert all(profile in result.err for profile in PROFILES)
 
 
 @pytest.mark.parametrize("arguments", [("smoke", "seed=1"), ("smoke", "ITERATIONS"), ("=5",), ("smoke", "TTT-LR=1")])
-def test_malformed_argument(house, arguments):
-    result = house(*arguments)
+def test_malformed_argument(project, arguments):
+    result = project(*arguments)
     assert result.code == 2 and not result.calls
     assert result.err.count("\n") == 1 and f"'{arguments[-1]}' is not KEY=VALUE" in result.err
 
 
-def test_arguments_override_environment_overrides_profile(house):
-    assert house("smoke").env["ITERATIONS"] == "300"
-    assert house("smoke", ITERATIONS="5").env["ITERATIONS"] == "5"
-    assert house("smoke", "ITERATIONS=7", ITERATIONS="5").env["ITERATIONS"] == "7"
-    assert house("ITERATIONS=7").env["NUM_LAYERS"] == "4"
-    assert house("smoke", "RUN_ID=a b=c").env["RUN_ID"] == "a b=c"
-    assert house("smoke", VE_LAYERS="").env["VE_LAYERS"] == ""  # set to nothing is set
+def test_arguments_override_environment_overrides_profile(project):
+    assert project("smoke").env["ITERATIONS"] == "300"
+    assert project("smoke", ITERATIONS="5").env["ITERATIONS"] == "5"
+    assert project("smoke", "ITERATIONS=7", ITERATIONS="5").env["ITERATIONS"] == "7"
+    assert project("ITERATIONS=7").env["NUM_LAYERS"] == "4"
+    assert project("smoke", "RUN_ID=a b=c").env["RUN_ID"] == "a b=c"
+    assert project("smoke", VE_LAYERS="").env["VE_LAYERS"] == ""  # set to nothing is set
 
 
-def test_profile_lines(house):
-    (house.repo / "profiles" / "mine.env").write_text("# mine\n\nSEED=3   # three\r\nRUN_ID=last_line")
-    env = house("mine").env
+def test_profile_lines(project):
+    (project.repo / "profiles" / "mine.env").write_text("# mine\n\nSEED=3   # three\r\nRUN_ID=last_line")
+    env = project("mine").env
     assert (env["SEED"], env["RUN_ID"]) == ("3", "last_line")
-    (house.repo / "profiles" / "mine.env").write_text("SEED=$(touch oops)\n")
-    result = house("mine")
+    (project.repo / "profiles" / "mine.env").write_text(f"DATA_PATH={EMBEDDED}  # its text is built\n")
+    mine = project("mine")
+    assert mine.env["DATA_PATH"] == EMBEDDED and "data/prepare.py embedded" in mine.calls
+    (project.repo / "profiles" / "mine.env").write_text("SEED=$(touch oops)\n")
+    result = project("mine")
     assert result.code == 2 and "profiles/mine.env: 'SEED=$(touch oops)' is not KEY=VALUE" in result.err
-    assert not (house.repo / "oops").exists()
+    assert not (project.repo / "oops").exists()
 
 
 @pytest.mark.parametrize("argument, meant", [
     ("LEARNING_RATE=3", "_LR"), ("ITERATION=5", "ITERATIONS"), ("WARMUP=0", "WARMUP_STEPS"), ("A=1", None),
     ("SEQ_LEN=3", "TRAIN_SEQ_LEN"), ("VERY_OWN_NAME=a b", None), ("N_LAYER=", "NUM_LAYERS")])
-def test_an_argument_that_is_no_setting_stops_in_one_line(house, argument, meant):
+def test_an_argument_that_is_no_setting_stops_in_one_line(project, argument, meant):
     key = argument.partition("=")[0]
     for command in (("smoke",), (), ("eval", "a.ptz")):
-        result = house(*command, argument, "SEED=1")
+        result = project(*command, argument, "SEED=1")
         assert result.code == 2 and not any(call.endswith("train_gpt.py") for call in result.calls)
         assert result.err.startswith(f"error: {key} is not a setting") and result.err.count("\n") == 1
         assert f"{meant}" in result.err if meant else "did you mean" not in result.err
@@ -131,168 +136,202 @@ def test_an_argument_that_is_no_setting_stops_in_one_line(house, argument, meant
     "PYTORCH_ALLOC_CONF=a:b", "TORCH_LOGS=+x y", "TRITON_INTERPRET=1", "PYTHONHASHSEED=0", "HF_HOME=/x",
     "MKL_CBWR=AVX2", "GLOO_SOCKET_IFNAME=lo", "KMP_BLOCKTIME=0", "CUBLAS_WORKSPACE_CONFIG=:4096:8",
     "MASTER_ADDR=localhost"])
-def test_settings_and_other_programs_variables_are_passed_on(house, argument):
-    result = house("smoke", argument)
+def test_settings_and_other_programs_variables_are_passed_on(project, argument):
+    result = project("smoke", argument)
     key, _, value = argument.partition("=")
     assert result.code == 0 and result.env[key] == value and "is not a setting" not in result.err
 
 
-def test_names_that_cannot_be_had_end_it(house):
-    result = house("smoke", "SEED=1", NAMES="")
+def test_names_that_cannot_be_had_end_it(project):
+    result = project("smoke", "SEED=1", NAMES="")
     assert result.code == 2 and "train_gpt.py" not in result.calls and not result.err
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_profile_is_accepted(house, profile):
+def test_profile_is_accepted(project, profile):
     """Every key is a setting, and the whole is a configuration."""
-    plain = house("settings").env.keys() | house("smoke").env.keys() - KNOWN
-    loaded = {key: value for key, value in house(profile).env.items() if key not in plain}
+    plain = project("settings").env.keys() | project("smoke").env.keys() - KNOWN
+    loaded = {key: value for key, value in project(profile).env.items() if key not in plain}
     assert loaded and set(loaded) <= KNOWN
     tg.Hyperparameters.from_env(loaded)
 
 
 # ---- interpreter
 
-def test_python3_with_the_packages_is_used_as_it_is(house):
-    result = house("smoke", REAL_PYTHON=sys.executable)
-    assert result.code == 0 and not installs(result) and not (house.repo / ".venv").exists()
+def test_python3_with_the_packages_is_used_as_it_is(project):
+    result = project("smoke", REAL_PYTHON=sys.executable)
+    assert result.code == 0 and not installs(result) and not (project.repo / ".venv").exists()
 
 
-def test_a_torch_that_is_too_old_is_not(house, tmp_path):
+def test_a_torch_that_is_too_old_is_not(project, tmp_path):
     (tmp_path / "torch-2.8.1.dist-info").mkdir()
     (tmp_path / "torch-2.8.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.8.1\n")
-    result = house("smoke", REAL_PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
-    assert result.code == 0 and installs(result) == 1 and (house.repo / ".venv").exists()
+    result = project("smoke", REAL_PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
+    assert result.code == 0 and installs(result) == 1 and (project.repo / ".venv").exists()
 
 
-def test_the_second_run_installs_nothing(house):
-    first = house("smoke", LACKS_PACKAGES="1")
+def test_the_second_run_installs_nothing(project):
+    first = project("smoke", LACKS_PACKAGES="1")
     assert first.code == 0 and installs(first) == 1 and "-m venv --clear .venv" in first.calls
     assert ".venv/bin/python" in first.err
-    second = house("smoke", LACKS_PACKAGES="1")
+    second = project("smoke", LACKS_PACKAGES="1")
     assert second.code == 0 and second.calls == ["--version", "tools/record.py build", "train_gpt.py"]
-    assert installs(house("test", LACKS_PACKAGES="1")) == 0
+    assert installs(project("test", LACKS_PACKAGES="1")) == 0
 
 
-def test_new_pins_or_another_python_install_again(house):
-    house("smoke", LACKS_PACKAGES="1")
-    with open(house.repo / "requirements.txt", "a") as file:
+def test_new_pins_or_another_python_install_again(project):
+    project("smoke", LACKS_PACKAGES="1")
+    with open(project.repo / "requirements.txt", "a") as file:
         file.write("# more\n")
-    assert installs(house("smoke", LACKS_PACKAGES="1")) == 1
-    assert installs(house("smoke", LACKS_PACKAGES="1")) == 0
-    assert installs(house("smoke", LACKS_PACKAGES="1", STUB_VERSION="3.12.0")) == 1
+    assert installs(project("smoke", LACKS_PACKAGES="1")) == 1
+    assert installs(project("smoke", LACKS_PACKAGES="1")) == 0
+    assert installs(project("smoke", LACKS_PACKAGES="1", STUB_VERSION="3.12.0")) == 1
 
 
-def test_a_failed_install_is_one_line_and_is_done_again(house):
-    failed = house("smoke", LACKS_PACKAGES="1", PIP_STATUS="1")
+def test_a_failed_install_is_one_line_and_is_done_again(project):
+    failed = project("smoke", LACKS_PACKAGES="1", PIP_STATUS="1")
     assert failed.code == 2 and failed.err.splitlines()[-1].startswith("error: pip failed")
     assert "train_gpt.py" not in failed.calls
-    again = house("smoke", LACKS_PACKAGES="1")
+    again = project("smoke", LACKS_PACKAGES="1")
     assert again.code == 0 and installs(again) == 1
 
 
-def test_no_python(house):
-    (house.bin / "python3").unlink()
-    result = house()
+def test_no_python(project):
+    (project.bin / "python3").unlink()
+    result = project()
     assert result.code == 2 and result.err.startswith("error: there is no python3 of version 3.11")
     assert result.err.count("\n") == 1
 
 
-def test_python_too_old(house):
-    result = house(LACKS_PACKAGES="1", TOO_OLD="1")
+def test_python_too_old(project):
+    result = project(LACKS_PACKAGES="1", TOO_OLD="1")
     assert result.code == 2 and "error: there is no python3 of version 3.11" in result.err
 
 
-def test_no_venv_module(house):
-    result = house(LACKS_PACKAGES="1", LACKS_VENV="1")
+def test_no_venv_module(project):
+    result = project(LACKS_PACKAGES="1", LACKS_VENV="1")
     assert result.code == 2 and result.err.startswith("error: python3 lacks its venv module")
 
 
 # ---- data and processes
 
-def test_embedded_text_is_built_once(house):
+def test_embedded_text_is_built_once(project):
     build = "data/prepare.py embedded"
-    assert build in house("smoke").calls
-    assert build not in house("smoke").calls
-    assert build not in house("smoke", DATA_PATH="./elsewhere").calls
+    assert build in project("smoke").calls
+    assert build not in project("smoke").calls
+    assert build not in project("smoke", DATA_PATH="./elsewhere").calls
 
 
-def test_data_tokenizer_and_vocabulary_come_from_one_place(house):
+def test_data_tokenizer_and_vocabulary_come_from_one_place(project):
     """Who names a data folder gets the tokenizer it was made with, which train_gpt.py finds, not the profile's."""
     three = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
     found = lambda result: [result.env.get(key) for key in three]
     fineweb = ["./data/datasets/fineweb10B_sp1024", "./data/tokenizers/fineweb_1024_bpe.model", "1024"]
-    assert found(house("pr1092")) == fineweb
-    assert found(house("smoke")) == [EMBEDDED, "./data/tokenizers/embedded_1024_bpe.model", None]
+    assert found(project("pr1092")) == fineweb
+    assert found(project("smoke")) == [EMBEDDED, "./data/tokenizers/embedded_1024_bpe.model", None]
     for profile in PROFILES:
-        assert found(house(profile, "DATA_PATH=./o[w]n")) == ["./o[w]n", None, None]
-        assert found(house(profile, DATA_PATH="./own")) == ["./own", None, None]
-        assert found(house(profile, "DATA_PATH=./own", "VOCAB_SIZE=9", TOKENIZER_PATH="t")) == ["./own", "t", "9"]
-    assert found(house("pr1092", TOKENIZER_PATH="t")) == [fineweb[0], "t", "1024"]
-    assert found(house(GPUS="1")) == [EMBEDDED, None, None]  # no FineWeb here
-    assert found(house(GPUS="1", TOKENIZER_PATH="t")) == [EMBEDDED, "t", None]
+        assert found(project(profile, "DATA_PATH=./o[w]n")) == ["./o[w]n", None, None]
+        assert found(project(profile, DATA_PATH="./own")) == ["./own", None, None]
+        assert found(project(profile, "DATA_PATH=./own", "VOCAB_SIZE=9", TOKENIZER_PATH="t")) == ["./own", "t", "9"]
+    assert found(project("pr1092", TOKENIZER_PATH="t")) == [fineweb[0], "t", "1024"]
+    assert found(project(GPUS="1")) == [EMBEDDED, None, None]  # no FineWeb here
+    assert found(project(GPUS="1", TOKENIZER_PATH="t")) == [EMBEDDED, "t", None]
 
 
-def test_brackets_in_a_path_are_letters(house):
-    profile = house.repo / "profiles/default.env"
+def test_another_vocabulary_has_other_data(project):
+    """VOCAB_SIZE alone: train_gpt.py finds its data, whatever the profile names."""
+    three = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
+    for profile in PROFILES:
+        result = project(profile, "VOCAB_SIZE=8192", GPUS="1")
+        assert [result.env.get(key) for key in three] == [None, None, "8192"] and "FineWeb" not in result.err
+    same = project("smoke", VOCAB_SIZE="1024")
+    assert same.env["DATA_PATH"] == EMBEDDED and same.env["TOKENIZER_PATH"]
+
+
+def test_parquet_files_bring_their_package(project):
+    """Into .venv only, and when one is named."""
+    new = {"LACKS_PACKAGES": "1", "LACKS_PYARROW": "1"}
+    assert installs(project("data", "text", "a.jsonl", **new)) == 1  # .venv itself
+    named = project("data", "text", "a b.parquet", **new)
+    assert installs(named) == 1 and "data/requirements.txt" in named.err
+    assert any("data/requirements.txt" in call for call in named.calls) and "text a b.parquet" in named.calls[-1]
+    assert installs(project("data", "text", "a.parquet", **{**new, "LACKS_PYARROW": "0"})) == 0
+    failed = project("data", "text", "a.parquet", **new, PIP_STATUS="1")
+    assert failed.code == 2 and "error: pip failed" in failed.err
+
+
+def test_the_users_python_is_given_no_package(project):
+    assert installs(project("data", "text", "a.parquet", LACKS_PYARROW="1")) == 0
+
+
+def test_brackets_in_a_path_are_letters(project):
+    profile = project.repo / "profiles/default.env"
     profile.write_text("DATA_PATH=./data/[run1]*\n")
-    assert house(GPUS="1").env["DATA_PATH"] == EMBEDDED
-    (house.repo / "data/[run1]*").mkdir(parents=True)
-    (house.repo / "data/[run1]*/fineweb_val_000000.bin").touch()
-    assert house(GPUS="1").env["DATA_PATH"] == "./data/[run1]*"
+    assert project(GPUS="1").env["DATA_PATH"] == EMBEDDED
+    (project.repo / "data/[run1]*").mkdir(parents=True)
+    (project.repo / "data/[run1]*/fineweb_val_000000.bin").touch()
+    assert project(GPUS="1").env["DATA_PATH"] == "./data/[run1]*"
 
 
-def test_default_without_fineweb_says_so_and_runs(house):
-    result = house(GPUS="1")
+def test_default_without_fineweb_says_so_and_runs(project):
+    result = project(GPUS="1")
     assert result.env["DATA_PATH"] == EMBEDDED
     assert "bash run.sh data fineweb --variant sp1024 --train-shards 80" in result.err
     # asked for: train_gpt.py says what is wrong
-    assert house(GPUS="1", DATA_PATH="./mine").env["DATA_PATH"] == "./mine"
-    fineweb = house.repo / "data/datasets/fineweb10B_sp1024"
+    assert project(GPUS="1", DATA_PATH="./mine").env["DATA_PATH"] == "./mine"
+    fineweb = project.repo / "data/datasets/fineweb10B_sp1024"
     fineweb.mkdir(parents=True)
     (fineweb / "fineweb_val_000000.bin").touch()
-    assert house(GPUS="1").env["DATA_PATH"] == "./data/datasets/fineweb10B_sp1024"
+    assert project(GPUS="1").env["DATA_PATH"] == "./data/datasets/fineweb10B_sp1024"
 
 
-def test_the_machine_chooses_profile_and_processes(house):
-    cpu = house()
+def test_the_machine_chooses_profile_and_processes(project):
+    cpu = project()
     assert "profile smoke, CPU" in cpu.err and cpu.env["OMP_WAIT_POLICY"] == "PASSIVE"
-    one, eight = house(GPUS="1"), house(GPUS="8")
+    one, eight = project(GPUS="1"), project(GPUS="8")
     assert "profile default, 1 GPU" in one.err and one.calls[-1] == "train_gpt.py"
     assert "profile default, 8 GPU" in eight.err
     assert eight.calls[-1] == "tools/launch.py --standalone --nproc_per_node=8 train_gpt.py"
     assert int(eight.env["OMP_NUM_THREADS"]) > 1
-    assert "profile smoke, CPU" in house("smoke", GPUS="8").err
-    assert "profile smoke, CPU" in house("DEVICE=cpu", GPUS="8").err
+    assert "profile smoke, CPU" in project("smoke", GPUS="8").err
+    assert "profile smoke, CPU" in project("DEVICE=cpu", GPUS="8").err
 
 
-def test_the_size_of_the_built_script_counts(house):
-    assert house("smoke").env["CODE_BYTES"] == "0"  # it could not be built
-    assert house("smoke", BUILT="12345").env["CODE_BYTES"] == "5"
-    assert house("smoke", "CODE_BYTES=7", BUILT="12345").env["CODE_BYTES"] == "7"
+def test_the_size_of_the_built_script_counts(project):
+    assert project("smoke").env["CODE_BYTES"] == "0"  # it could not be built
+    assert project("smoke", BUILT="12345").env["CODE_BYTES"] == "5"
+    assert project("smoke", "CODE_BYTES=7", BUILT="12345").env["CODE_BYTES"] == "7"
 
 
-def test_exit_code_passes_through(house):
-    assert house("smoke", TRAIN_STATUS="7").code == 7
+def test_exit_code_passes_through(project):
+    assert project("smoke", TRAIN_STATUS="7").code == 7
 
 
-def test_test_command(house):
-    (house.repo / "tests" / "test_one.py").touch()
-    assert house("test", "-x", "-k", "one").calls[-1] == "-m pytest tests -n 2 -x -k one"
-    assert house("test", LACKS_XDIST="1").calls[-1] == "-m pytest tests"
-    assert house("test", "tests/test_one.py::test_it").calls[-1] == "-m pytest tests/test_one.py::test_it"
+def test_test_command(project):
+    (project.repo / "tests" / "test_one.py").touch()
+    assert project("test", "-x", "-k", "one").calls[-1] == "-m pytest tests -n 2 -x -k one"
+    assert project("test", LACKS_XDIST="1").calls[-1] == "-m pytest tests"
+    assert project("test", "tests/test_one.py::test_it").calls[-1] == "-m pytest tests/test_one.py::test_it"
 
 
-def test_commands_pass_their_arguments_on(house):
+def test_commands_pass_their_arguments_on(project):
+    """And tell each tool what it was called; what the tools make of it is tested in test_using.py."""
+    assert project("settings").calls[-1] == "train_gpt.py --help"
     for arguments, call in ((("data", "text", "a b.txt"), "data/prepare.py text a b.txt"),
                             (("bench", "--peer", "x.py"), "tools/bench.py --peer x.py"),
-                            (("parity", "folder"), "tools/parity.py folder"), (("settings",), "train_gpt.py --help")):
-        result = house(*arguments)
-        assert result.calls[-1] == call
-        assert result.env.get("RUN_SH_COMMAND") == (None if arguments == ("settings",) else f"run.sh {arguments[0]}")
+                            (("parity", "folder"), "tools/parity.py folder"),
+                            (("record", "build"), "tools/record.py build"),
+                            (("report", "x.eval.json"), "tools/report.py x.eval.json"),
+                            (("inspect", "x.ptz", "--plot", "x.png"), "tools/inspect_artifact.py x.ptz --plot x.png"),
+                            (("sample", "x.ptz", "two words"), "tools/sample.py x.ptz two words"),
+                            (("sweep", "x.ptz", "TTT_LR=0.1,0.2"), "tools/ttt_bench.py x.ptz TTT_LR=0.1,0.2"),
+                            (("sweep", "--help"), "tools/ttt_bench.py --help"),
+                            (("audit", "x.ptz"), "tools/audit.py x.ptz")):
+        result = project(*arguments)
+        assert result.calls[-1] == call and result.env["RUN_SH_COMMAND"] == f"bash run.sh {arguments[0]}"
 
 
-def test_ci_calls_the_test_command_of_the_readme(house):
+def test_ci_calls_the_test_command_of_the_readme(project):
     assert "\nbash run.sh test " in (ROOT / "README.md").read_text(encoding="utf-8")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert house(script=".ci/run").calls[-1] == "-m pytest tests -n 2"
+    assert project(script=".ci/run").calls[-1] == "-m pytest tests -n 2"

@@ -1,7 +1,7 @@
 """tools/parity.py against the reference fixture and a spoilt copy of it; tools/bench.py's reading of logs."""
 from __future__ import annotations
 
-import importlib.util
+import ast
 import json
 import os
 import shutil
@@ -15,19 +15,29 @@ import torch
 import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+import bench  # noqa: E402
+import benchlib  # noqa: E402
+import parity  # noqa: E402
+import quant_bench  # noqa: E402
+
 FIXTURE = ROOT.parent / "shared" / "reference" / "parity"
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-parity, bench, quant_bench = load("parity"), load("bench"), load("quant_bench")
 needs_fixture = pytest.mark.skipif(not (FIXTURE / "fixture.npz").is_file(), reason="no fixture beside here")
+
+
+def test_no_tool_imports_a_command():
+    """What two of them need is a module of its own below both."""
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tools").glob("*.py")}
+    commands = {name for name, tree in trees.items() if any(
+        isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)}
+    assert set(trees) - commands == {"benchlib", "shell"}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            imported = [node.module] if isinstance(node, ast.ImportFrom) else \
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not commands & set(imported), f"tools/{name}.py, line {node.lineno}"
 
 
 # ---- parity ------------------------------------------------------------------------------------------------
@@ -142,7 +152,7 @@ def test_a_log_gives_speeds_and_scores():
     ("legal_ttt", "legal_ttt"), ("step:", "train_loss"), ("val_loader", "tokens"), ("final_int6_s", "sliding")])
 def test_a_log_that_lacks_something_is_refused_by_name(missing, told):
     text = "\n".join(line for line in LOG.splitlines() if not line.startswith(missing))
-    with pytest.raises(bench.BenchError, match=told):
+    with pytest.raises(benchlib.BenchError, match=told):
         bench.read_log(text, 8192)
 
 
@@ -166,13 +176,13 @@ def test_validation_is_cut_to_whole_windows_over_shards(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", text[:30])
     write_shard(tmp_path / "fineweb_val_000001.bin", text[30:])
     write_shard(tmp_path / "fineweb_train_000000.bin", text)
-    cut = bench.cut_validation(tmp_path, tmp_path / "cut", tokens=70, window=16)
+    cut = benchlib.cut_validation(tmp_path, tmp_path / "cut", tokens=70, window=16)
     shard = parity.ours.open_shard(str(cut / "fineweb_val_000000.bin"))
     assert shard.tolist() == text[:4 * 16 + 1].tolist()
     train = "fineweb_train_000000.bin"
     assert (cut / train).read_bytes() == (tmp_path / train).read_bytes()
-    with pytest.raises(bench.BenchError, match="no window"):
-        bench.cut_validation(tmp_path, tmp_path / "none", tokens=16, window=16)
+    with pytest.raises(benchlib.BenchError, match="no window"):
+        benchlib.cut_validation(tmp_path, tmp_path / "none", tokens=16, window=16)
 
 
 def test_runs_alternate_and_failures_name_the_side(tmp_path):
@@ -184,7 +194,7 @@ def test_runs_alternate_and_failures_name_the_side(tmp_path):
     assert (tmp_path / "order").read_text() == "ours5 peer5 peer6 ours6 "
     assert all(pair[side]["peak_rss_mib"] > 1 for pair in pairs for side in commands)
     program.write_text("raise SystemExit('boom')")
-    with pytest.raises(bench.BenchError, match="peer ended with code 1: boom"):
+    with pytest.raises(benchlib.BenchError, match="peer ended with code 1: boom"):
         bench.run_once("peer", commands["peer"], {}, 1)
 
 
@@ -204,7 +214,7 @@ subprocess.run(["nvidia-smi"])
 assert __name__ == "__main__" and y.shape == x.shape
 print(y.dtype, y.device, torch.cuda.max_memory_allocated())
 """)
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "bench.py"), "--on-cpu", str(peer)],
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "on_cpu.py"), str(peer)],
                           capture_output=True, text=True)
     assert done.stdout.split() == ["torch.float32", "cpu", "0"], done.stderr
 

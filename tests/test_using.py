@@ -13,9 +13,9 @@ import pytest
 
 import train_gpt as tg
 from conftest import ROOT, environment
-from test_run_sh import house  # noqa: F401
+from test_run_sh import project  # noqa: F401
 
-sys.path.append(str(ROOT / "tools"))
+sys.path += [str(ROOT / "tools"), str(ROOT / "data")]
 import inspect_artifact  # noqa: E402
 import report  # noqa: E402
 import sample  # noqa: E402
@@ -130,7 +130,7 @@ def test_length_and_window(made, corpus):
     model = tg.load_model(tg.read_file(made.summary["artifact_path"]), sample.open_runtime(cfg), digest)
     lengths, hidden = [], model.hidden
     model.hidden = lambda ids, **how: lengths.append(ids.size(1)) or hidden(ids, **how)
-    tokens = sample.continuation(model, [1, 5, 6], sample.never(corpus.tokenizer), 8, 0.8, 50, 0)
+    tokens = sample.continuation(model, [1, 5, 6], sample.barred_ids(corpus.tokenizer), 8, 0.8, 50, 0)
     assert len(list(itertools.islice(tokens, 20))) == 20
     assert lengths == [3, 4, 5, 6, 7] + [8] * 15
     assert list(sample.until_end(corpus.tokenizer, iter([9, 10, 11]), 2)) == [9, 10]
@@ -230,17 +230,22 @@ def test_the_bench_refuses_what_is_no_model(corpus, tmp_path, untouched, capsys,
         assert err.startswith("error: ") and name in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["sample", "inspect_artifact", "report", "ttt_bench", "record", "bench", "parity"])
+@pytest.mark.parametrize("name", ["audit", "bench", "gpu_bench", "inspect_artifact", "mutate", "parity", "prepare",
+                                  "record", "report", "sample", "ttt_bench"])
 def test_a_tool_calls_itself_what_run_sh_calls_it(name, untouched, monkeypatch, capsys):
+    """In its usage and in the line about an argument it does not have; test_run_sh.py has what run.sh calls each."""
     tool = importlib.import_module(name)
-    for called, usage in (("run.sh verb", "usage: run.sh verb "), (None, "usage: tool.py ")):
+    for called, shown in (("bash run.sh verb", "bash run.sh verb"), (None, "tool.py")):
         monkeypatch.setattr(sys, "argv", ["/some/tool.py"])
         untouched.pop("RUN_SH_COMMAND", None)
         if called:
             untouched["RUN_SH_COMMAND"] = called
         with pytest.raises(SystemExit) as stop:
             tool.main(["--help"])
-        assert stop.value.code == 0 and capsys.readouterr().out.startswith(usage)
+        assert stop.value.code == 0 and capsys.readouterr().out.startswith(f"usage: {shown} ")
+        assert tool.main(["--nosuch"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.endswith(f"({shown} --help says more)\n") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("body, code, out, err", [
@@ -257,69 +262,63 @@ def test_how_tools_end(body, code, out, err):
 
 # ---- run.sh
 
-def test_verbs(house):  # noqa: F811
-    scored = house("eval", "a b.ptz", "smoke", "EVAL_STRIDE=32")
+def test_verbs(project):  # noqa: F811
+    scored = project("eval", "a b.ptz", "smoke", "EVAL_STRIDE=32")
     assert scored.code == 0 and scored.calls[-1] == "train_gpt.py"
     assert (scored.env["EVAL_ARTIFACT"], scored.env["EVAL_STRIDE"]) == ("a b.ptz", "32")
-    assert scored.env["EVAL_SEQ_LEN"] == house("smoke").env["EVAL_SEQ_LEN"] and "RUN_SH_COMMAND" not in scored.env
-    assert house("inspect", "x.ptz", "--plot", "x.png").calls[-1] == "tools/inspect_artifact.py x.ptz --plot x.png"
-    assert house("sample", "x.ptz", "two words").calls[-1] == "tools/sample.py x.ptz two words"
-    assert house("record", "build").calls[-1] == "tools/record.py build"
-    assert house("report", "x.eval.json").calls[-1] == "tools/report.py x.eval.json"
-    assert house("sweep", "x.ptz", "TTT_LR=0.1,0.2").calls[-1] == "tools/ttt_bench.py x.ptz TTT_LR=0.1,0.2"
-    assert all(f"bash run.sh {verb} " in house("help").out
+    assert scored.env["EVAL_SEQ_LEN"] == project("smoke").env["EVAL_SEQ_LEN"] and "RUN_SH_COMMAND" not in scored.env
+    assert all(f"bash run.sh {verb} " in project("help").out
                for verb in ("eval", "audit", "inspect", "sample", "sweep", "report", "record"))
 
 
-def test_an_audit_alone_or_after_a_run(house):  # noqa: F811
-    alone = house("audit", "a b.ptz", "smoke", "SEED=2", "AUDIT_TOKENS=500")
+def test_an_audit_alone_or_after_a_run(project):  # noqa: F811
+    alone = project("audit", "a b.ptz", "smoke", "SEED=2", "AUDIT_TOKENS=500")
     assert "train_gpt.py" not in alone.calls and alone.calls[-1] == "tools/audit.py a b.ptz"
     assert (alone.env["SEED"], alone.env["AUDIT_TOKENS"]) == ("2", "500") and "not a setting" not in alone.err
-    assert alone.env["EVAL_SEQ_LEN"] == house("smoke").env["EVAL_SEQ_LEN"] and "RUN_ID" not in alone.env
-    run = house("smoke", AUDIT="1")
+    assert alone.env["EVAL_SEQ_LEN"] == project("smoke").env["EVAL_SEQ_LEN"] and "RUN_ID" not in alone.env
+    run = project("smoke", AUDIT="1")
     assert run.calls[-2:] == ["train_gpt.py", "tools/audit.py ./final_model.ptz"] and run.env["RUN_ID"]
-    named = house("smoke", "AUDIT=1", "RUN_ID=mine", ARTIFACT_DIR="else where")
+    named = project("smoke", "AUDIT=1", "RUN_ID=mine", ARTIFACT_DIR="else where")
     assert named.env["RUN_ID"] == "mine" and named.calls[-1] == "tools/audit.py else where/final_model.ptz"
-    ranks, start = house("AUDIT=1", GPUS="2").calls[-2:], "tools/launch.py --standalone --nproc_per_node=2 "
+    ranks, start = project("AUDIT=1", GPUS="2").calls[-2:], "tools/launch.py --standalone --nproc_per_node=2 "
     assert ranks == [f"{start}train_gpt.py", f"{start}tools/audit.py ./final_model.ptz"]
-    assert house("eval", "x.ptz", AUDIT="1").calls[-2:] == ["train_gpt.py", "tools/audit.py x.ptz"]
-    assert house("smoke", AUDIT="only", EVAL_ARTIFACT="x.ptz").calls[-1] == "tools/audit.py x.ptz"
-    assert house("smoke", AUDIT="0").calls[-1] == "train_gpt.py"
-    failed = house("smoke", AUDIT="1", TRAIN_STATUS="7")
+    assert project("eval", "x.ptz", AUDIT="1").calls[-2:] == ["train_gpt.py", "tools/audit.py x.ptz"]
+    assert project("smoke", AUDIT="only", EVAL_ARTIFACT="x.ptz").calls[-1] == "tools/audit.py x.ptz"
+    assert project("smoke", AUDIT="0").calls[-1] == "train_gpt.py"
+    failed = project("smoke", AUDIT="1", TRAIN_STATUS="7")
     assert failed.code == 7 and failed.calls[-1] == "train_gpt.py"
 
 
 @pytest.mark.parametrize("value, said", [("2", "AUDIT=2 is not one of 0, 1, only"), ("only", "run.sh audit ARTIFACT")])
-def test_audit_is_0_1_or_only(house, value, said):  # noqa: F811
-    refused = house("smoke", AUDIT=value)
+def test_audit_is_0_1_or_only(project, value, said):  # noqa: F811
+    refused = project("smoke", AUDIT=value)
     assert refused.code == 2 and said in refused.err and "train_gpt.py" not in refused.calls
 
 
-def test_an_artifact_brings_its_tokenizer(house):  # noqa: F811
+def test_an_artifact_brings_its_tokenizer(project):  # noqa: F811
     """No profile's is forced on it, nor text that goes with another; what the user says is passed on."""
     three = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
     found = lambda result: [result.env.get(key) for key in three]
     for command in ("eval", "audit", "sweep", "sample", "inspect"):
         for gpus in "01":
-            assert found(house(command, "a.ptz", GPUS=gpus)) == [None, None, None]
-        assert found(house(command, "a.ptz", DATA_PATH="d", TOKENIZER_PATH="t")) == ["d", "t", None]
-    assert "profile smoke, CPU" in house("sweep", "a.ptz", "DEVICE=cpu", GPUS="1").err
-    assert found(house("sweep", "a.ptz", "DATA_PATH=own"))[0] == "own"
-    own = house("eval", "a.ptz", "pr1092", "DATA_PATH=d", "TOKENIZER_PATH=t")
+            assert found(project(command, "a.ptz", GPUS=gpus)) == [None, None, None]
+        assert found(project(command, "a.ptz", DATA_PATH="d", TOKENIZER_PATH="t")) == ["d", "t", None]
+    assert "profile smoke, CPU" in project("sweep", "a.ptz", "DEVICE=cpu", GPUS="1").err
+    assert found(project("sweep", "a.ptz", "DATA_PATH=own"))[0] == "own"
+    own = project("eval", "a.ptz", "pr1092", "DATA_PATH=d", "TOKENIZER_PATH=t")
     assert found(own) == ["d", "t", None] and own.env["EVAL_ARTIFACT"] == "a.ptz"
 
 
-def test_an_artifact_of_the_embedded_text_finds_it(house):  # noqa: F811
+def test_an_artifact_of_the_embedded_text_finds_it(project):  # noqa: F811
     """As one does that a smoke run on another machine made; what builds it does not mix with the text."""
-    assert "data/prepare.py embedded" not in house("sample", "--help").calls
-    built = house("sample", "a.ptz")
+    assert "data/prepare.py embedded" not in project("sample", "--help").calls
+    built = project("sample", "a.ptz")
     assert "data/prepare.py embedded" in built.calls
-    assert house("sweep", "--help").calls[-1] == "tools/ttt_bench.py --help"
-    assert "data/prepare.py embedded" not in house("eval", "a.ptz").calls
+    assert "data/prepare.py embedded" not in project("eval", "a.ptz").calls
 
 
 @pytest.mark.parametrize("arguments", [(), ("SEED=1",), ("",), ("--help",)])
-def test_eval_without_an_artifact(house, arguments):  # noqa: F811
-    refused = house("eval", *arguments)
+def test_eval_without_an_artifact(project, arguments):  # noqa: F811
+    refused = project("eval", *arguments)
     assert refused.code == 2 and not refused.calls
     assert refused.err.startswith("error: eval needs a file") and refused.err.count("\n") == 1

@@ -52,9 +52,9 @@ NEEDED = ("UserError", "IllegalScore", "Runtime", "RunLog", "Scored", "ValData",
 SHARD_HEADER_BYTES = 1024
 EXACT = 1e-4          # nats, or probability: what the same arithmetic may be off
 FUSED = 0.5, 2e-3     # nats, of one score and of their mean: compiled graphs in half precision against plain operations
-NOISE_FACTOR = 4      # how much more than three equal walks differ another text may move the scores before it
-# Nats, at most and root mean square: what a walk may move in any case if equal walks leave unequal weights, since a
-# rounding may flip in one of ten; and noise that could hide a cheat.
+NOISE_FACTOR = 4      # another text may move the scores before it by this much more than three equal passes differ
+# Nats, at most and root mean square. FLIPS: what is allowed in any case if equal passes leave unequal weights, since a
+# rounding may flip in one of ten passes. UNSTEADY: more noise than this could hide a cheat.
 FLIPS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02)}
 UNSTEADY = {torch.float32: (0.02, 2e-3), torch.bfloat16: (0.25, 0.03)}
 
@@ -134,7 +134,7 @@ def read_shards(data_path: str) -> tuple[np.ndarray, np.ndarray | None, list[str
     return tokens, sizes, paths
 
 
-# ---- what a walk does -----------------------------------------------------------------------------------------------
+# ---- what an evaluation pass does -----------------------------------------------------------------------------------
 class Call(NamedTuple):
     """One call of the scoring function."""
 
@@ -149,24 +149,24 @@ class Call(NamedTuple):
 
 
 @dataclass
-class Walk:
-    """What one walk over the text did on this rank; `joined`: on all."""
+class EvalPass:
+    """What one evaluation pass over the text did on this rank; `joined`: on all."""
 
-    nll: Tensor       # float64 [targets], on the CPU; zero where this rank gave no score
-    times: Tensor     # float64 [targets]: how often it gave one
+    nll: Tensor           # float64 [targets], on the CPU; zero where this rank gave no score
+    times: Tensor         # float64 [targets]: how often it gave one
     name: str = ""
-    calls: int = 0    # that were committed
-    strays: int = 0   # that were neither committed nor a lesson on what was committed last
-    altered: int = 0  # scores that are not what the call before made
-    astray: int = 0   # scores of another token than the text's, or with another context
+    calls: int = 0        # of the scoring function whose scores were committed
+    extra_calls: int = 0  # neither committed nor training on what was committed last
+    altered: int = 0      # scores that are not what the call before made
+    misplaced: int = 0    # scores of another token than the text's, or with another context
     temperatures: list = field(default_factory=list)
     off: list = field(default_factory=list)      # nats between a call's scores and what its logits say, as `Gap`
     foreign: list = field(default_factory=list)  # and what the artifact's own weights say
     masses: list = field(default_factory=list)   # of the whole vocabulary together, at the places that were tried
-    left: list = field(default_factory=list)     # sums of all weights, additions included, when the walk ended
+    weight_sums: list = field(default_factory=list)  # of all weights, LoRA included, at the end of the pass
 
     @classmethod
-    def joined(cls, parts: list[Walk]) -> Walk:
+    def joined(cls, parts: list[EvalPass]) -> EvalPass:
         values = {f.name: functools.reduce(operator.add, (getattr(part, f.name) for part in parts))
                   for f in dataclasses.fields(cls)}
         return cls(**values | {"name": parts[0].name})
@@ -178,7 +178,7 @@ class Gap(NamedTuple):
     most: float
     total: float
     count: int
-    call: int  # its number in the walk
+    call: int  # its number in the pass
 
 
 def like(tensor: Tensor, values: Tensor) -> Tensor:
@@ -201,8 +201,8 @@ class Spy:
 
     def __init__(self, audit: Audit, tokens: Tensor, looks: bool, probes: set[int]):
         self.audit, self.tokens, self.looks, self.probes = audit, tokens.cpu().long(), looks, probes
-        self.walks, self.pending, self.masses, self.last, self.random = [], [], [], None, audit.dice()
-        self.count, self.ends = 0, [0]  # calls so far, and when a walk ended
+        self.passes, self.pending, self.masses, self.last, self.random = [], [], [], None, audit.generator()
+        self.count, self.ends = 0, [0]  # calls so far, and their number at the end of each pass
 
     def scoring(self, function):
         def call(ids, wanted, temperature=1.0, hook=None):
@@ -214,53 +214,54 @@ class Spy:
             return nll
         return call
 
-    def walk(self, scored) -> Walk:
-        if not self.walks or self.walks[-1][0] is not scored:
-            self.walks.append((scored, Walk(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))))
+    def pass_of(self, scored) -> EvalPass:
+        if not self.passes or self.passes[-1][0] is not scored:
+            self.passes.append((scored, EvalPass(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))))
             self.last = None
-        return self.walks[-1][1]
+        return self.passes[-1][1]
 
     def watch(self, scored_class):
         """Patches of Scored, for a `with` each."""
         commit, result = scored_class.commit, scored_class.result
 
         def noted_commit(scored, numbers, nll):
-            self.commit(self.walk(scored), numbers.cpu(), nll.cpu())
+            self.commit(self.pass_of(scored), numbers.cpu(), nll.cpu())
             return commit(scored, numbers, nll)
 
         def noted_result(scored, name, *args):
-            walk = self.walk(scored)
-            self.settle(walk, self.pending)
-            walk.name, walk.masses, self.pending, self.masses = name, walk.masses + self.masses, [], []
+            eval_pass = self.pass_of(scored)
+            self.settle(eval_pass, self.pending)
+            eval_pass.name, eval_pass.masses, self.pending, self.masses = name, eval_pass.masses + self.masses, [], []
             moving = getattr(getattr(self.last and self.last.hook, "__self__", None), "moving", [])
-            walk.left = [t.detach().double().sum().item() for t in (*self.audit.model.parameters(), *moving)]
+            weights = (*self.audit.model.parameters(), *moving)
+            eval_pass.weight_sums = [t.detach().double().sum().item() for t in weights]
             self.ends.append(self.count)
             return result(scored, name, *args)
         return mock.patch.multiple(scored_class, commit=noted_commit, result=noted_result)
 
-    def settle(self, walk: Walk, lessons: list[Call]) -> None:
-        walk.strays += sum(not call.same_windows(self.last) for call in lessons)
+    def settle(self, eval_pass: EvalPass, training_calls: list[Call]) -> None:
+        eval_pass.extra_calls += sum(not call.same_windows(self.last) for call in training_calls)
 
     @torch.no_grad()
-    def commit(self, walk: Walk, numbers: Tensor, nll: Tensor) -> None:
+    def commit(self, eval_pass: EvalPass, numbers: Tensor, nll: Tensor) -> None:
         """Scores on their way into the sum: the last call must have made them, from the text before their targets."""
-        walk.nll.index_add_(0, numbers, nll.double())
-        walk.times.index_add_(0, numbers, torch.ones_like(nll, dtype=torch.float64))
+        eval_pass.nll.index_add_(0, numbers, nll.double())
+        eval_pass.times.index_add_(0, numbers, torch.ones_like(nll, dtype=torch.float64))
         calls, self.pending = self.pending, []
-        walk.masses, self.masses = walk.masses + self.masses, []
-        self.settle(walk, calls[:-1])
+        eval_pass.masses, self.masses = eval_pass.masses + self.masses, []
+        self.settle(eval_pass, calls[:-1])
         self.last = calls[-1] if calls else None
         runs = self.made(self.last, numbers, nll) if calls else []
-        walk.altered += len(nll) - sum(run.count for run in runs)
-        walk.astray += sum(run.count for run in runs if not run.in_place)
-        walk.temperatures += [self.last.temperature] if calls else []
-        for gaps, model, hook in ((walk.off, self.audit.model, self.last and self.last.hook),
-                                   (walk.foreign, self.audit.disk, None)):
+        eval_pass.altered += len(nll) - sum(run.count for run in runs)
+        eval_pass.misplaced += sum(run.count for run in runs if not run.in_place)
+        eval_pass.temperatures += [self.last.temperature] if calls else []
+        for gaps, model, hook in ((eval_pass.off, self.audit.model, self.last and self.last.hook),
+                                   (eval_pass.foreign, self.audit.disk, None)):
             if self.looks and runs:
                 gap = (own_scores(model, self.last, hook) - self.last.nll.double()).cpu()
                 gap = torch.cat([gap[run.row, run.column:run.column + run.count] for run in runs])
-                gaps.append(Gap(gap.abs().max().item(), gap.sum().item(), len(gap), walk.calls))
-        walk.calls += 1
+                gaps.append(Gap(gap.abs().max().item(), gap.sum().item(), len(gap), eval_pass.calls))
+        eval_pass.calls += 1
 
     def made(self, call: Call, numbers: Tensor, nll: Tensor) -> list[Run]:
         """Where in a call the scores stand that are committed: each row may have made a run of them, in this order."""
@@ -285,7 +286,7 @@ class Spy:
         input if a later target is scored; were a score made with knowledge of its token, they would not be 1 together.
 
         Every other time the place is the one whose predecessor stood in the window most often before: there a cache of
-        what has been seen would know most. Only rows of the batch that score alike to the last bit are compared.
+        earlier tokens would know most. Only rows of the batch that score alike to the last bit are compared.
         """
         keep, lead = call.wanted.size(1), call.ids.size(1) - call.wanted.size(1)
         row, place = (int(torch.randint(n, (1,), generator=self.random)) for n in (len(call.ids), max(keep - 1, 1)))
@@ -332,7 +333,7 @@ def lent_to_all(hook, row: int):
 class Finding(NamedTuple):
     """One row of the table."""
 
-    walk: str
+    evaluation: str  # "all" or the key of a result: roundtrip, sliding, ttt
     check: str
     holds: bool
     evidence: str
@@ -346,7 +347,7 @@ class Audit:
         chunk = min(cfg.ttt_chunk_tokens, max(4 * cfg.train_seq_len, stride))
         size = tokens or max(chunk * 5 // 2, cfg.window + 2 * stride)
         self.script, self.opened, self.path, self.positions, self.findings = script, opened, path, positions, []
-        self.blob = rt.share_bytes(read_artifact(path) if rt.rank == 0 else None)
+        self.blob = rt.broadcast_object(read_artifact(path) if rt.rank == 0 else None)
         self.val = script.ValData.open(cfg, rt)
         self.tokenizer = SentencePieceProcessor(model_file=cfg.tokenizer_path)
         self.whole, sizes, self.shards = read_shards(cfg.data_path)
@@ -359,9 +360,9 @@ class Audit:
             ttt_doc_chunk_tokens=min(cfg.ttt_doc_chunk_tokens, max(len(self.tokens) // 8, 1)))
         self.model, self.disk = (script.load_model(self.blob, rt, self.val.tokenizer_sha256) for _ in range(2))
         self.weights = {name: tensor.clone() for name, tensor in self.disk.state_dict().items()}
-        self.random, self.rt = self.dice(), self.watched(rt)
+        self.random, self.rt = self.generator(), self.watched(rt)
 
-    def dice(self) -> torch.Generator:
+    def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.cfg.seed)
 
     def take_piece(self, size: int, sizes: np.ndarray | None) -> None:
@@ -397,18 +398,18 @@ class Audit:
         given = {f.name: getattr(rt, f.name) for f in dataclasses.fields(rt)}
         return Watched(**given | {"log": self.script.RunLog(rt.folder, "audit", active=False)})
 
-    # -- walks
-    def scores(self, tokens: Tensor, looks: bool = False, probes=()) -> tuple[dict, dict[str, list[Walk]]]:
-        """Results of `final_scores` over a text with the artifact's weights, and the walks that reported each."""
+    # -- passes
+    def scores(self, tokens: Tensor, looks: bool = False, probes=()) -> tuple[dict, dict[str, list[EvalPass]]]:
+        """Results of `final_scores` over a text with the artifact's weights, and the passes that reported each."""
         self.model.load_state_dict(self.weights)
         self.model.requires_grad_(True)  # as it was read: another state could need another compiled graph
         self.spy = Spy(self, tokens, looks, set(probes))
         val = dataclasses.replace(self.val, tokens=tokens)
         with self.spy.watch(self.script.Scored):
             results = self.script.final_scores(self.cfg, self.rt, self.model, val)
-        ranks = everyone(self.rt, [walk for _, walk in self.spy.walks])
-        walks = [Walk.joined(parts) for parts in zip(*ranks)]
-        return results, {key: [walk for walk in walks if walk.name == r.name] for key, r in results.items()}
+        ranks = everyone(self.rt, [each for _, each in self.spy.passes])
+        passes = [EvalPass.joined(parts) for parts in zip(*ranks)]
+        return results, {key: [p for p in passes if p.name == result.name] for key, result in results.items()}
 
     def run(self) -> list[Finding]:
         try:
@@ -422,24 +423,24 @@ class Audit:
         self.weights_are_the_artifact_s()
         self.text_is_whole()
         self.guard()
-        results, walks = self.scores(self.tokens, looks=True)
+        results, passes = self.scores(self.tokens, looks=True)
         starts = [min(a + 1, b - 1) for a, b in zip(self.spy.ends, self.spy.ends[1:])]  # the first has but one window
         probes = [a + (b - a) * share // 5 for a, b in zip(starts, self.spy.ends[1:]) for share in (1, 2, 4)]
         again = [self.scores(self.tokens, probes=probes)[1], self.scores(self.tokens)[1]]
         size = self.decoded_bytes()
         for key, result in results.items():
-            self.sums(key, result, walks[key], size)
-            if walks[key]:
-                self.single_scores(key, walks[key][-1], again[0][key])
-        equal = [walks, *again]
+            self.sums(key, result, passes[key], size)
+            if passes[key]:
+                self.single_scores(key, passes[key][-1], again[0][key])
+        equal = [passes, *again]
         positions = self.where_to_change()
         others = [self.scores(self.other_text(t))[1] for t in positions]
         for key in [key for key in results if all(w[key] for w in (*equal, *others))]:
             self.noise_and_causality(key, [w[key][-1] for w in equal], positions, [w[key][-1].nll for w in others])
 
     # -- checks
-    def find(self, walk: str, check: str, holds: bool, evidence: str) -> None:
-        self.findings.append(Finding(walk, check, bool(holds), evidence))
+    def find(self, evaluation: str, check: str, holds: bool, evidence: str) -> None:
+        self.findings.append(Finding(evaluation, check, bool(holds), evidence))
 
     def weights_are_the_artifact_s(self) -> None:
         kept = self.model.state_dict()
@@ -469,26 +470,27 @@ class Audit:
         except self.script.IllegalScore:
             refused = True
         self.find("all", "score before update", refused,
-                  "the guard that a walk takes its lessons from refuses one with a single unscored token")
+                  "the guard through which training tokens are taken refuses a chunk with a single unscored token")
 
-    def sums(self, key: str, result, walks: list[Walk], size: int) -> None:
-        """Of a result and the walks that reported it: one is right."""
-        walk = walks[-1] if walks else Walk(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))
-        targets, twice = len(walk.times), int((walk.times != 1).sum())
-        self.find(key, "each token scored once", not (twice or walk.strays or walk.astray) and len(walks) == 1
-                  and result.tokens == targets,
-                  f"{int(walk.times.sum())} scores of {targets} targets in {len(walks)} walk(s), {twice} of them not "
-                  f"once, {walk.astray} out of place; {walk.strays} further calls of the scoring function")
-        total = walk.nll.sum().item()
-        self.find(key, "the sum is that of the scores", not walk.altered and math.isclose(
+    def sums(self, key: str, result, passes: list[EvalPass], size: int) -> None:
+        """Checks of a result and the passes that reported it, of which there must be one."""
+        eval_pass = passes[-1] if passes else EvalPass(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))
+        targets, twice = len(eval_pass.times), int((eval_pass.times != 1).sum())
+        once = not (twice or eval_pass.extra_calls or eval_pass.misplaced) and len(passes) == 1
+        self.find(key, "each token scored once", once and result.tokens == targets,
+                  f"{int(eval_pass.times.sum())} scores of {targets} targets in {len(passes)} pass(es), {twice} of "
+                  f"them not once, {eval_pass.misplaced} out of place; {eval_pass.extra_calls} further calls of the "
+                  "scoring function")
+        total = eval_pass.nll.sum().item()
+        self.find(key, "the sum is that of the scores", not eval_pass.altered and math.isclose(
             result.loss * result.tokens, total, rel_tol=1e-9), f"{result.loss * result.tokens:.6f} nats, single scores "
-            f"{total:.6f}, {walk.altered} of them not as the scoring function made them")
+            f"{total:.6f}, {eval_pass.altered} of them not as the scoring function made them")
         self.find(key, "bytes are the decoded text's", result.bytes == size, f"{result.bytes} counted, {size} decoded")
         bpb = total / math.log(2) / size
         self.find(key, "bits per byte are nats / ln 2 / bytes", math.isclose(result.bpb, bpb, rel_tol=1e-9),
                   f"{result.bpb:.8f} reported, {bpb:.8f} computed")
 
-    def single_scores(self, key: str, walk: Walk, probed: list[Walk]) -> None:
+    def single_scores(self, key: str, eval_pass: EvalPass, probed: list[EvalPass]) -> None:
         exact = not self.rt.compiles or self.rt.device.type == "cpu" and self.rt.dtype == torch.float32
         limits = (EXACT, EXACT) if exact else FUSED
 
@@ -497,12 +499,12 @@ class Audit:
             mean = sum(gap.total for gap in gaps) / count
             return (most <= limits[0] and abs(mean) <= limits[1] + (0 if exact else 0.1 * count ** -0.5),
                     f"{most:.1e} nats apart at most, {mean:+.1e} on average")
-        holds, how = close(walk.off)
-        temperatures = sorted(set(walk.temperatures))
+        holds, how = close(eval_pass.off)
+        temperatures = sorted(set(eval_pass.temperatures))
         holds = holds and temperatures == [self.cfg.ttt_temp if key == "ttt" else 1.0]
         self.find(key, "scores are -log softmax of the logits", holds,
                   f"{how}, at temperature {', '.join(f'{t:g}' for t in temperatures)}")
-        holds, how = close([gap for gap in walk.foreign if key != "ttt" or gap.call == 0])
+        holds, how = close([gap for gap in eval_pass.foreign if key != "ttt" or gap.call == 0])
         self.find(key, f"{'first batch is' if key == 'ttt' else 'all scores are'} the artifact's own", holds,
                   f"{how}, from a model just read from disk")
         masses = probed[-1].masses if probed else []
@@ -510,28 +512,28 @@ class Audit:
         self.find(key, "full-vocabulary normalisation", worst <= EXACT, f"probabilities of the {self.cfg.vocab_size} "
                   f"tokens in one place are 1 together, {worst:.1e} off at most in {len(masses)} places")
 
-    def noise_and_causality(self, key: str, equal: list[Walk], positions: list[int], others: list[Tensor]) -> None:
-        """Of three walks over the same text, and one for each position from which on another text was walked over."""
-        def apart(a: Tensor, b: Tensor) -> Tensor:
+    def noise_and_causality(self, key: str, equal: list[EvalPass], positions: list[int], others: list[Tensor]) -> None:
+        """Checks of three equal passes, and of one for each position over a text that differs from there on."""
+        def difference(a: Tensor, b: Tensor) -> Tensor:  # [largest, root mean square]
             return torch.stack(((a - b).abs().max(), (a - b).square().mean().sqrt()))
         nll, dtype = equal[0].nll, self.rt.dtype
-        noise = torch.stack([apart(a.nll, b.nll) for a, b in zip(equal, equal[1:] + equal[:1])]).amax(0)
-        steady = all(walk.left == equal[0].left for walk in equal) and not noise.any()
-        said = lambda apart: "{:.1e} nats at most, {:.1e} root mean square".format(*apart)
+        noise = torch.stack([difference(a.nll, b.nll) for a, b in zip(equal, equal[1:] + equal[:1])]).amax(0)
+        steady = all(each.weight_sums == equal[0].weight_sums for each in equal) and not noise.any()
+        said = lambda pair: "{:.1e} nats at most, {:.1e} root mean square".format(*pair)
         self.find(key, "repeatable", (noise <= noise.new_tensor(UNSTEADY[dtype])).all(),
-                  f"three equal walks differ by {said(noise)}" + "; weights differ too" * (not steady))
+                  f"three equal passes differ by {said(noise)}" + "; weights differ too" * (not steady))
         limit = noise if steady else (NOISE_FACTOR * noise).maximum(noise.new_tensor(FLIPS[dtype]))
         pairs = list(zip(positions, others))  # token t is target t - 1
-        worst = torch.stack([apart(other[:t - 1], nll[:t - 1]) for t, other in pairs]).amax(0)
-        deaf = sum(torch.equal(other[t - 1:], nll[t - 1:]) for t, other in pairs)
-        self.find(key, "causality", (worst <= limit).all() and not deaf,
+        worst = torch.stack([difference(other[:t - 1], nll[:t - 1]) for t, other in pairs]).amax(0)
+        unseen = sum(torch.equal(other[t - 1:], nll[t - 1:]) for t, other in pairs)
+        self.find(key, "causality", (worst <= limit).all() and not unseen,
                   f"text changed from {', '.join(map(str, positions))} on: scores before are "
                   + (f"off by {said(worst)}" if worst.any() else "bit-identical")
-                  + f"; {deaf} changes did not show after it either" * bool(deaf))
+                  + f"; {unseen} changes did not show after it either" * bool(unseen))
 
     def where_to_change(self) -> list[int]:
-        """Positions for other text: next to borders of chunks and documents, where a lesson that is a few tokens too
-        long would show, and anywhere."""
+        """Positions from which on to change the text: next to borders of chunks and documents, where training on a few
+        tokens too many would show, and at random."""
         documents, last = self.cfg.ttt_enabled and self.cfg.ttt_reset == "document", len(self.tokens) - 1
         starts = (self.tokens[2:] == self.val.bos_id).nonzero().flatten().add(2).tolist()
         longest = max(zip([0, *starts], [*starts, last]), key=lambda span: span[1] - span[0])[0]
@@ -575,7 +577,7 @@ class Audit:
         files = [prefix.with_name(f"{prefix.name}.audit{kind}") for kind in (".json", ".txt")]
         table = [f"audit of {self.path} by {self.script.__file__}: the first {len(self.tokens):,} of "
                  f"{len(self.whole):,} tokens, chunks of {self.cfg.ttt_chunk_tokens:,}, world size {rt.world_size}"]
-        table += [f"  {'pass' if f.holds else 'FAIL'}  {f.walk:<{wide[0]}}  {f.check:<{wide[1]}}  {f.evidence}"
+        table += [f"  {'pass' if f.holds else 'FAIL'}  {f.evaluation:<{wide[0]}}  {f.check:<{wide[1]}}  {f.evidence}"
                   for f in self.findings]
         table += [f"audit:{verdict} checks:{len(self.findings)} failed:{len(failed)} "
                   f"signed:sha256:{digest(body)} of {files[0]}"]
@@ -638,12 +640,12 @@ def audit(args: argparse.Namespace, script, opened: Opened) -> None:
     with tempfile.TemporaryDirectory() as folder:  # for the logs of the script
         rt = script.Runtime.open(dataclasses.replace(cfg, artifact_dir=folder, run_id="audit", resume=False))
         try:
-            if rt.device.type == "cuda":  # the less equal walks differ, the more the audit sees
+            if rt.device.type == "cuda":  # the less equal passes differ, the smaller the cheats that show
                 warnings.filterwarnings("ignore", message=".*deterministic")
                 torch.use_deterministic_algorithms(True, warn_only=True)
                 torch.utils.deterministic.fill_uninitialized_memory = False
             auditor = Audit(script, cfg, rt, args.artifact, opened, args.tokens, args.positions)
-            failed = [f"{f.check} ({f.walk})" for f in auditor.run() if not f.holds]
+            failed = [f"{f.check} ({f.evaluation})" for f in auditor.run() if not f.holds]
             auditor.report(prefix, time.perf_counter() - begun)
             rt.agree(0.0)  # no rank leaves before the first has written its files
         finally:

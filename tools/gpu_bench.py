@@ -16,7 +16,7 @@ from the programs' own log lines:
                   the difference in tokens over the difference in time, so that compilation cancels out
     MFU           tokens/s * (6 N + 12 layers dim T/2) over the speed of a square matmul measured at the start;
                   N: weights that multiply (banks, output matrix, projections of the hashed and value tables),
-                  T/2: keys that a causal query sees on average. Muon's own products are not counted. For the peer
+                  T/2: keys that a causal query attends to on average. Muon's own products are not counted. For the peer
                   the same number is taken: it holds for a peer that trains the same model
     memory        what PyTorch allocated at most while training (on a CPU: what was resident)
 
@@ -30,19 +30,19 @@ import functools
 import importlib.util
 import json
 import os
-import re
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import bench
-from bench import BenchError
+import benchlib
+from benchlib import LABELS, BenchError
+from shell import Parser, one_line_errors
 
 # fresh weights may not fit the budget, and a clock would measure while it is measured
-SHARED = bench.SETTINGS | dict(LATE_QAT_THRESHOLD=0, CHECKPOINT_EVERY=0, ARTIFACT_LIMIT_BYTES=100_000_000,
-                               EVAL_MAX_SECONDS=0)
+SHARED = benchlib.SETTINGS | dict(LATE_QAT_THRESHOLD=0, CHECKPOINT_EVERY=0, ARTIFACT_LIMIT_BYTES=100_000_000,
+                                  EVAL_MAX_SECONDS=0)
 SETTINGS = {
     "cuda": SHARED | dict(
         NUM_LAYERS=11, MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, XSA_LAST_N=11, VE_LAYERS="9,10", TRAIN_SEQ_LEN=2048,
@@ -52,21 +52,8 @@ SETTINGS = {
                          TRAIN_BATCH_TOKENS=2048, TTT_CHUNK_TOKENS=512)}
 PROBE_SIZES = {"cuda": 8192, "cpu": 512}  # of the square matmul
 TOP_KERNELS = 10
-ROWS = {  # key -> (label, format)
-    "step_ms": ("median step, ms", ",.1f"),
-    "train_tokens_per_s": ("training, tokens/s", ",.0f"),
-    "mfu": ("MFU of the measured ceiling", ".3f"),
-    "peak_mib": ("peak memory of training, MiB", ",.0f"),
-    "sliding_tokens_per_s": ("sliding evaluation, tokens/s", ",.0f"),
-    "ttt_tokens_per_s": ("TTT, tokens/s", ",.0f"),
-    "sliding_s": ("sliding with compilation, s", ",.1f"),
-    "ttt_s": ("TTT with compilation, s", ",.1f"),
-    "roundtrip_bpb": ("bpb after the round trip", ".4f"),
-    "sliding_bpb": ("bpb, sliding", ".4f"),
-    "ttt_bpb": ("bpb, TTT", ".4f"),
-    "total_bytes": ("code and artifact, bytes", ",.0f")}
-SCORES = {"sliding": bench.SCORES["sliding"], "roundtrip": bench.SCORES["roundtrip"],
-          "ttt": r"legal_ttt|quantized_ttt_phased"}
+ROWS = ("step_ms", "train_tokens_per_s", "mfu", "peak_mib", "sliding_tokens_per_s", "ttt_tokens_per_s", "sliding_s",
+        "ttt_s", "roundtrip_bpb", "sliding_bpb", "ttt_bpb", "total_bytes")  # of the table
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------
@@ -89,37 +76,7 @@ def flops_per_token(s: dict) -> float:
     return 6 * matmul_params(s) + attention
 
 
-# ---- logs --------------------------------------------------------------------------------------------------
-def step_times(text: str, batch_tokens: int) -> list[float]:
-    """Milliseconds of each logged step but the first ones, from PR 1092's kind of line or from PR 1855's."""
-    marks = [(int(step), float(ms)) for step, ms in
-             re.findall(r"^step:(\d+)/\d+ train_loss:\S+ train_time:([\d.]+)ms", text, re.MULTILINE)]
-    marks = marks or [(int(step), 1000 * int(step) * batch_tokens / float(speed)) for step, speed in
-                      re.findall(r"^(\d+)/\d+ train_loss: \S+ train_time: \S+ tok/s: ([\d.]+)", text, re.MULTILINE)]
-    return [(later[1] - mark[1]) / (later[0] - mark[0])
-            for mark, later in zip(marks, marks[1:])][bench.SETTLING_STEPS - 1:]
-
-
-def read_log(text: str, batch_tokens: int) -> dict[str, float]:
-    """What a log tells; a line it lacks is a key less."""
-    found, steps = {}, step_times(text, batch_tokens)
-    if steps:
-        found["step_ms"] = max(statistics.median(steps), 1e-3)
-        found["train_tokens_per_s"] = 1000 * batch_tokens / found["step_ms"]
-    for key, pattern in (("peak_mib", r"^peak memory (?:allocated|resident): (\d+) MiB"),
-                         ("total_bytes", r"^Total submission size \S+: (\d+) bytes"),
-                         ("val_tokens", r"^(?:val_loader:.* tokens:|val_tokens: )(\d+)")):
-        match = re.search(pattern, text, re.MULTILINE)
-        if match:
-            found[key] = float(match[1])
-    for key, label in SCORES.items():
-        line = re.search(rf"^({label}) val_loss:\S+ val_bpb:(\S+) (?:stride:\d+ )?eval_time:(\d+)ms", text, re.M)
-        if line:
-            exact = re.search(rf"^{re.escape(line[1])}_exact val_loss:\S+ val_bpb:(\S+)", text, re.MULTILINE)
-            found[f"{key}_bpb"], found[f"{key}_s"] = float(exact[1] if exact else line[2]), int(line[3]) / 1000
-    return found
-
-
+# ---- runs --------------------------------------------------------------------------------------------------
 def combine(whole: dict, quarter: dict, settings: dict, ceiling: float) -> dict:
     """The numbers of a side: those of the whole run, evaluation speeds from what it did beyond the short one, MFU."""
     found = dict(whole)
@@ -133,7 +90,6 @@ def combine(whole: dict, quarter: dict, settings: dict, ceiling: float) -> dict:
     return found
 
 
-# ---- runs --------------------------------------------------------------------------------------------------
 class Bench:
     """The sides, where their data lies, and what has been measured; `result` is complete after every run."""
 
@@ -141,16 +97,14 @@ class Bench:
         self.args, self.settings, self.about, self.scratch = args, settings, about, scratch
         self.logs = args.out.parent / f"{args.out.stem}_logs"
         self.runs = []  # {"pair", "side", "seed", numbers...}
-        ours, peer = ([sys.executable, str(path.resolve())] for path in (args.ours, args.peer))
-        if args.device == "cpu":
-            peer[1:1] = [str(Path(bench.__file__).resolve()), "--on-cpu"]
+        ours = benchlib.program(args.ours)
         self.sides = {f"ours {name}": (ours, {"ATTENTION": name}) for name in about["attention"]}
-        self.sides["peer"] = peer, {}
+        self.sides["peer"] = benchlib.program(args.peer, on_cpu=args.device == "cpu"), {}
 
     def prepare(self) -> None:
         """Two data sets with the same training shards: the slice and the first quarter of it, laid out as every
         published script looks for them (DATA_PATH, or DATA_DIR with folders named after the vocabulary)."""
-        data, tokenizer = bench.prepare_data(self.args, self.scratch / "made")
+        data, tokenizer = benchlib.prepare_data(self.args, self.scratch / "made")
         vocab, self.paths = self.settings["VOCAB_SIZE"], {}
         for part, tokens in (("whole", self.args.val_tokens), ("quarter", self.args.val_tokens // 4)):
             home = self.scratch / part
@@ -158,7 +112,7 @@ class Bench:
             model = home / "tokenizers" / f"fineweb_{vocab}_bpe.model"
             for path in (folder, model):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            bench.cut_validation(data, folder, tokens, int(self.settings["EVAL_SEQ_LEN"]))
+            benchlib.cut_validation(data, folder, tokens, int(self.settings["EVAL_SEQ_LEN"]))
             model.symlink_to(tokenizer.resolve())
             self.paths[part] = {"DATA_DIR": f"{home}/", "DATA_PATH": str(folder), "TOKENIZER_PATH": str(model)}
 
@@ -174,17 +128,17 @@ class Bench:
             if self.args.device == "cpu":
                 env |= {"OMP_NUM_THREADS": str(self.args.threads), "OMP_WAIT_POLICY": "passive"}
             began = time.perf_counter()
-            code, text, _ = bench.run_program(command, env)
+            code, text, _ = benchlib.run_program(command, env)
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{pair}-{side.replace(' ', '-')}-{part}.txt"
         log.write_text(text, encoding="utf-8")
         print(f"{log.stem}: {time.perf_counter() - began:.0f} s, code {code}", file=sys.stderr, flush=True)
         if code:
-            raise BenchError(f"ended with code {code}: {(text.strip().splitlines() or ['no output'])[-1]} (see {log})")
-        return read_log(text, int(self.settings["TRAIN_BATCH_TOKENS"]))
+            raise BenchError(f"ended with code {code}: {benchlib.last_line(text)} (see {log})")
+        return benchlib.read_log(text, int(self.settings["TRAIN_BATCH_TOKENS"]))
 
     def measure(self) -> dict:
-        """All runs; a side that fails is reported and left out, for the machine may not be there a second time."""
+        """All runs; a side that fails is reported and left out, so that the others' numbers are kept."""
         self.prepare()
         for pair in range(self.args.repeat):
             seed, order = int(self.settings.get("SEED", 1337)) + pair, list(self.sides)
@@ -231,8 +185,8 @@ def table(result: dict) -> str:
     *ours, peer = result["sides"]
     heads = [head for side in ours for head in (side, "/ peer")]
     lines = ["| | " + " | ".join([*heads, Path(result["peer"]).stem]) + " |", "|---|" + "---:|" * (len(heads) + 1)]
-    for key, (label, form) in ROWS.items():
-        cells, theirs = [], result["sides"][peer][key]
+    for key in ROWS:
+        (label, form), cells, theirs = LABELS[key], [], result["sides"][peer][key]
         for side in ours:
             value = result["sides"][side][key]
             paired = result["ratios"][side].get(f"{key.removesuffix('_tokens_per_s')}_ratio")
@@ -328,17 +282,15 @@ def profile_table(found: dict) -> str:
 def in_child(what: str, *arguments: str, env: dict | None = None) -> dict:
     """A function of this file in a process of its own, so that no GPU memory stays taken. Raises BenchError."""
     command = [sys.executable, str(Path(__file__).resolve()), what, *arguments]
-    code, text, _ = bench.run_program(command, {**os.environ, **(env or {})})
-    last = (text.strip().splitlines() or ["no output"])[-1]
+    code, text, _ = benchlib.run_program(command, {**os.environ, **(env or {})})
     if code:
-        raise BenchError(f"{what} ended with code {code}: {last}")
-    return json.loads(last)
+        raise BenchError(f"{what} ended with code {code}: {benchlib.last_line(text)}")
+    return json.loads(benchlib.last_line(text))
 
 
 # ---- command line ------------------------------------------------------------------------------------------
-def build_parser() -> argparse.ArgumentParser:
-    parser = bench.build_parser()
-    parser.description = __doc__
+def build_parser() -> Parser:
+    parser = benchlib.build_parser(__doc__)
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny model, to try the bench out")
     add("--attention", metavar="NAMES", help="back ends of ours to measure, with commas; the first gives the ratios")
@@ -348,7 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def profile_ours(args: argparse.Namespace, settings: dict, scratch: Path) -> dict:
-    data, tokenizer = bench.prepare_data(args, scratch / "for_profile")
+    data, tokenizer = benchlib.prepare_data(args, scratch / "for_profile")
     env = settings | {"DATA_PATH": data.resolve(), "TOKENIZER_PATH": tokenizer.resolve(), "ARTIFACT_DIR": scratch,
                       "ATTENTION": (args.attention or "auto").split(",")[0]}
     return in_child("--profile-step", str(args.ours.resolve()), env={key: str(value) for key, value in env.items()})
@@ -358,10 +310,7 @@ def measure(args: argparse.Namespace) -> int:
     compares = args.peer is not None or not args.profile
     if not compares:
         args.peer = args.ours  # it takes no part
-    given = bench.given_settings(args)
-    if args.repeat < 1:
-        raise BenchError("--repeat must be 1 or more")
-    settings = {**SETTINGS[args.device], "ITERATIONS": args.steps, "WARMDOWN_ITERS": max(args.steps // 3, 1), **given}
+    settings = benchlib.run_settings(args, SETTINGS[args.device])
     result = in_child("--probe", args.device)
     if not result:
         raise BenchError("--gpu needs a CUDA device, and this Python's PyTorch sees none "
@@ -380,19 +329,13 @@ def measure(args: argparse.Namespace) -> int:
     return 1 if any("error" in run for run in result.get("runs", ())) else 0
 
 
+@one_line_errors
 def main(argv: list[str]) -> int:
     """0: done; 1: done, but a run failed; 2: it could not be started."""
     if argv[:1] in (["--probe"], ["--profile-step"]):
         print(json.dumps(probe(argv[1]) if argv[0] == "--probe" else profile_step(argv[1], dict(os.environ))))
         return 0
-    args = build_parser().parse_intermixed_args(argv)
-    try:
-        return measure(args)
-    except (BenchError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return measure(build_parser().parse_intermixed_args(argv))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python tools/inspect_artifact.py final_model.ptz
     python tools/inspect_artifact.py final_model.ptz --plot bytes.png    # the same as a bar chart
 
-A tensor's bytes are its part of its stream's, which is packed as one: in proportion to its entropy bound, the
-least a packer without any context needs for its codes. Scales of all tensors are one stream of their own.
+A stream is packed as one; each of its tensors is given a part of its bytes in proportion to the tensor's order-0
+entropy, the least that a packer without context needs for its codes. Scales of all tensors are one stream of their own.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchrun in which a rank that fails has the last word: its own line and exit code, no trace of the launcher's.
+"""torchrun that ends with the failed rank's own error line and exit code, without the launcher's traceback.
 
     python tools/launch.py --standalone --nproc_per_node=8 train_gpt.py
 """
@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 def main(arguments: list[str]) -> int:
     """Start the ranks; takes torchrun's arguments. Returns the exit code of the first rank that failed, or 0."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells of every rank that it ends
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs each rank that it ends
     try:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:

@@ -7,12 +7,11 @@ The list is TOML (tables [[mutant]]) or JSON of the same shape. A mistake is an 
 `old`, `new`, if need be `file` (train_gpt.py), `count` (how often `old` stands there: 1) and `tests` (files or ids;
 else the files nearest to the room). What cannot be planted "does not apply": the list is out of date. Exit code 1 if
 a mistake survives or does not apply. All is done in copies of the repository (what git tracks or does not ignore);
-the tests run on one without a mistake first, since a test that always fails notices everything. Running into the time
-limit is noticing.
+the tests run on one without a mistake first, since a test that always fails would notice everything. A test
+that runs into the time limit has noticed.
 """
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -30,14 +29,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
-from shell import one_line_errors  # noqa: E402
+from shell import Parser, one_line_errors  # noqa: E402
 toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest brings
 
 NEAREST = {  # room -> its test files, the likeliest to notice first
     "CONFIG": "config", "RUNTIME": "runtime training", "DATA": "data bytes", "METRIC": "data evaluation",
     "QUANTISER": "quantiser", "KERNELS": "kernels", "MODEL": "reference_model model golden", "PARAMETERS": "optimisers",
     "OPTIMISERS": "optimisers", "SCHEDULES": "schedules", "AVERAGING": "averaging", "TRAINING": "training pipeline",
-    "ROUNDING": "rounding quantiser", "ARTIFACT": "artifact", "EVALUATION": "evaluation adapters", "MAIN": "pipeline"}
+    "ROUNDING": "rounding quantiser", "ARTIFACT": "artifact", "ADAPTERS": "adapters",
+    "EVALUATION": "evaluation adapters clocks", "MAIN": "pipeline"}
 
 
 class Mutant(NamedTuple):
@@ -109,7 +109,7 @@ def copy_repository(root: Path, copy: Path) -> Path:
 
 @one_line_errors
 def main(argv: list[str], root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("list", type=Path)
     parser.add_argument("--only", default="", metavar="PART", help="mistakes with this in their name")
     parser.add_argument("--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="so many at a time")

@@ -7,7 +7,6 @@
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import lzma
@@ -23,7 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train_gpt as tg
+import train_gpt as tg  # noqa: E402
+from shell import Parser, one_line_errors  # noqa: E402
 
 TINY = {"vocab_size": 64, "num_layers": 2, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 2,
         "ve_layers": "1", "ve_dim": 8, "bigram_vocab_size": 32, "bigram_dim": 8}
@@ -53,7 +53,7 @@ def load_streams(path: Path, cfg: tg.Hyperparameters) -> dict[str, Parts]:
 
 
 def grown(streams: dict[str, Parts], weights: float) -> dict[str, Parts]:
-    """The banks repeated up to so many weights, rows and columns of each copy shuffled, lest LZ finds the copies."""
+    """The banks repeated up to so many weights; rows and columns of each copy are shuffled to hide it from LZ."""
     banks = {name: parts for name, parts in streams.items() if name != "scales" and parts[0][0].ndim == 3}
     copies = max(round(weights / sum(array.size for parts in banks.values() for array, _ in parts)), 1)
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def grown(streams: dict[str, Parts], weights: float) -> dict[str, Parts]:
 
 
 def bench(streams: dict[str, Parts]) -> None:
-    """Bytes of each packer for each stream, the sums, the ratios the targets are about, and seconds."""
+    """Prints bytes of each packer for each stream, their sums and ratios, and seconds."""
     columns = ["lzma-6", *CODECS]
     print(f"{'stream':<8} {'values':>11} {'entropy':>11} " + " ".join(f"{c:>11}" for c in columns), flush=True)
     totals, seconds = np.zeros(2 + len(columns)), dict.fromkeys(columns, 0.0)
@@ -136,7 +136,7 @@ def mutate_json(value, rng: random.Random):
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Flipped, cut, lengthened, blanked, or a piece copied over another."""
+    """The bytes cut, lengthened, zeroed or overwritten somewhere, with random bytes or a copy of another piece."""
     at, length = rng.randrange(len(data) + 1), rng.choice([1, 1, 1, 2, 4, 16, 300])
     act = rng.randrange(6)
     if act == 0:
@@ -153,7 +153,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutant(blob: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """(kind, file): damaged as files are, or by somebody who also mended the checksums."""
+    """(kind, file): damaged at random, or changed with its checksums made right again."""
     text, payload = tg.open_container(blob)
     kind = rng.choice(["damage", "payload", "header", "header", "text", "numbers"])
     if kind == "damage":
@@ -207,13 +207,14 @@ def fuzz(count: int, seed: int = 0) -> dict[str, int]:
     return outcomes
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@one_line_errors
+def main(argv: list[str]) -> int:
+    parser = Parser(__doc__)
     parser.add_argument("model", nargs="?", type=Path, help="float weights: final_model.pt or a checkpoint")
     parser.add_argument("--clip", help="clip rule (default: that of the settings)")
     parser.add_argument("--synthetic", type=float, default=0, metavar="WEIGHTS", help="tile the banks to so many")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="read N mutated artifacts instead")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.fuzz:
         fuzz(args.fuzz)
         return 0
@@ -229,4 +230,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,24 +1,22 @@
-"""Hold train_gpt.py against numbers of PR 1092's own arithmetic.
+"""Compare train_gpt.py with numbers from PR 1092's own script.
 
     python tools/parity.py FOLDER [--tokenizer MODEL]
 
 FOLDER holds a fixture: `fixture.json` (settings, expected scores) and `fixture.npz` (weights, logits,
-gradients, weights after optimiser steps and after test-time training). One line a quantity: its largest
+gradients, weights after optimiser steps and after test-time training). One line per quantity: its largest
 difference, the tolerance, ok or FAIL. Exit code 0: all agree, 1: something does not, 2: not a fixture.
 
 Tolerances: 2e-5 on logits, nats and bits per byte, 1e-4 on weights after updates; a gradient may be off by
 1e-4 of its tensor's largest entry (fp32 sums in another order, over gradients of very unlike sizes). AdamW
 divides by the gradient's size plus 1e-8: where a gradient is of that size, rounding alone decides the step. A
 weight after the optimiser steps may therefore be off by the tolerance plus four times what noise of rounding
-size in the gradients does to it; the line says how many weights needed that.
+size in the gradients does to it; the line gives the number of weights that needed that.
 """
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -28,6 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as ours  # noqa: E402
+from shell import Parser, one_line_errors  # noqa: E402
 
 CLOSE, CLOSE_WEIGHTS, CLOSE_GRADIENTS = 2e-5, 1e-4, 1e-4
 ROUNDING = 1e-6  # of the largest gradient in a row: what fp32 sums of a few hundred terms leave open
@@ -65,7 +64,7 @@ class Fixture:
 
     def settings(self) -> ours.Hyperparameters:
         """Our settings for the fixture's model, optimiser and evaluation."""
-        optim, walk = self.config["optim"], self.config["eval"]
+        optim, evaluation = self.config["optim"], self.config["eval"]
         model = {**PEER_DEFAULTS, **self.config["model"]}
         model["dtg_enabled"] = model.pop("dtg")
         env = {name: str(value) for name, value in self.config.get("env", {}).items()}
@@ -73,9 +72,9 @@ class Fixture:
             ours.Hyperparameters.from_env(env),
             rope_train_seq_len=1024, leaky_slope=0.75, device="cpu", dtype="fp32",
             matrix_lr=optim["matrix_lr"], muon_wd=optim["wd"], grad_clip_norm=optim["clip"],
-            train_seq_len=walk["seq_len"], eval_seq_len=walk["seq_len"], eval_stride=walk["stride"],
-            ttt_optimizer="sgd", ttt_lr=walk["lr"], ttt_momentum=0.9, ttt_epochs=walk["epochs"],
-            ttt_chunk_tokens=walk["chunk"], ttt_batch_seqs=walk["batch_seqs"], ttt_grad_clip=1.0,
+            train_seq_len=evaluation["seq_len"], eval_seq_len=evaluation["seq_len"], eval_stride=evaluation["stride"],
+            ttt_optimizer="sgd", ttt_lr=evaluation["lr"], ttt_momentum=0.9, ttt_epochs=evaluation["epochs"],
+            ttt_chunk_tokens=evaluation["chunk"], ttt_batch_seqs=evaluation["batch_seqs"], ttt_grad_clip=1.0,
             ttt_freeze_blocks=0, ttt_temp=1.0)
         try:
             return dataclasses.replace(cfg, **model)
@@ -94,7 +93,7 @@ class Fixture:
 
 
 class Report:
-    """Prints one line a quantity and remembers whether any was off."""
+    """Prints one line per quantity; `failed` if any differed by more than its tolerance."""
 
     def __init__(self):
         self.failed = False
@@ -135,7 +134,7 @@ def largest(off: torch.Tensor) -> float:
     return off.max().item() if off.numel() else 0.0
 
 
-def apart(got, wanted) -> float:
+def max_difference(got, wanted) -> float:
     """Largest difference between two numbers or two lists of them."""
     return largest(difference(*(torch.tensor(side, dtype=torch.float64) for side in (got, wanted))))
 
@@ -148,7 +147,7 @@ def check_model(fixture: Fixture, cfg: ours.Hyperparameters, report: Report) -> 
         off = difference(model.logits(model.hidden(x)), fixture.group("batch")["logits"])
         losses = [model.loss(x, y).item(), model.nll(x, y).mean().item()]
     report("logits", largest(off), CLOSE)
-    report("loss", apart(losses, [fixture.expected["loss"]] * 2), CLOSE)
+    report("loss", max_difference(losses, [fixture.expected["loss"]] * 2), CLOSE)
     model.train()
     model.loss(x, y).backward()
     report.tensors("gradients, relative", {name: p.grad for name, p in model.named_parameters()},
@@ -186,11 +185,11 @@ def check_steps(fixture: Fixture, cfg: ours.Hyperparameters, report: Report) -> 
     shaken = [three_steps(fixture, cfg, shake)[1] for shake in (1, 2)]
     slack = {name: 4 * torch.stack([difference(other[name], p) for other in shaken]).amax(0)
              for name, p in weights.items()}
-    report("losses of three steps", apart(losses, fixture.expected["step_losses"]), CLOSE)
+    report("losses of three steps", max_difference(losses, fixture.expected["step_losses"]), CLOSE)
     report.tensors("weights after three steps", weights, fixture.group("after3"), CLOSE_WEIGHTS, slack)
 
 
-def check_walks(fixture: Fixture, cfg: ours.Hyperparameters, report: Report, tokenizer) -> None:
+def check_evaluation(fixture: Fixture, cfg: ours.Hyperparameters, report: Report, tokenizer) -> None:
     """Sliding evaluation, and the same with SGD learning from each scored chunk."""
     tokens, rt = fixture.ids("eval/tokens").int(), runtime()
     if len(tokens) <= cfg.window:
@@ -205,10 +204,10 @@ def check_walks(fixture: Fixture, cfg: ours.Hyperparameters, report: Report, tok
         plan = ours.plan_evaluation(val, cfg, rt, cfg.eval_stride, cfg.eval_batch_seqs, name == "ttt")
         result = ours.evaluate(name, model.nll, val, cfg, rt, plan, adapter)
         nats, bpb = fixture.expected[name]
-        report(f"{name}, nats", apart(result.loss, nats), CLOSE)
+        report(f"{name}, nats", max_difference(result.loss, nats), CLOSE)
         if tokenizer:
-            report(f"{name}, bits per byte", apart(result.bpb, bpb), CLOSE)
-            report(f"{name}, bytes", apart(result.bytes, fixture.expected["bytes_scored"]), 0)
+            report(f"{name}, bits per byte", max_difference(result.bpb, bpb), CLOSE)
+            report(f"{name}, bytes", max_difference(result.bytes, fixture.expected["bytes_scored"]), 0)
         if adapter:
             weights = dict(model.named_parameters())
             report.tensors("weights after ttt", weights, fixture.group("after_ttt"), CLOSE_WEIGHTS)
@@ -233,9 +232,9 @@ def find_tokenizer(cfg: ours.Hyperparameters, given: Path | None, folder: Path):
         return None
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=os.environ.get("RUN_SH_COMMAND"), description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+@one_line_errors
+def main(argv: list[str]) -> int:
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where fixture.json and fixture.npz are")
     parser.add_argument("--tokenizer", type=Path, metavar="MODEL",
                         help="SentencePiece model (default: FOLDER/../../data/fineweb_1024_bpe.model)")
@@ -247,16 +246,12 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = find_tokenizer(cfg, args.tokenizer, args.folder)
         check_model(fixture, cfg, report)
         check_steps(fixture, cfg, report)
-        check_walks(fixture, cfg, report, tokenizer)
-    except ours.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        check_evaluation(fixture, cfg, report, tokenizer)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        print(f"error: {args.folder} is not a whole fixture: {reason}", file=sys.stderr)
-        return 2
+        raise ours.UserError(f"{args.folder} is not a whole fixture: {reason}") from None
     return int(report.failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

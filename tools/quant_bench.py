@@ -9,7 +9,6 @@ first N validation tokens, the same in percent (of nats, so of bits per byte), b
 and the sum over matrices of trace(error hessian error^T), which GPTQ lowers, relative to what rounding to nearest
 leaves.
 """
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -20,15 +19,16 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as tg
+import train_gpt as tg  # noqa: E402
+from shell import Parser, one_line_errors  # noqa: E402
 
 RULES = [("percentile", 0.0), ("amax", 0.0)]
 SIGMAS = {4: (2.5, 3.0, 4.0), 5: (4.0, 6.0), 6: (4.0, 6.0, 8.0, 12.85), 7: (8.0, 15.0), 8: (8.0, 20.0)}
 TABLES = ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "trigram.embed.weight", "ve_shared.embed.weight")
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str]):
+    parser = Parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--tokens", type=int, default=65_536, help="validation tokens")
@@ -36,7 +36,7 @@ def arguments():
     parser.add_argument("--over", type=float, help="instead: let SIZE_FIT bring the artifact under a limit it exceeds "
                         "by this share")
     parser.add_argument("--what", choices=("banks", "tables", "all"), default="banks", help="which weights to round")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(argv)
 
 
 def load(path: str, cfg: tg.Hyperparameters, rt: tg.Runtime) -> tg.GPT:
@@ -115,8 +115,9 @@ def show_fit(cfg, rt, model, data, ids: torch.Tensor, step: int, over: float) ->
           f"after it {loss(fitted):.5f} in {len(artifact.blob) + code_bytes:,} bytes")
 
 
-def main() -> None:
-    args = arguments()
+@one_line_errors
+def main(argv: list[str]) -> int:
+    args = parse(argv)
     environ = dict(os.environ) | {"SIZE_FIT": "1", "GPTQ_ENABLED": "0" if args.over else "1"}
     environ |= dict(pair.split("=", 1) for pair in args.settings)
     environ.setdefault("ARTIFACT_DIR", "/tmp")
@@ -127,7 +128,8 @@ def main() -> None:
     ids = torch.from_numpy(tg.TokenStream(cfg.val_files, cfg.vocab_size).read(0, count + 1)).long().to(rt.device)
     step = len(data.stream) // cfg.train_batch_tokens // 2
     if args.over:
-        return show_fit(cfg, rt, model, data, ids, step, args.over)
+        show_fit(cfg, rt, model, data, ids, step, args.over)
+        return 0
     hessians = tg.calibrate(cfg, rt, model, data, step, float("inf"))
     everything = set(tg.quant_specs(cfg, dict(model.named_parameters())))
     names = {n for n in everything if args.what == "all" or (n in TABLES) == (args.what == "tables")}
@@ -148,7 +150,8 @@ def main() -> None:
                 print(f"{bits:4}  {clip + (f' {sigmas:g}' if sigmas else ''):<15}  {rounding:<8}  "
                       f"{loss - float_loss:10.5f}  {100 * (loss / float_loss - 1):7.3f}  {size:14,.0f}  "
                       f"{change / base:13.3f}  {seconds:7.1f}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -59,7 +59,7 @@ def running(rows: list) -> list:
 
 
 def gains(traces: dict) -> list[tuple[int, float, float, float]]:
-    """(first position in the document, share of the bytes, bpb without adaptation, gain of it) where there is text."""
+    """Rows (first position in the document, share of the bytes, bpb without adaptation, gain of adaptation)."""
     plain = traces.get("sliding", traces["roundtrip"])["position"]
     adapted, total = traces["ttt"]["position"], sum(size for _, size in plain)
     return [(2 ** i - 1, before[1] / total, bpb([before])[0], bpb([before])[0] - bpb([after])[0])
@@ -67,10 +67,10 @@ def gains(traces: dict) -> list[tuple[int, float, float, float]]:
 
 
 def tables(traces: dict) -> list[str]:
-    walks = [key for key in NAMES if key in traces]
+    evaluations = [key for key in NAMES if key in traces]
     lines = ["bits per byte up to this share of the text:"]
     at = [len(traces["roundtrip"]["stream"]) * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
-    for key in walks:
+    for key in evaluations:
         curve = bpb(running(traces[key]["stream"]))
         lines.append(f"  {NAMES[key]:<20} " + "  ".join(f"{25 * (i + 1):>3} % {curve[at[i]]:.4f}" for i in range(4)))
     if "ttt" in traces:
@@ -102,7 +102,7 @@ def draw(traces: dict, path: Path) -> None:
         panels[1].set(xlabel="from this token of the document on", ylabel="bits per byte", title="gain of adaptation")
         for what, seconds in traces["ttt"]["seconds"].items():
             panels[2].plot(seconds, label=what)
-        panels[2].set(xlabel="chunk", ylabel="seconds", title="time a chunk", ylim=(0, None))
+        panels[2].set(xlabel="chunk", ylabel="seconds", title="time per chunk", ylim=(0, None))
         panels[2].legend()
     try:
         figure.savefig(path, dpi=110)

@@ -36,19 +36,19 @@ def open_runtime(cfg: tg.Hyperparameters) -> tg.Runtime:
     return tg.Runtime(0, 1, device, dtype, False, attention, attend, "sample", Path(), log)
 
 
-def never(tokenizer) -> list[int]:
-    """Ids that are no text and end none: unknown and unused ones."""
+def barred_ids(tokenizer) -> list[int]:
+    """Ids that are never drawn: unknown and unused ones."""
     return [i for i in range(tokenizer.vocab_size()) if tokenizer.is_unknown(i) or tokenizer.is_unused(i)]
 
 
 @torch.inference_mode()
 def continuation(model: tg.GPT, ids: list[int], barred: list[int], window: int, temperature: float, top_k: int,
                  seed: int) -> Iterator[int]:
-    """Endless ids that follow `ids`, each drawn from the model's view of the last `window`; top_k 0: from all."""
+    """Endless ids after `ids`, each drawn from the model's prediction after the last `window`; top_k 0: from all."""
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     while True:
-        seen = torch.tensor([ids[-window:]], device=device)
-        logits = model.logits(model.hidden(seen, keep=1))[0, -1].double().cpu()
+        context = torch.tensor([ids[-window:]], device=device)
+        logits = model.logits(model.hidden(context, keep=1))[0, -1].double().cpu()
         logits[barred] = -math.inf
         if temperature:
             if 0 < top_k < len(logits):
@@ -62,8 +62,8 @@ def continuation(model: tg.GPT, ids: list[int], barred: list[int], window: int, 
 
 
 def pieces_of_text(tokenizer, previous: int, ids: Iterable[int]) -> Iterator[str]:
-    """The text each of `ids` adds after `previous`, as soon as it is certain; joined it is what decoding all at once
-    adds. Pieces that are single bytes wait until they make whole characters, or can no longer make any."""
+    """The text each of `ids` adds after `previous`, as soon as it is certain; together they are what decoding all at
+    once adds. Pieces that are single bytes wait until they make whole characters, or can no longer make any."""
     def added(run: list[int]) -> str:
         before = tokenizer.decode([previous])
         return tokenizer.decode([previous, *run])[len(before):]
@@ -108,7 +108,7 @@ def write(args: argparse.Namespace) -> None:
     ids = bos + tokenizer.encode(args.prompt)
     if not ids:
         raise tg.UserError("this tokenizer has no BOS to start from; give a prompt")
-    tokens = continuation(model, ids, never(tokenizer), cfg.train_seq_len, args.temperature, args.top_k, args.seed)
+    tokens = continuation(model, ids, barred_ids(tokenizer), cfg.train_seq_len, args.temperature, args.top_k, args.seed)
     print(args.prompt, end="", flush=True)
     for text in pieces_of_text(tokenizer, ids[-1], until_end(tokenizer, tokens, args.length)):
         print(text, end="", flush=True)
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)")
     add("--top-k", type=int, default=50, help="only so many likeliest tokens; 0: all (default: %(default)s)")
     add("--length", type=int, default=200, help="most tokens to add (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the dice (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
     add("--tokenizer", metavar="MODEL", help="SentencePiece model (default: TOKENIZER_PATH)")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character

@@ -1,9 +1,4 @@
-"""What the tools share towards whoever calls them from a shell: settings among their arguments, usage lines, errors.
-
-    python train_gpt.py --names | python tools/shell.py KEY=VALUE...     # how run.sh asks about its own arguments
-
-Tools put the repository's root on sys.path before they import this.
-"""
+"""What the tools share as commands: settings among their arguments, usage lines, errors."""
 from __future__ import annotations
 
 import argparse
@@ -18,8 +13,8 @@ from collections.abc import Callable, Iterable
 OTHERS = ("AOT", "CUBLAS", "CUDA", "CUDNN", "GLOO", "HF_", "INDUCTOR", "KMP", "LD_", "LOCAL_RANK", "MASTER_", "MKL",
           "MPL", "NCCL", "NUMEXPR", "NVIDIA", "OMP", "OPENBLAS", "PYTHON", "PYTORCH", "RANK", "TMPDIR", "TORCH", "TQDM",
           "TRITON", "WORLD_SIZE")
-# What `run.sh`, tools/audit.py and tools/scale.py go by.
-RUN_SH = ["AUDIT", "AUDIT_OUT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS", "SCALE"]
+# Variables that run.sh and tools/audit.py read.
+AUDIT = ["AUDIT", "AUDIT_OUT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
 
 
 class UsageError(Exception):
@@ -27,7 +22,7 @@ class UsageError(Exception):
 
 
 def unknown(key: str, names: list[str]) -> UsageError:
-    """The complaint about KEY=VALUE where KEY is no setting, with the nearest that are."""
+    """The error for KEY=VALUE where KEY is no setting, with the nearest names that are."""
     names, short = list(dict.fromkeys(names)), key.replace("LEARNING_RATE", "LR")
     near = (difflib.get_close_matches(key, names, 1, 0.85) or [name for name in names if name.endswith(f"_{short}")]
             or difflib.get_close_matches(key, names, 3))
@@ -57,7 +52,10 @@ def take_settings(arguments: Iterable[str], names: list[str]) -> tuple[dict[str,
 
 
 class Parser(argparse.ArgumentParser):
-    """Calls the tool what run.sh calls it, complains in one line, and takes settings of train_gpt.py."""
+    """Takes settings of train_gpt.py among the arguments; errors are one line.
+
+    The tool's name in usage and errors is what the user typed: run.sh exports RUN_SH_COMMAND, `bash run.sh sweep` say.
+    """
 
     def __init__(self, description: str = "", prog: str | None = None, **more):
         super().__init__(prog=prog or os.environ.get("RUN_SH_COMMAND"), description=description,
@@ -82,19 +80,22 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def user_errors() -> tuple[type[Exception], ...]:
+    """train_gpt.UserError if train_gpt is imported; not every tool needs it, and with it PyTorch."""
+    return (sys.modules["train_gpt"].UserError,) if "train_gpt" in sys.modules else ()
+
+
 def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
     """`main`, with a user's error turned into one line on stderr and exit code 2, as train_gpt.py does."""
-    from train_gpt import UserError
-
     @functools.wraps(main)
     def guarded(*arguments) -> int:
         try:
             code = main(*arguments)
             sys.stdout.flush()
             return code
-        except (UsageError, UserError) as error:
+        except (UsageError, *user_errors()) as error:
             print(f"error: {error}", file=sys.stderr)
-        except BrokenPipeError:  # the reader, `head` say, has had enough
+        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:
@@ -104,19 +105,3 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
             return 130
         return 2
     return guarded
-
-
-def check(arguments: list[str], names: list[str]) -> int:
-    """Exit code 0 if every argument is a setting that run.sh may pass on. No names: their printing has failed."""
-    try:
-        _, rest = take_settings(arguments, names + RUN_SH) if names else ({}, [])
-        for argument in rest:
-            raise unknown(argument.partition("=")[0], names)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0 if names else 2
-
-
-if __name__ == "__main__":
-    sys.exit(check(sys.argv[1:], sys.stdin.read().split()))

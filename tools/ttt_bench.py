@@ -8,7 +8,7 @@ Every combination of the values is scored from the same weights; alternatives st
 that are lists themselves between slashes (TTT_LORA_TARGETS=q,v/q,k,v,o). The gain is bits per byte against sliding
 evaluation without adaptation. Only settings of the evaluation and SEED can vary; all others - data, tokenizer, device,
 and for a float model (.pt) its shape - have one value, as KEY=VALUE or from the environment. Seconds are those of the
-process on a CPU (which others may be using too). --speed: documents side by side against one at a time, in tokens a
+process on a CPU (which others may be using too). --speed: documents side by side against one at a time, in tokens per
 second; --doc-tokens makes them alike.
 """
 from __future__ import annotations
@@ -117,14 +117,14 @@ class Bench:
                 "bytes": r.bytes, "seconds": r.seconds, "plain_bpb": plain.bpb, "plain_seconds": plain.seconds}
 
     def speed(self, changes: dict[str, str]) -> dict:
-        """Tokens a second of documents side by side and one at a time, of the same code on the same text."""
+        """Tokens per second of documents side by side and one at a time, of the same code on the same text."""
         cfg = self.settings({"TTT_MODE": "lora", "TTT_RESET": "document", **changes})
-        paces = []
+        speeds = []
         for rows in (cfg.ttt_batch_docs, 1):
             r = self.score(dataclasses.replace(cfg, ttt_batch_docs=rows), True)
-            paces.append(r.tokens / r.seconds)
-        return {"settings": changes, "side_by_side": cfg.ttt_batch_docs, "tokens_per_s": paces[0],
-                "tokens_per_s_alone": paces[1], "ratio": paces[0] / paces[1]}
+            speeds.append(r.tokens / r.seconds)
+        return {"settings": changes, "side_by_side": cfg.ttt_batch_docs, "tokens_per_s": speeds[0],
+                "tokens_per_s_alone": speeds[1], "ratio": speeds[0] / speeds[1]}
 
 
 def line(row: dict, keys: list[str]) -> str:
@@ -160,8 +160,8 @@ def main(argv: list[str]) -> int:
     grid = read_grid([f"{key}={values}" for key, values in settings.items() if key in VARIES])
     bench = Bench(args)
     for changes in grid:
-        bench.settings(changes)  # a bad combination is refused before the first hour is spent
-    keys = [key for key in (grid[0] if grid else {})]
+        bench.settings(changes)  # a bad combination is refused before anything is scored
+    keys = list(grid[0])
     measured = ["side by side", "tokens/s", "tokens/s alone", "ratio"] if args.speed else ["bpb", "gain", "seconds"]
     heads = keys + measured
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)

@@ -1,0 +1,179 @@
+"""What the two benches share: settings, data, child processes, the log lines of published scripts.
+
+Nothing here imports PyTorch: a child's peak memory would start at its parent's.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from shell import Parser, UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTLING_STEPS = 3     # steps left out of the median: first allocations, caches
+SHARD_HEADER_BYTES = 1024
+# One dictionary for both sides; it names every setting whose default is not the same in both.
+SETTINGS = dict(
+    VOCAB_SIZE=1024, NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=3, XSA_LAST_N=4,
+    VE_LAYERS="2,3", TRAIN_SEQ_LEN=256, EVAL_SEQ_LEN=256, TRAIN_BATCH_TOKENS=8192, VAL_BATCH_SIZE=65536,
+    EVAL_STRIDE=64, WARMUP_STEPS=0, MAX_WALLCLOCK_SECONDS=0, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=0,
+    SWA_ENABLED=0, TTT_ENABLED=1, TTT_OPTIMIZER="sgd", TTT_LR=0.03, TTT_MOMENTUM=0.9, TTT_EPOCHS=3,
+    TTT_CHUNK_TOKENS=32768, TTT_BATCH_SEQS=32, TTT_GRAD_CLIP=1.0, TTT_FREEZE_BLOCKS=0,
+    DEVICE="cpu", DTYPE="fp32", COMPILE=0, COMPRESS="lzma")
+LABELS = {  # number -> (what tables call it, format)
+    "step_ms": ("median step, ms", ",.1f"),
+    "train_tokens_per_s": ("training, tokens/s", ",.0f"),
+    "mfu": ("MFU of the measured ceiling", ".3f"),
+    "peak_mib": ("peak memory of training, MiB", ",.0f"),
+    "sliding_tokens_per_s": ("sliding evaluation, tokens/s", ",.0f"),
+    "ttt_tokens_per_s": ("TTT, tokens/s", ",.0f"),
+    "sliding_s": ("sliding with compilation, s", ",.1f"),
+    "ttt_s": ("TTT with compilation, s", ",.1f"),
+    "cpu_s": ("processor time of the whole run, s", ",.1f"),
+    "peak_rss_mib": ("peak memory, MiB", ",.0f"),
+    "roundtrip_bpb": ("bpb after the round trip", ".4f"),
+    "sliding_bpb": ("bpb, sliding", ".4f"),
+    "ttt_bpb": ("bpb, TTT", ".4f"),
+    "total_bytes": ("code and artifact, bytes", ",.0f")}
+SCORES = {"roundtrip": r"final_\S+_roundtrip", "sliding": r"final_\S+_sliding_window",
+          "ttt": r"legal_ttt|quantized_ttt_phased"}
+SINGLE_NUMBERS = {"peak_mib": r"^peak memory (?:allocated|resident): (\d+) MiB",
+                  "total_bytes": r"^Total submission size \S+: (\d+) bytes",
+                  "val_tokens": r"^(?:val_loader:.* tokens:|val_tokens: )(\d+)"}
+
+
+class BenchError(UsageError):
+    """What was asked for cannot be measured."""
+
+
+# ---- command line ------------------------------------------------------------------------------------------
+def build_parser(description: str) -> Parser:
+    """The options that both benches have."""
+    parser = Parser(description)
+    add = parser.add_argument
+    add("--gpu", action="store_true", help="measure on a GPU; --gpu --help lists the options of that bench")
+    add("--peer", type=Path, metavar="FILE", help="the published train_gpt.py")
+    add("--ours", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="another version of ours")
+    add("--steps", type=int, default=60, metavar="N", help="optimiser steps (default: %(default)s)")
+    add("--repeat", type=int, default=3, metavar="N", help="pairs of runs (default: %(default)s)")
+    add("--threads", type=int, default=2, metavar="N", help="threads of each run on a CPU (default: %(default)s)")
+    add("--data", type=Path, metavar="FOLDER", help="folder with fineweb_{train,val}_*.bin")
+    add("--text", action="append", metavar="FILE", help="instead: text to make shards of; may be given again")
+    add("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model (default: a new one)")
+    add("--val-tokens", type=int, default=131_072, metavar="N", help="most validation tokens (%(default)s)")
+    add("--out", type=Path, metavar="FILE", help="write all numbers there as JSON")
+    add("settings", nargs="*", metavar="KEY=VALUE", help="settings for both sides")
+    return parser
+
+
+def run_settings(args: argparse.Namespace, defaults: dict) -> dict:
+    """`defaults`, the schedule for --steps, and KEY=VALUE arguments over both. Raises BenchError on bad arguments."""
+    odd = [text for text in args.settings if not re.fullmatch(r"[A-Z]\w*=.*", text)]
+    if odd:
+        raise BenchError(f"{odd[0]} is not KEY=VALUE")
+    for path in (args.peer, args.ours):
+        if not path or not path.is_file():
+            raise BenchError(f"there is no file {path}" if path else
+                             "--peer FILE is missing: the script to compare with")
+    if args.repeat < 1:
+        raise BenchError("--repeat must be 1 or more")
+    return {**defaults, "ITERATIONS": args.steps, "WARMDOWN_ITERS": max(args.steps // 3, 1),
+            **dict(text.split("=", 1) for text in args.settings)}
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+def prepare_data(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """(data set, tokenizer): the given ones, or new ones made of --text or of the embedded corpus."""
+    if args.data:
+        if not args.tokenizer:
+            raise BenchError("--data needs the --tokenizer it was made with")
+        return args.data, args.tokenizer
+    what = ["text", *args.text] if args.text else ["embedded"]
+    given = ["--tokenizer", str(args.tokenizer)] if args.text and args.tokenizer else []
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), *what, *given, "--out", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode:
+        raise BenchError(f"data/prepare.py: {last_line(made.stderr)}")
+    tokenizer = args.tokenizer if given else next((folder / "tokenizers").glob("*.model"))
+    return next((folder / "datasets").iterdir()), tokenizer
+
+
+def cut_validation(data: Path, folder: Path, tokens: int, window: int) -> Path:
+    """A data set with the same training shards and the first whole windows of the validation text: both sides
+    then score the same tokens, for the published scripts leave out what does not fill a window."""
+    body = b"".join(path.read_bytes()[SHARD_HEADER_BYTES:] for path in sorted(data.glob("fineweb_val_*.bin")))
+    windows = (min(tokens, len(body) // 2) - 1) // window
+    if windows < 1:
+        raise BenchError(f"{data} holds no window of {window} validation tokens (fineweb_val_*.bin)")
+    folder.mkdir()
+    for path in data.glob("fineweb_train_*.bin"):
+        (folder / path.name).symlink_to(path.resolve())
+    count = windows * window + 1
+    header = struct.pack("<256i", 20240520, 1, count, *[0] * 253)
+    (folder / "fineweb_val_000000.bin").write_bytes(header + body[:2 * count])
+    return folder
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+def program(script: Path, on_cpu: bool = False) -> list[str]:
+    """The command that runs a script; on_cpu: one that was written for CUDA."""
+    return [sys.executable, *([str(ROOT / "tools" / "on_cpu.py")] if on_cpu else []), str(script.resolve())]
+
+
+def run_program(command: list[str], env: dict[str, str]):
+    """Run a program in an empty folder: (exit code, what it printed, the system's account of it)."""
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "out"), "w+", encoding="utf-8") as out:
+        child = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out,
+                                 stderr=subprocess.STDOUT)
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+        except BaseException:
+            child.kill()
+            raise
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        return child.returncode, out.read(), usage
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
+
+
+# ---- logs --------------------------------------------------------------------------------------------------
+def step_times(text: str, batch_tokens: int) -> list[float]:
+    """Milliseconds of each logged step but the first ones, from PR 1092's kind of line or from PR 1855's."""
+    marks = [(int(step), float(ms)) for step, ms in
+             re.findall(r"^step:(\d+)/\d+ train_loss:\S+ train_time:([\d.]+)ms", text, re.MULTILINE)]
+    marks = marks or [(int(step), 1000 * int(step) * batch_tokens / float(speed)) for step, speed in
+                      re.findall(r"^(\d+)/\d+ train_loss: \S+ train_time: \S+ tok/s: ([\d.]+)", text, re.MULTILINE)]
+    return [(later[1] - mark[1]) / (later[0] - mark[0])
+            for mark, later in zip(marks, marks[1:])][SETTLING_STEPS - 1:]
+
+
+def read_log(text: str, batch_tokens: int) -> dict[str, float]:
+    """The numbers in a log, by the lines that published scripts share; a line it lacks is a key less.
+
+    step_ms (median), train_tokens_per_s, peak_mib, total_bytes, val_tokens; for roundtrip, sliding and ttt: ..._bpb and
+    ..._s, the seconds of that evaluation.
+    """
+    found, steps = {}, step_times(text, batch_tokens)
+    if steps:
+        found["step_ms"] = max(statistics.median(steps), 1e-3)
+        found["train_tokens_per_s"] = 1000 * batch_tokens / found["step_ms"]
+    for key, pattern in SINGLE_NUMBERS.items():
+        match = re.search(pattern, text, re.MULTILINE)
+        if match:
+            found[key] = float(match[1])
+    for key, name in SCORES.items():
+        line = re.search(rf"^({name}) val_loss:\S+ val_bpb:(\S+) (?:stride:\d+ )?eval_time:(\d+)ms", text, re.MULTILINE)
+        if line:
+            exact = re.search(rf"^{re.escape(line[1])}_exact val_loss:\S+ val_bpb:(\S+)", text, re.MULTILINE)
+            found[f"{key}_bpb"], found[f"{key}_s"] = float(exact[1] if exact else line[2]), int(line[3]) / 1000
+    return found
