@@ -100,10 +100,19 @@ class Hyperparameters:
     rope_base: float = env_field(10_000.0, "base of the rotary frequencies", lo=1, hi=1e9)
     rope_dims: int = env_field(16, "rotated dimensions per head; 0: all", lo=0)
     rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN scales the rotary base up (NTK)", lo=1)
-    logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap)", lo=1e-3, hi=1e4)
+    logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap); 0: x itself", lo=0, hi=1e4)
+    embed_norm: bool = env_field(True, "RMS norm after the embedding; off in PR 1254")
+    smear_gate: str = env_field("after", "smear gate, after or before that norm (PR 550)", choices="after before off")
+    unet_skips: bool = env_field(True, "skip connections from the first half of the layers to the second")
+    residual_mix: bool = env_field(True, "learned scales of attention and MLP, and mixing in of the embedding")
+    norm_weights: bool = env_field(False, "learned weights of the RMS norms (PR 1254)")
+    norm_eps: float = env_field(0.0, "epsilon of the RMS norms; 0: that of the activation type", lo=0, hi=1)
+    init: str = env_field("orthogonal", "initial banks; kaiming: all banks and tables", choices="orthogonal kaiming")
+    qk_norm: bool = env_field(True, "normalise queries and keys, with a learned gain per query head")
     qk_gain_init: float = env_field(1.5, "initial gain of each query head", lo=0, hi=1000)
     ln_scale: bool = env_field(True, "scale normalised inputs by 1/sqrt(layer+1)")
     xsa_last_n: int = env_field(11, "exclusive self-attention in this many last layers", lo=0)
+    attention_window: int = env_field(0, "tokens before it that a token attends to, besides itself; 0: all", lo=0)
     bigram_vocab_size: int = env_field(2048, "buckets of the hashed bigram table; 0: none", lo=0)
     bigram_dim: int = env_field(128, "width of the bigram table", lo=1)
     trigram_vocab_size: int = env_field(0, "buckets of the hashed trigram table; 0: none", lo=0)
@@ -111,6 +120,7 @@ class Hyperparameters:
     ve_enabled: bool = env_field(True, "add a shared token embedding to the values of VE_LAYERS")
     ve_dim: int = env_field(128, "width of the value embedding", lo=1, alias="VALUE_EMBED_DIM")
     ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, comma-separated")
+    ve_last_n: int = env_field(-1, "instead: the last n layers; -1: off", lo=-1, alias="VALUE_EMBED_LAYERS")
     gated_attention: bool = env_field(False, "a learned gate on each head's output")
     value_residual: bool = env_field(False, "mix the first layer's values into every later layer")
     dtg_enabled: bool = env_field(False, "a learned gate on each block's update")
@@ -129,12 +139,14 @@ class Hyperparameters:
     muon_wd: float = env_field(0.04, "weight decay of the banks", lo=0, hi=10)
     normuon: bool = env_field(False, "normalise the rows of Muon's update (NorMuon, PR 173); off in PR 1092")
     muon_beta2: float = env_field(0.95, "decay of those row norms; used with NORMUON=1 only", lo=0, hi=0.9999)
-    adam_wd: float = env_field(0.04, "weight decay of AdamW, output heads excepted", lo=0, hi=10)
+    matrix_optimizer: str = env_field("muon", "what trains the banks", choices="muon adamw")
+    adam_wd: float = env_field(0.04, "the same of AdamW, but for output heads", lo=0, hi=10, alias="WEIGHT_DECAY")
     beta1: float = env_field(0.9, "AdamW's first beta", lo=0, hi=0.9999)
     beta2: float = env_field(0.95, "AdamW's second beta", lo=0, hi=0.99999)
     adam_eps: float = env_field(1e-8, "AdamW's epsilon", lo=0, hi=1)
     grad_clip_norm: float = env_field(0.3, "norm the global gradient is clipped to; 0: no clipping", lo=0, hi=1e6)
     grad_quant: bool = env_field(False, "send bank gradients between ranks in bf16 instead of fp32")
+    complement_alpha: float = env_field(0.0, "lower weight of tokens that bigram counts predict (PR 803)", lo=0, hi=1)
     control_tensor_name_patterns: str = env_field("", "more control tensors (floats): parts of names, comma-separated")
     # Schedule
     iterations: int = env_field(20_000, "maximum optimiser steps", lo=0, section="Schedule")
@@ -142,6 +154,7 @@ class Hyperparameters:
     warmup_steps: int = env_field(20, "steps that compile every graph and are then undone", lo=0)
     warmdown_iters: int = env_field(3500, "the learning rate falls to 0 over this many last steps", lo=0)
     warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: off", lo=0, hi=1)
+    warmdown_shape: str = env_field("linear", "how it falls", choices="linear cosine")
     min_lr: float = env_field(0.0, "with WARMDOWN_FRAC: lowest learning-rate scale", lo=0, hi=1)
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
     val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
@@ -159,9 +172,11 @@ class Hyperparameters:
     lawa_freq: int = env_field(100, "steps between them", lo=1)
     # Quantisation and artifact
     qat_enabled: bool = env_field(False, "fake quantisation from the first step", section="Quantisation and artifact")
+    late_qat: bool = env_field(True, "fake quantisation late in training, by one of the next two rules")
     late_qat_threshold: float = env_field(0.15, "the same once the learning-rate scale is below; 0: never", lo=0, hi=1)
     late_qat_frac: float = env_field(0.0, "instead: once this fraction of the budget is spent; 0: off", lo=0, hi=1)
-    soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550, its formula corrected)")
+    late_qat_min_step: int = env_field(0, "not before this step", lo=0)
+    soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550)", alias="SOFT_ROUND_ENABLED")
     ema_reset_at_qat: bool = env_field(True, "restart the EMA when QAT starts (PR 1216)")
     mlp_quant_bits: int = env_field(6, "bits of the MLP banks", lo=2, hi=8, group="MATRIX_BITS")
     attn_qat_bits: int = env_field(6, "bits of attention", lo=2, hi=8, alias="ATTN_QUANT_BITS", group="MATRIX_BITS")
@@ -182,6 +197,7 @@ class Hyperparameters:
     gptq_calibration: str = env_field("train", "calibrate on training batches or generated text", choices="train self")
     gptq_calibration_batches: int = env_field(16, "batches of it: TRAIN_BATCH_TOKENS each, or 4 sequences", lo=1)
     gptq_reserve_seconds: float = env_field(0.0, "calibration's part of MAX_WALLCLOCK_SECONDS; 0: 2 %", lo=0, hi=1e7)
+    prune_frac: float = env_field(0.0, "zero this share of each matrix's smallest weights (PR 1216)", lo=0, hi=0.99)
     compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range, or lzma "
                               "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
     artifact_limit_bytes: int = env_field(16_000_000, "code + artifact above this ends the run with an error", lo=1)
@@ -189,7 +205,8 @@ class Hyperparameters:
     size_fit: bool = env_field(False, "instead of that error, round more coarsely where it costs least until it fits")
     # Evaluation
     eval_seq_len: int = env_field(2048, "tokens per evaluation window; 0: TRAIN_SEQ_LEN", lo=0, section="Evaluation")
-    eval_stride: int = env_field(64, "tokens newly scored by each sliding window; 0: no sliding evaluation", lo=0)
+    eval_stride: int = env_field(64, "tokens each sliding window scores; 0: no sliding evaluation", lo=0,
+                                 alias="TTT_STRIDE")
     eval_batch_seqs: int = env_field(32, "windows per forward pass", lo=1)
     eval_artifact: str = env_field("", "score this artifact, with the model settings it holds, instead of training")
     eval_max_seconds: float = env_field(600.0, "for loading, compilation and all final scores together: cuts "
@@ -260,6 +277,8 @@ class Hyperparameters:
     @property
     def ve_layer_ids(self) -> tuple[int, ...]:
         """Layers with the value embedding. Raises UserError, as the next three properties do."""
+        if self.ve_enabled and self.ve_last_n >= 0:
+            return tuple(range(self.num_layers))[self.num_layers - self.ve_last_n:]
         return parse_list("VE_LAYERS", self.ve_layers if self.ve_enabled else "", "a list of layer numbers like 9,10",
                           lambda parts: tuple(map(int, parts)))
 
@@ -303,6 +322,16 @@ class Hyperparameters:
 
     def non_defaults(self) -> dict:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+WITHOUT_EFFECT = {  # published variables that cannot mean anything here -> why; a run logs those that are set
+    **dict.fromkeys(("NGRAM_CACHE", "NGRAM_ORDER", "NGRAM_TAU", "NGRAM_CONC", "HEDGE_MIXER", "HEDGE_ETA"),
+                    "hashed n-gram mixers do not give normalised probabilities"),
+    **dict.fromkeys(("ONLINE_BIAS", "BIAS_LR"), "PR 550's online bias learned from padding; test-time training adapts"),
+    **dict.fromkeys(("NORM_RECAL_EPOCHS", "NORM_RECAL_LR", "NORM_RECAL_SEQS", "FISHER_VAL_SEQS"),
+                    "training on validation text before it is scored is not legal"),
+    "TTT_MAX_SEQS": "every token is scored", "SPEED_MEASURE_STEPS": "the warm-down follows the clock at every step",
+    **dict.fromkeys(("WANDB_ENABLED", "WANDB_PROJECT"), "logs/RUN_ID.jsonl has what would be sent")}
 
 
 def process_environment() -> dict[str, str]:
@@ -351,7 +380,8 @@ def refuse_near_misses(environ) -> None:
     """Raise UserError for a variable that is spelt almost like a setting, if its value would be valid for that setting;
     all others belong to other programs."""
     known = {name: f for f in dataclasses.fields(Hyperparameters) for name in env_names(f)}
-    for name in sorted(set(environ) - set(known) - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}):  # torchrun's own
+    others = {"RANK", "LOCAL_RANK", "WORLD_SIZE", *WITHOUT_EFFECT}  # torchrun's own; names with a reason of their own
+    for name in sorted(set(environ) - set(known) - others):
         alike = [k for k in known if abs(len(k) - len(name)) <= 1 and len(name) >= 5]
         for near in difflib.get_close_matches(name, alike, 1, cutoff=0.88):  # OMP_NUM_THREADS is 0.86 of MTP_NUM_HEADS
             try:
@@ -380,9 +410,13 @@ def combination_rules(cfg: Hyperparameters):
     yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} (0: {head_dim}) is odd; rotation works on pairs"
     yield cfg.bigram_vocab_size != 1, "{bigram_vocab_size} leaves no bucket; use 0 or at least 2"
     yield cfg.trigram_vocab_size != 1, "{trigram_vocab_size} leaves no bucket; use 0 or at least 2"
+    yield cfg.ve_last_n <= cfg.num_layers, "{ve_last_n} is more than {num_layers}"
     ids, layers = cfg.ve_layer_ids, set(range(cfg.num_layers))
     yield len(layers.intersection(ids)) == len(ids), "{ve_layers} names a layer twice or outside 0..{last}"
     yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
+    yield cfg.attention_window != 1, "{attention_window} is too short to attend; use 0 or at least 2"
+    yield cfg.attention_window <= min(cfg.train_seq_len, cfg.window), (
+        "{attention_window} is longer than the sequences of {train_seq_len} or the windows of {window}")
     if cfg.ttt_enabled and cfg.ttt_reset == "stream":
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
         yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
@@ -529,32 +563,34 @@ class Stopwatch:
         self.start += self.now() - before
 
 
-def attend_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_math(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     """Causal attention in plain fp32 operations: the reference of every other back end.
 
     q: [batch, Tq, heads, d]; k, v: [batch, Tk, kv_heads, d]; query i is at position Tk - Tq + i;
-    query head h attends to kv head h // (heads / kv_heads). Returns [batch, Tq, heads, d].
+    query head h attends to kv head h // (heads / kv_heads), at its own position and `window` before it (0: all).
+    Returns [batch, Tq, heads, d].
     """
     group = q.size(2) // k.size(2)
     k, v = (t.repeat_interleave(group, dim=2).float() for t in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k) * q.size(-1) ** -0.5
-    scores = scores.masked_fill(~causal_mask(q.size(1), k.size(1), q.device), -math.inf)
+    scores = scores.masked_fill(~causal_mask(q.size(1), k.size(1), q.device, window), -math.inf)
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).to(q.dtype)
 
 
-def causal_mask(queries: int, keys: int, device) -> Tensor:
+def causal_mask(queries: int, keys: int, device, window: int = 0) -> Tensor:
     """True where a query may attend; the last query is at the last key's position.  # [queries, keys]"""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask.triu(keys - queries - window) if window else mask
 
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
-    square = True if q.size(1) == k.size(1) else False  # a plain bool, for graphs of any length too
-    mask = None if square else causal_mask(q.size(1), k.size(1), q.device)
+    causal = True if q.size(1) == k.size(1) and not window else False  # a plain bool, for graphs of any length too
+    mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if q.is_cuda and not square:  # the flash kernel takes no mask, and the one that does takes no grouped heads
+    if q.is_cuda and not causal:  # the flash kernel takes no mask, and the one that does takes no grouped heads
         k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=k.size(1) < q.size(1))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1))
     return y.transpose(1, 2)
 
 
@@ -567,8 +603,8 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
         with contextlib.suppress(ImportError, OSError):  # OSError: a library for another PyTorch or CUDA
             from flash_attn_interface import flash_attn_func
             if torch.cuda.get_device_capability(device)[0] == 9:  # its kernels are Hopper's
-                def attend_fa3(q, k, v):
-                    out = flash_attn_func(q, k, v, causal=True)
+                def attend_fa3(q, k, v, window=0):
+                    out = flash_attn_func(q, k, v, causal=True, window_size=(window, 0) if window else (-1, -1))
                     return out[0] if isinstance(out, tuple) else out
                 return "fa3", attend_fa3
     if wanted == "fa3":
@@ -849,16 +885,26 @@ class TrainData:
         return cls(TokenStream(cfg.train_files, cfg.vocab_size), cfg.train_seq_len, cfg.train_batch_tokens,
                    micro_steps, rt)
 
-    def batch(self, step: int):
-        """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, seq_len] each"""
-        rows = self.rt.share_of(self.batch_tokens // self.seq_len)
+    def rows(self) -> range:
+        """This rank's sequences of a global batch."""
+        return self.rt.share_of(self.batch_tokens // self.seq_len)
+
+    def span(self, step: int, rows: range) -> Tensor:
+        """The tokens of these sequences of a step and the one that follows them.  # int64 [len(rows) * seq_len + 1]"""
         start = step * self.batch_tokens + rows.start * self.seq_len
         span = torch.from_numpy(self.stream.read(start, len(rows) * self.seq_len + 1))
         if self.rt.device.type == "cuda":
             span = span.pin_memory().to(self.rt.device, non_blocking=True)
-        span = span.long()
-        inputs, targets = (t.view(self.micro_steps, -1, self.seq_len) for t in (span[:-1], span[1:]))
-        yield from zip(inputs, targets)
+        return span.long()
+
+    def micro_batches(self, per_token: Tensor) -> Tensor:
+        """One number per token of this rank, as its micro-batches.  # [tokens] -> [micro_steps, rows, seq_len]"""
+        return per_token.view(self.micro_steps, -1, self.seq_len)
+
+    def batch(self, step: int):
+        """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, seq_len] each"""
+        span = self.span(step, self.rows())
+        yield from zip(self.micro_batches(span[:-1]), self.micro_batches(span[1:]))
 
 
 def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
@@ -957,8 +1003,8 @@ def dataset_facts(folder: str | Path) -> DatasetFacts:
 
 
 def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
-    """The variables, with those of DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE that are not given filled in as dataset.json
-    tells them. `tokenizer_sha256`: of the tokenizer that an artifact was made with, which then has to be that one.
+    """The variables, those of DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE that are not set filled in from dataset.json.
+    `tokenizer_sha256`: the tokenizer an artifact was made with, which is then the only one wanted.
     VOCAB_SIZE alone means FineWeb with that vocabulary, else any data set that has it; UserError if there is none."""
     found, default, usual = dict(environ), Hyperparameters.data_path, Hyperparameters.tokenizer_path
     if "VOCAB_SIZE" in found:
@@ -1104,6 +1150,14 @@ def quantise(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 weight of codes and scales."""
     return codes.float() * scales.float()
+
+
+def prune(weight: Tensor, share: float) -> Tensor:
+    """Zero this share of the smallest magnitudes of each matrix (PR 1216).  # [..., rows, columns]"""
+    count, magnitudes = int(share * weight.size(-1) * weight.size(-2)), weight.abs().flatten(-2)
+    if not count:
+        return weight
+    return weight.masked_fill(weight.abs() <= magnitudes.kthvalue(count).values[..., None, None], 0.0)
 
 
 def soft_round(codes: Tensor) -> Tensor:
@@ -1306,8 +1360,8 @@ class ScaledNorm(torch.autograd.Function):
     """scale * RMS norm in fp32, with fewer passes over memory than the composed operation: two forward, three back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
-        power = torch.linalg.vecdot(x, x).unsqueeze(-1).div_(x.size(-1)).add_(torch.finfo(x.dtype).eps)
+    def forward(ctx, x: Tensor, scale: float, eps: float) -> Tensor:
+        power = torch.linalg.vecdot(x, x).unsqueeze(-1).div_(x.size(-1)).add_(eps)
         inverse = power.rsqrt_().mul_(scale)
         y = x * inverse
         ctx.save_for_backward(y, inverse)
@@ -1318,7 +1372,7 @@ class ScaledNorm(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         y, inverse = ctx.saved_tensors
         along = torch.linalg.vecdot(upstream, y).unsqueeze(-1).div_(y.size(-1) * ctx.scale ** 2)
-        return torch.addcmul(upstream, y, along, value=-1).mul_(inverse), None
+        return torch.addcmul(upstream, y, along, value=-1).mul_(inverse), None, None
 
 
 class SquaredLeakyReLU(torch.autograd.Function):
@@ -1357,28 +1411,37 @@ class CappedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of soft-capped logits, in nats, that never holds the logits of the whole batch.
 
     The gradient is computed chunk by chunk in the forward pass, from the chunk's logits; the backward pass only scales
-    it. hidden: [N, dim], weight: [vocab, dim], targets: int64 [N]. With `kernels` "triton" one kernel reads a chunk's
-    logits once and overwrites them with their gradient, so that they are never stored in fp32.
+    it. hidden: [N, dim], weight: [vocab, dim], targets: int64 [N], token_weights: [N] or None; softcap 0: none. With
+    `kernels` "triton" one kernel reads a chunk's logits once and overwrites them with their gradient, so that they are
+    never stored in fp32.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, kernels: str) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, softcap: float,
+                kernels: str) -> Tensor:
         total, grad_hidden = hidden.new_zeros((), dtype=torch.float32), []
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         size = max(CE_CHUNK_ROWS, CE_CHUNK_LOGITS_CUDA // len(weight)) if hidden.is_cuda else CE_CHUNK_ROWS
-        for rows, target in zip(hidden.split(size), targets.unsqueeze(1).split(size)):
-            if kernels == "triton":
+        parts = hidden.split(size), targets.unsqueeze(1).split(size)
+        weighting = [None] * len(parts[0]) if token_weights is None else token_weights.unsqueeze(1).split(size)
+        for rows, target, weights in zip(*parts, weighting):
+            if kernels == "triton" and softcap:
                 grad = F.linear(rows, weight)
-                total += torch.ops.golf.capped_rows(grad, target, softcap, 1 / len(hidden)).sum()
+                losses = torch.ops.golf.capped_rows(grad, target, softcap, 1 / len(hidden)).unsqueeze(1)
             else:
-                tanh = F.linear(rows, weight).float().div_(softcap).tanh_()
+                cap, tanh = softcap or 1.0, F.linear(rows, weight).float()
+                tanh = tanh.div_(cap).tanh_() if softcap else tanh
                 largest = tanh.amax(-1, keepdim=True)
-                grad = (tanh - largest).mul_(softcap).exp_()
+                grad = (tanh - largest).mul_(cap).exp_()
                 partition = grad.sum(-1, keepdim=True)
-                total += (partition.log() + softcap * (largest - tanh.gather(1, target))).sum()
+                losses = partition.log() + cap * (largest - tanh.gather(1, target))
                 grad.div_(partition * len(hidden))                                           # softmax,
                 grad.scatter_add_(1, target, grad.new_full(target.shape, -1 / len(hidden)))  # less the one-hot target,
-                grad = grad.addcmul_(grad, tanh.square_(), value=-1).to(hidden.dtype)        # times d softcap / d logit
+                if softcap:
+                    grad.addcmul_(grad, tanh.square_(), value=-1)                            # times d softcap / d logit
+                grad = grad.to(hidden.dtype)
+            total += losses.sum() if weights is None else (losses * weights).sum()
+            grad = grad if weights is None else grad * weights.to(grad.dtype)
             if ctx.needs_input_grad[0]:
                 grad_hidden.append(grad @ weight)
             if grad_weight is not None:
@@ -1389,7 +1452,7 @@ class CappedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None, None, None
+        return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------ MODEL
@@ -1405,9 +1468,25 @@ class CastedLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * RMS norm over the last dimension, without a gain. For half precision PyTorch has a fused kernel."""
-    return ScaledNorm.apply(x, scale) if x.dtype == torch.float32 else F.rms_norm(x, (x.size(-1),)) * scale
+def norm(x: Tensor, scale: float = 1.0, eps: float = 0.0) -> Tensor:
+    """scale * RMS norm over the last dimension; eps 0: the machine epsilon. For half precision PyTorch has a fused
+    kernel."""
+    if x.dtype == torch.float32:
+        return ScaledNorm.apply(x, scale, eps or torch.finfo(x.dtype).eps)
+    return F.rms_norm(x, (x.size(-1),), eps=eps or None) * scale
+
+
+class RMSNorm(nn.Module):
+    """`norm` of the residual stream, times learned weights if NORM_WEIGHTS is on."""
+
+    def __init__(self, cfg: Hyperparameters, scale: float = 1.0):
+        super().__init__()
+        self.scale, self.eps = scale, cfg.norm_eps
+        self.weight = nn.Parameter(torch.ones(cfg.model_dim)) if cfg.norm_weights else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = norm(x, self.scale, self.eps)
+        return x if self.weight is None else x * self.weight.to(x.dtype)
 
 
 def rope_table(length: int, dims: int, cfg: Hyperparameters, device) -> tuple[Tensor, Tensor]:
@@ -1442,8 +1521,9 @@ def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 
 def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
-    """softcap * tanh(hidden weight^T / softcap) in fp32; `weight` as in `project`.  # [..., vocab]"""
-    return softcap * torch.tanh(project(hidden, weight).float() / softcap)
+    """softcap * tanh(hidden weight^T / softcap) in fp32, 0: no cap; `weight` as in `project`.  # [..., vocab]"""
+    logits = project(hidden, weight).float()
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def project(x: Tensor, weight) -> Tensor:
@@ -1497,7 +1577,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.attend = cfg.num_heads, cfg.num_kv_heads, attend
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.window, self.eps = cfg.attention_window, cfg.norm_eps
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)) if cfg.qk_norm else None
         self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
@@ -1505,8 +1586,10 @@ class Attention(nn.Module):
         """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
         those of the first layer [batch, T, kv_heads, d]."""
         (query_w, key_w, value_w, out_w), (cos, sin), recent = weights, rope, x[:, -keep:]
-        q = norm(project(recent, query_w).unflatten(-1, (self.heads, -1)))
-        k = norm(project(x, key_w).unflatten(-1, (self.kv_heads, -1)))
+        q = project(recent, query_w).unflatten(-1, (self.heads, -1))
+        k = project(x, key_w).unflatten(-1, (self.kv_heads, -1))
+        if self.q_gain is not None:
+            q, k = norm(q, eps=self.eps), norm(k, eps=self.eps)
         value = project(x, value_w)
         if value_embedding is not None:
             value = value + value_embedding
@@ -1514,8 +1597,9 @@ class Attention(nn.Module):
         if self.vr_lambda is not None:
             mix = self.vr_lambda.to(x.dtype)
             v = mix[0] * first_value + mix[1] * value
-        q = rotate(q, cos[-keep:], sin[-keep:]) * self.q_gain.to(x.dtype)[:, None]
-        y = self.attend(q, rotate(k, cos, sin), v)                              # [batch, keep, heads, d]
+        q = rotate(q, cos[-keep:], sin[-keep:])
+        q = q if self.q_gain is None else q * self.q_gain.to(x.dtype)[:, None]
+        y = self.attend(q, rotate(k, cos, sin), v, self.window)                 # [batch, keep, heads, d]
         if self.exclusive:
             y = subtract_own_value(y, v[:, -keep:])
         if self.attn_gate is not None:
@@ -1529,21 +1613,25 @@ class Block(nn.Module):
     def __init__(self, cfg: Hyperparameters, layer: int, attend, kernels: str):
         super().__init__()
         self.attn = Attention(cfg, layer, attend)
-        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
+        ones, scale = torch.ones(cfg.model_dim), (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
+        self.attn_norm, self.mlp_norm = RMSNorm(cfg, scale), RMSNorm(cfg, scale)
+        if cfg.residual_mix:
+            self.attn_scale, self.mlp_scale = nn.Parameter(ones), nn.Parameter(ones.clone())
+            self.resid_mix = nn.Parameter(torch.stack((ones, torch.zeros(cfg.model_dim))))
+        self.mixes = cfg.residual_mix
         self.dtg_gate = CastedLinear(cfg.model_dim, 1) if cfg.dtg_enabled else None
-        self.norm_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
     def forward(self, x, x0, weights: LayerWeights, rope, value_embedding, first_value, keep: int):
         """Last `keep` positions of the stream after this block, and the attention's values."""
-        mix = self.resid_mix.to(x.dtype)
-        x = torch.addcmul(mix[0] * x, mix[1], x0)
-        y, value = self.attn(norm(x, self.norm_scale), weights[:4], rope, value_embedding, first_value, keep)
+        if self.mixes:
+            mix = self.resid_mix.to(x.dtype)
+            x = torch.addcmul(mix[0] * x, mix[1], x0)
+        add = lambda x, name, y: torch.addcmul(x, getattr(self, name).to(x.dtype), y) if self.mixes else x + y
+        y, value = self.attn(self.attn_norm(x), weights[:4], rope, value_embedding, first_value, keep)
         x = x[:, -keep:]
-        out = torch.addcmul(x, self.attn_scale.to(x.dtype), y)
-        out = torch.addcmul(out, self.mlp_scale.to(x.dtype), self.mlp(norm(out, self.norm_scale), weights))
+        out = add(x, "attn_scale", y)
+        out = add(out, "mlp_scale", self.mlp(self.mlp_norm(out), weights))
         if self.dtg_gate is not None:
             out = x + torch.sigmoid(self.dtg_gate(x.detach())) * (out - x)
         return out, value
@@ -1578,13 +1666,14 @@ class GPT(nn.Module):
         table = lambda rows, *args: ProjectedEmbedding(rows, *args) if rows else None
         self.bigram = table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
         self.trigram = table(cfg.trigram_vocab_size, cfg.trigram_dim, dim, TRIGRAM_SCALE)
-        self.smear = SmearGate(dim)
-        self.skip_weights = nn.Parameter(torch.ones(layers // 2, dim))
+        self.smear = None if cfg.smear_gate == "off" else SmearGate(dim)
+        self.skip_weights = nn.Parameter(torch.ones(layers // 2 if cfg.unet_skips else 0, dim))
         self.qo_bank = nn.Parameter(torch.empty(2 * layers, dim, dim))
         self.kv_bank = nn.Parameter(torch.empty(2 * layers, kv_dim, dim))
         self.mlp_up_bank = nn.Parameter(torch.empty(layers, cfg.mlp_dim, dim))
         self.mlp_down_bank = nn.Parameter(torch.empty(layers, dim, cfg.mlp_dim))
         self.blocks = nn.ModuleList(Block(cfg, layer, attend, kernels) for layer in range(layers))
+        self.final_norm = RMSNorm(cfg)
         self.ve_shared = table(cfg.vocab_size if cfg.ve_layer_ids else 0, cfg.ve_dim, kv_dim, VALUE_SCALE)
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in cfg.ve_layer_ids)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(dim, cfg.vocab_size, bias=False)
@@ -1594,19 +1683,23 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Queries, keys, values, MLP-up, projections of tables   orthogonal
+        """Queries, keys, values, MLP-up, projections of tables   orthogonal (INIT=kaiming: these and the next two
+                                                               Kaiming-uniform, as nn.Linear's, and the token table)
         attention-out, MLP-down, output heads, gates' weights     0
         hashed tables; value table                                0; N(0, 0.01)
         token table                                               N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
         bias of attention gate; of block gate                     4 (open); 2 (fairly open)
         Vectors are initialised where they are declared."""
-        layers = self.cfg.num_layers
+        layers, plain = self.cfg.num_layers, self.cfg.init == "kaiming"
+        fill = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)) if plain else nn.init.orthogonal_
         for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank):
-            nn.init.orthogonal_(matrix)
+            fill(matrix)
         heads = [head for head in (*self.mtp_heads, self.lm_head) if head is not None]
         for zeroed in (self.qo_bank[layers:], self.mlp_down_bank, *(head.weight for head in heads)):
             zeroed.zero_()
         self.tok_emb.weight.normal_(std=self.cfg.tied_embed_init_std if self.cfg.tie_embeddings else 1.0)
+        for matrix in (*self.qo_bank[layers:], *self.mlp_down_bank, self.tok_emb.weight) if plain else ():
+            fill(matrix)
         for table, std in ((self.bigram, 0.0), (self.trigram, 0.0), (self.ve_shared, 0.01)):
             if table is not None:
                 table.embed.weight.normal_(std=std)
@@ -1657,7 +1750,9 @@ class GPT(nn.Module):
                                      ("trigram", self.trigram, TRIGRAM_FACTORS)):
             if table is not None:
                 x = x + self.look_up(name, hash_ngrams(ids, factors, table.embed.num_embeddings), qat)
-        return self.smear(norm(x))
+        x = self.smear(x) if self.cfg.smear_gate == "before" else x
+        x = norm(x, eps=self.cfg.norm_eps) if self.cfg.embed_norm else x
+        return self.smear(x) if self.cfg.smear_gate == "after" else x
 
     def value_embeddings(self, ids: Tensor, qat: bool) -> dict[int, Tensor]:
         """Layer -> what is added to its values.  # [batch, T, kv_dim]"""
@@ -1688,9 +1783,9 @@ class GPT(nn.Module):
             kept = keep or length if layer == cfg.num_layers - 1 else length
             x, value = block(x, x0, weights, rope, extra.get(layer), first_value, kept)
             first_value = value if layer == 0 else first_value
-            if decoder < 0:
+            if decoder < 0 and cfg.unet_skips:
                 skips.append(x)
-        return norm(x)
+        return self.final_norm(x)
 
     def output_weight(self, qat: bool = False, hook=None):
         """The output matrix in the activation dtype, or what `hook` makes of it.  # [vocab, dim]"""
@@ -1707,16 +1802,16 @@ class GPT(nn.Module):
         logits = self.logits(self.hidden(ids, keep=targets.size(1), hook=hook), hook=hook) / temperature
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
-    def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, hook=None) -> Tensor:
-        """Mean cross-entropy in nats per token over [batch, T]; while training, plus MTP_LOSS_WEIGHT times the mean of
-        that of the multi-token-prediction heads."""
+    def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, hook=None, token_weights=None) -> Tensor:
+        """Mean cross-entropy in nats per token over [batch, T], of tokens weighted by `token_weights` [batch, T] if
+        given; while training, plus MTP_LOSS_WEIGHT times the unweighted mean of the multi-token-prediction heads."""
         cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, hook=hook)
         weight = self.output_weight(qat, hook)
         if not isinstance(weight, Tensor):  # a function has no written-out gradient
             return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
-        cross_entropy = lambda hidden, weight, targets: CappedCrossEntropy.apply(
-            hidden.flatten(0, 1), weight, targets.flatten(), cap, self.kernels)
-        loss = cross_entropy(hidden, weight, targets)
+        cross_entropy = lambda hidden, weight, targets, token_weights=None: CappedCrossEntropy.apply(
+            hidden.flatten(0, 1), weight, targets.flatten(), token_weights, cap, self.kernels)
+        loss = cross_entropy(hidden, weight, targets, None if token_weights is None else token_weights.flatten())
         ahead = [cross_entropy(hidden[:, :-k], head.weight.to(self.dtype), targets[:, k:])
                  for k, head in enumerate(self.mtp_heads, 1)]
         return loss + self.cfg.mtp_loss_weight * torch.stack(ahead).mean() if ahead and self.training else loss
@@ -1753,8 +1848,8 @@ FAMILIES = (
            "embed_clip_widen"),
     Family("mtp", r"mtp_heads\.\d+\.weight", "adamw", "head_lr", exported=False),
     Family("proj", r"(bigram|trigram|ve_shared)\.proj\.weight", "adamw", "scalar_lr", "adam_wd"),
-    Family("control", r"skip_weights|smear\.gate|(bigram|trigram|ve_shared)\.scale|ve_layer_scales\.\d+|"
-           r"blocks\.\d+\..+", "adamw", "scalar_lr", "adam_wd"),
+    Family("control", r"skip_weights|final_norm\.weight|smear\.gate|(bigram|trigram|ve_shared)\.scale|"
+           r"ve_layer_scales\.\d+|blocks\.\d+\..+", "adamw", "scalar_lr", "adam_wd"),
 )
 
 
@@ -1873,10 +1968,11 @@ class Optimisers:
         self.cfg, self.rt = cfg, rt
         params = dict(model.named_parameters())
         families = route(cfg, params)
-        self.muon = Muon([p for name, p in params.items() if families[name].optimiser == "muon"], cfg, rt)
+        by_muon = {name for name in params if families[name].optimiser == "muon" == cfg.matrix_optimizer}
+        self.muon = Muon([params[name] for name in params if name in by_muon], cfg, rt)
         grouped = collections.defaultdict(list)
         for name, p in params.items():
-            if families[name].optimiser == "adamw" and p.numel():
+            if name not in by_muon and p.numel():
                 grouped[families[name].lr, families[name].decay].append(p)
         self.adamw = torch.optim.AdamW(
             [{"params": group, "base_lr": getattr(cfg, lr), "weight_decay": getattr(cfg, decay) if decay else 0.0}
@@ -1891,7 +1987,7 @@ class Optimisers:
         started = self.muon.launch_reduce()
         grads = self.rt.sum_many_([p.grad for p in self.replicated])
         shards = [self.rt.wait(pair) for pair in started]
-        squares = self.rt.sum_(torch.nn.utils.get_total_norm(shards).square())
+        squares = self.rt.sum_(torch.nn.utils.get_total_norm(shards).to(grads[0].device).square())
         norm = (squares + torch.nn.utils.get_total_norm(grads).square()).sqrt()
         if self.cfg.grad_clip_norm > 0:
             torch._foreach_mul_([*shards, *grads], (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -1928,7 +2024,7 @@ def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) 
     """The plan of step `step` (from 0), after `elapsed_s` seconds of training at `pace_s` seconds per step."""
     scale = lr_scale(cfg, step, elapsed_s, pace_s)
     ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
-    rounded = qat_progress(cfg, scale, budget_spent(cfg, step, elapsed_s))
+    rounded = qat_progress(cfg, step, scale, budget_spent(cfg, step, elapsed_s))
     return StepPlan(lr_scale=scale,
                     momentum=(1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum,
                     qat=rounded is not None,
@@ -1936,11 +2032,13 @@ def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) 
                     hardness=min(max((rounded or 0.0) / 0.9, 0.0), 1.0))
 
 
-def qat_progress(cfg: Hyperparameters, scale: float, spent: float) -> float | None:
+def qat_progress(cfg: Hyperparameters, step: int, scale: float, spent: float) -> float | None:
     """How far QAT is: 0 when it starts, 1 at the end of training, None before it starts. It is counted in what starts
     QAT, so that a run that ends by the clock reaches 1 as well (PR 550 counts ITERATIONS)."""
     if cfg.qat_enabled:
         return spent
+    if not cfg.late_qat or step < cfg.late_qat_min_step:
+        return None
     if cfg.late_qat_frac > 0:
         late = spent - cfg.late_qat_frac
         return late / max(1 - cfg.late_qat_frac, 1e-9) if late >= 0 else None
@@ -1956,14 +2054,16 @@ def budget_spent(cfg: Hyperparameters, step: int, elapsed_s: float) -> float:
 
 
 def lr_scale(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) -> float:
-    """Constant, then linear to 0 (or MIN_LR) at the step limit or the end of time, whichever comes first."""
+    """Constant, then linear or half a cosine to 0 (or MIN_LR) at the step limit or the end of time, whichever comes
+    first."""
+    shape = {"linear": lambda x: x, "cosine": lambda x: 0.5 - 0.5 * math.cos(math.pi * x)}[cfg.warmdown_shape]
     if cfg.warmdown_frac > 0:
         left = 1.0 - budget_spent(cfg, step, elapsed_s)
-        return 1.0 if left > cfg.warmdown_frac else max(left / cfg.warmdown_frac, cfg.min_lr)
+        return 1.0 if left > cfg.warmdown_frac else max(shape(left / cfg.warmdown_frac), cfg.min_lr)
     steps_left = cfg.iterations - step
     if cfg.train_seconds and pace_s > 0:
         steps_left = min(steps_left, max(cfg.train_seconds - elapsed_s, 0.0) / pace_s)
-    return min(1.0, steps_left / cfg.warmdown_iters) if cfg.warmdown_iters else 1.0
+    return shape(min(1.0, steps_left / cfg.warmdown_iters)) if cfg.warmdown_iters else 1.0
 
 
 # ------------------------------------------------------------------------------------------------ AVERAGING
@@ -2021,6 +2121,34 @@ class Averager:
 
 
 # ------------------------------------------------------------------------------------------------ TRAINING
+class BigramCounts:
+    """Complementary training (PR 803, PR 550): a token that counts of the bigrams (a, b) so far predict well has the
+    lower weight max(1 - COMPLEMENT_ALPHA * n(a, b) / (n(a) + 1), 0.1)."""
+
+    def __init__(self, cfg: Hyperparameters, device):
+        self.alpha, size = cfg.complement_alpha, cfg.vocab_size if cfg.complement_alpha else 0
+        self.pairs, self.firsts = torch.zeros(size, size, device=device), torch.zeros(size, device=device)
+
+    def weights(self, a: Tensor, b: Tensor) -> Tensor:
+        """int64 [n] each -> float32 [n]"""
+        return (1 - self.alpha * self.pairs[a, b] / (self.firsts[a] + 1)).clamp(min=0.1)
+
+    def update(self, a: Tensor, b: Tensor) -> None:
+        ones = torch.ones_like(a, dtype=torch.float32)
+        self.pairs.index_put_((a, b), ones, accumulate=True)
+        self.firsts.index_add_(0, a, ones)
+
+    def weigh(self, data: TrainData, step: int):
+        """Weights of this rank's micro-batches, of mean 1 over the global batch, which is then counted; None for each
+        if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
+        if not self.alpha:
+            return [None] * data.micro_steps
+        span, mine = data.span(step, range(data.batch_tokens // data.seq_len)), data.rows()
+        weights = self.weights(span[:-1], span[1:])
+        self.update(span[:-1], span[1:])
+        return data.micro_batches((weights / weights.mean())[mine.start * data.seq_len:mine.stop * data.seq_len])
+
+
 @dataclass
 class TrainState:
     """Everything that changes while training: what a checkpoint holds."""
@@ -2028,6 +2156,7 @@ class TrainState:
     model: GPT
     optimisers: Optimisers
     averager: Averager
+    bigrams: BigramCounts
     watch: Stopwatch
     step: int = 0
     qat: bool = False
@@ -2043,13 +2172,14 @@ class TrainState:
 
     def pack(self) -> dict:
         return {"model": self.model.state_dict(), "optimisers": self.optimisers.state(),
-                "averager": self.averager.state(), "step": self.step, "qat": self.qat,
-                "first_step_s": self.first_step_s}
+                "averager": self.averager.state(), "bigrams": [self.bigrams.pairs, self.bigrams.firsts],
+                "step": self.step, "qat": self.qat, "first_step_s": self.first_step_s}
 
     def unpack(self, packed: dict) -> None:
         self.model.load_state_dict(packed["model"])
         self.optimisers.load(packed["optimisers"])
         self.averager.load(packed["averager"])
+        self.bigrams.pairs, self.bigrams.firsts = packed["bigrams"]
         self.step, self.qat, self.first_step_s = packed["step"], packed["qat"], packed["first_step_s"]
 
 
@@ -2102,8 +2232,8 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> T
     total = 0.0
     if state.qat:
         state.model.refresh_scales(plan.hardness)
-    for inputs, targets in data.batch(state.step):
-        loss = loss_fn(inputs, targets, state.qat) / (data.micro_steps * data.rt.world_size)
+    for (inputs, targets), weights in zip(data.batch(state.step), state.bigrams.weigh(data, state.step)):
+        loss = loss_fn(inputs, targets, state.qat, None, weights) / (data.micro_steps * data.rt.world_size)
         loss.backward()
         total = total + loss.detach()
     state.optimisers.step(plan)
@@ -2114,7 +2244,7 @@ def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainDat
     """Compile every graph training will need before the clock starts, by steps that are then undone."""
     rt.log(f"warm-up: {cfg.warmup_steps} steps, before the clock starts")
     start = copy.deepcopy(state.pack())
-    may_round = cfg.qat_enabled or cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0
+    may_round = cfg.qat_enabled or cfg.late_qat and (cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0)
     for i in range(cfg.warmup_steps):
         state.qat = may_round and i >= cfg.warmup_steps // 2
         train_step(state, data, plan_step(cfg, 0, 0.0, 0.0), loss_fn)
@@ -2129,7 +2259,8 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
     training time. Raises UserError when the loss is no longer finite.
     """
-    state = TrainState(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())), Stopwatch())
+    state = TrainState(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())),
+                       BigramCounts(cfg, rt.device), Stopwatch())
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
     if cfg.warmup_steps and not cfg.resume:
         warm_up(cfg, rt, state, data, loss_fn)
@@ -2282,7 +2413,7 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor]) -
     """(codes, scales) of each parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest."""
     params, rounded = dict(model.named_parameters()), {}
     for name, spec in quant_specs(cfg, params).items():
-        weight = params[name].detach().float()
+        weight = prune(params[name].detach().float(), cfg.prune_frac)
         if name in hessians:
             labels = [f"{name}[{i}]" for i in range(len(weight))] if weight.ndim == 3 else [name]
             codes, scales = gptq(weight.view(len(labels), *weight.shape[-2:]), hessians[name], spec, labels)
@@ -2320,7 +2451,8 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
             slope = min((total - size_before) / (doublings - before), -weights / 64)
     if best is None:
         raise UserError(f"SIZE_FIT=1 cannot reach ARTIFACT_LIMIT_BYTES={limit:,}: {total:,} bytes are left with "
-                        f"steps of the banks {2 ** doublings:.3g} times as wide; fewer parameters or table bits are needed")
+                        f"steps of the banks {2 ** doublings:.3g} times as wide; fewer parameters or table bits "
+                        "are needed")
     if best[2] < limit * (1 - FIT_WINDOW):
         rt.log(f"warning: size_fit leaves {limit - best[2]} bytes unused")
     return best[:2]
@@ -2976,8 +3108,8 @@ class Adapter:
 
 
 class SgdAdapter(Adapter):
-    """Trains the weights themselves (PR 461, 549, 1092), except the first TTT_FREEZE_BLOCKS blocks. (The published filter
-    by parameter name froze hardly anything, because the matrices are in banks.)"""
+    """Trains the weights themselves (PR 461, 549, 1092), except the first TTT_FREEZE_BLOCKS blocks. (The published
+    filter by parameter name froze hardly anything, because the matrices are in banks.)"""
 
     def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
         self.frozen = min(cfg.ttt_freeze_blocks, model.cfg.num_layers)
@@ -3416,7 +3548,9 @@ def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
     rt.log("Hyperparameters:", console=False)
     for name, value in sorted(dataclasses.asdict(cfg).items()):
         rt.log(f"  {name}: {value}", console=False)
-    changed = cfg.non_defaults()
+    given, changed = process_environment(), cfg.non_defaults()
+    for name in sorted(name for name in WITHOUT_EFFECT if given.get(name, "0") not in ("", "0")):
+        rt.log(f"warning: {name}={given[name]} has no effect: {WITHOUT_EFFECT[name]}")
     rt.log("settings other than the defaults: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none"),
            "settings", all=dataclasses.asdict(cfg), changed=changed)
 
@@ -3661,7 +3795,8 @@ def end_with(error: UserError, rank: int) -> int:
 def main(arguments: list[str]) -> int:
     """Run with the settings of the environment. 0: done, 2: the user can mend it, 130: interrupted."""
     if arguments == ["--names"]:
-        print("\n".join(dict.fromkeys(name for f in dataclasses.fields(Hyperparameters) for name in env_names(f))))
+        names = [name for f in dataclasses.fields(Hyperparameters) for name in env_names(f)]
+        print("\n".join(dict.fromkeys([*names, *WITHOUT_EFFECT])))
         return 0
     if arguments:
         asked = arguments[0] in ("-h", "--help")
