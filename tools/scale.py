@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,12 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+import estimate  # noqa: E402
 import profiles  # noqa: E402
 import shell  # noqa: E402
 
 Settings = tg.Hyperparameters
 EMBEDDED = "./data/datasets/embedded_sp{}"  # Python's own documentation, which carries up to 8,192 pieces
-LAYERS, HEADS, HEAD_DIM, SEQ_LEN, SEQUENCES, STEPS = 4, 4, 8, 128, 4, 40
+LAYERS, HEADS, HEAD_DIM, SEQ_LEN, SEQUENCES, STEPS = 4, 4, 8, 128, 8, 40  # eight ranks get a sequence each
 
 
 def part(amount: int, whole: int, new_whole: int) -> int:
@@ -80,6 +82,12 @@ def late_qat_threshold(was: Settings, now: Settings) -> float:
     return round(1.01 * tg.lr_scale(now, now.iterations - 2, 0.0, 0.0), 4)
 
 
+def size_limit(was: Settings, now: Settings) -> int:
+    """A limit that SIZE_FIT has to work for, and can keep: a third of the banks' bytes less than is expected."""
+    banks = sum(stream.bytes for stream in estimate.streams(now) if stream.name in ("attn", "mlp"))
+    return round(estimate.artifact_bytes(now) - banks / 3)
+
+
 # Setting -> its tiny value, of the profile's settings and of the tiny ones so far. In this order: a rule may look at
 # the values above it.
 RULES: dict[str, Callable[[Settings, Settings], object]] = {
@@ -88,14 +96,16 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "num_heads": lambda was, now: min(was.num_heads, HEADS),
     "num_kv_heads": kv_heads,
     "model_dim": lambda was, now: now.num_heads * min(was.head_dim, HEAD_DIM),
-    "rope_dims": lambda was, now: max(part(was.rope_dims, was.head_dim, now.head_dim) // 2 * 2, min(was.rope_dims, 2)),
+    "rope_dims": lambda was, now: max(part(was.rope_dims, was.head_dim, now.head_dim) // 2 * 2, min(was.rope_dims, 4)),
     "xsa_last_n": lambda was, now: part(was.xsa_last_n, was.num_layers, now.num_layers),
     "bigram_vocab_size": lambda was, now: min(was.bigram_vocab_size, 256),
     "bigram_dim": lambda was, now: table_width(was.bigram_dim, was.model_dim, now.model_dim),
     "trigram_vocab_size": lambda was, now: min(was.trigram_vocab_size, 256),
     "trigram_dim": lambda was, now: table_width(was.trigram_dim, was.model_dim, now.model_dim),
     "ve_layers": lambda was, now: (",".join(map(str, fewer_layers(was.ve_layer_ids, was, now)))
-                                   if was.ve_layer_ids else was.ve_layers),
+                                   if was.ve_last_n < 0 else was.ve_layers),
+    "ve_last_n": lambda was, now: (len(fewer_layers(was.ve_layer_ids, was, now))
+                                   if was.ve_last_n > 0 else was.ve_last_n),
     "ve_dim": lambda was, now: table_width(was.ve_dim, was.num_kv_heads * was.head_dim,
                                            now.num_kv_heads * now.head_dim),
     "train_seq_len": lambda was, now: min(was.train_seq_len, SEQ_LEN),
@@ -106,6 +116,7 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "warmdown_iters": lambda was, now: (now.iterations // 2 if 0 < was.warmdown_iters < was.iterations
                                         else part(was.warmdown_iters, was.iterations, now.iterations)),
     "muon_momentum_warmup_steps": lambda was, now: min(was.muon_momentum_warmup_steps, now.iterations // 4),
+    "late_qat_min_step": lambda was, now: part(was.late_qat_min_step, was.iterations, now.iterations // 2),
     "late_qat_threshold": late_qat_threshold,
     "val_loss_every": lambda was, now: min(was.val_loss_every, now.iterations),
     "train_log_every": lambda was, now: min(was.train_log_every, now.iterations // 4),
@@ -114,7 +125,10 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "lawa_k": lambda was, now: min(was.lawa_k, 3),
     "lawa_freq": lambda was, now: min(was.lawa_freq, now.iterations // 8),
     "gptq_calibration_batches": lambda was, now: min(was.gptq_calibration_batches, 2),
-    "eval_seq_len": lambda was, now: part(was.eval_seq_len, was.train_seq_len, now.train_seq_len),
+    "eval_seq_len": lambda was, now: (max(was.eval_seq_len * now.train_seq_len // was.train_seq_len, 1)
+                                      if was.eval_seq_len else 0),
+    "attention_window": lambda was, now: max(part(was.attention_window, was.train_seq_len, now.train_seq_len),
+                                             min(was.attention_window, 2)),
     "eval_stride": lambda was, now: max(part(was.eval_stride, was.window, now.window),
                                         min(was.eval_stride, now.window // 2)),
     "ttt_epochs": lambda was, now: min(was.ttt_epochs, 2),
@@ -130,6 +144,26 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "ttt_min_doc_tokens": lambda was, now: part(was.ttt_min_doc_tokens, was.ttt_doc_chunk_tokens,
                                                 now.ttt_doc_chunk_tokens),
     "hash_embed_buckets": lambda was, now: min(was.hash_embed_buckets, 512),
+    "code_bytes": lambda was, now: 1,
+    "artifact_limit_bytes": size_limit,
+}
+# Of these settings, which ones a run looks at; of all others, it does.
+USED: dict[str, Callable[[Settings], object]] = {
+    r"bigram_dim": lambda cfg: cfg.bigram_vocab_size,
+    r"trigram_dim": lambda cfg: cfg.trigram_vocab_size,
+    r"ve_dim": lambda cfg: cfg.ve_layer_ids,
+    r"ve_.*": lambda cfg: cfg.ve_enabled,
+    r"warmdown_iters": lambda cfg: not cfg.warmdown_frac,
+    r"muon_.*": lambda cfg: cfg.matrix_optimizer == "muon",
+    r"swa_.*": lambda cfg: cfg.swa_enabled and not cfg.lawa_enabled,
+    r"lawa_.*": lambda cfg: cfg.lawa_enabled,
+    r"gptq_.*": lambda cfg: cfg.gptq_enabled,
+    r"code_bytes|artifact_limit_bytes": lambda cfg: cfg.size_fit,
+    r"ttt_lora_.*": lambda cfg: cfg.ttt_enabled and cfg.ttt_mode == "lora",
+    r"ttt_freeze_blocks": lambda cfg: cfg.ttt_enabled and cfg.ttt_mode == "sgd",
+    r"ttt_(batch_docs|.*doc.*tokens)": lambda cfg: cfg.ttt_enabled and cfg.ttt_reset == "document",
+    r"ttt_(chunk_tokens|batch_seqs)": lambda cfg: cfg.ttt_enabled and cfg.ttt_reset == "stream",
+    r"ttt_.*": lambda cfg: cfg.ttt_enabled,
 }
 
 
@@ -139,7 +173,8 @@ def tiny(profile: profiles.Profile, environ: Mapping[str, str]) -> list[tuple[st
     now, lines = dataclasses.replace(was, **given), []
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     for name, rule in RULES.items():
-        if name in given:
+        used = next((condition for pattern, condition in USED.items() if re.fullmatch(pattern, name)), None)
+        if name in given or used and not used(now):
             continue
         now = dataclasses.replace(now, **{name: rule(was, now)})
         if getattr(now, name) != getattr(was, name):
@@ -158,10 +193,13 @@ def table(profile: profiles.Profile, lines: list[tuple[str, str, str]]) -> str:
 
 @shell.one_line_errors
 def main(argv: list[str]) -> int:
-    word, name = argv
-    if word != "tiny":
-        raise shell.UsageError(f"SCALE={word} is not one of: tiny")
-    profile = profiles.load(name)
+    parser = shell.Parser(__doc__)
+    parser.add_argument("scale", help="tiny")
+    parser.add_argument("profile")
+    args = parser.parse_args(argv)
+    if args.scale != "tiny":
+        raise shell.UsageError(f"SCALE={args.scale} is not one of: tiny")
+    profile = profiles.load(args.profile)
     print(table(profile, tiny(profile, os.environ)))
     return 0
 
