@@ -969,8 +969,8 @@ class ValData:
         if sizes[1:].sum() == 0:
             raise UserError(f"the tokens of {cfg.val_files} stand for no byte of text")
         if cfg.ttt_enabled and cfg.ttt_reset == "document" and not (tokens[:-1] == bos_id).any():
-            absent = f"no BOS (token {bos_id}) in {cfg.val_files}" if bos_id >= 0 else f"{cfg.tokenizer_path} has no BOS"
-            raise UserError(f"TTT_RESET=document splits the text at BOS tokens: {absent}")
+            why = f"no BOS (token {bos_id}) in {cfg.val_files}" if bos_id >= 0 else f"{cfg.tokenizer_path} has no BOS"
+            raise UserError(f"TTT_RESET=document splits the text at BOS tokens: {why}")
         return cls(*(torch.from_numpy(array).to(rt.device) for array in (tokens, sizes)), digest, bos_id)
 
     def take(self, index) -> ValData:
@@ -1754,14 +1754,6 @@ class GPT(nn.Module):
         x = norm(x, eps=self.cfg.norm_eps) if self.cfg.embed_norm else x
         return self.smear(x) if self.cfg.smear_gate == "after" else x
 
-    def value_embeddings(self, ids: Tensor, qat: bool) -> dict[int, Tensor]:
-        """Layer -> what is added to its values.  # [batch, T, kv_dim]"""
-        if self.ve_shared is None:
-            return {}
-        shared = self.look_up("ve_shared", ids, qat)
-        return {layer: shared * scale.to(self.dtype)
-                for layer, scale in zip(self.cfg.ve_layer_ids, self.ve_layer_scales)}
-
     def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, hook=None) -> Tensor:
         """The trunk: normalised final states of the last `keep` positions (all, if None).
 
@@ -1773,7 +1765,8 @@ class GPT(nn.Module):
         """
         cfg, length = self.cfg, ids.size(1)
         rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device)
-        extra = self.value_embeddings(ids, qat)
+        shared = None if self.ve_shared is None else self.look_up("ve_shared", ids, qat)
+        extra = {layer: shared * scale.to(self.dtype) for layer, scale in zip(cfg.ve_layer_ids, self.ve_layer_scales)}
         x = x0 = self.embed(ids, qat, hook)
         skips, first_value = [], None
         for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat, hook))):
@@ -1807,7 +1800,7 @@ class GPT(nn.Module):
         given; while training, plus MTP_LOSS_WEIGHT times the unweighted mean of the multi-token-prediction heads."""
         cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, hook=hook)
         weight = self.output_weight(qat, hook)
-        if not isinstance(weight, Tensor):  # a function has no written-out gradient
+        if not isinstance(weight, Tensor):  # it is a function then, whose gradient autograd finds
             return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
         cross_entropy = lambda hidden, weight, targets, token_weights=None: CappedCrossEntropy.apply(
             hidden.flatten(0, 1), weight, targets.flatten(), token_weights, cap, self.kernels)
@@ -2162,12 +2155,17 @@ class TrainState:
     qat: bool = False
     first_step_s: float = 0.0
 
+    @classmethod
+    def initial(cls, model: GPT, cfg: Hyperparameters, rt: Runtime) -> TrainState:
+        return cls(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())),
+                   BigramCounts(cfg, rt.device), Stopwatch())
+
     def pace(self, elapsed_s: float) -> float:
         """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
         return (elapsed_s - self.first_step_s) / (self.step - 1) if self.step > 1 else 0.0
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps (0: never) is to happen after this one."""
+        """Whether something that happens every so many steps (0: never) is due now."""
         return bool(every) and self.step % every == 0
 
     def pack(self) -> dict:
@@ -2228,7 +2226,7 @@ def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
 
 
 def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> Tensor:
-    """One optimiser step on the batch of state.step. Returns this rank's share of the mean loss (sums over ranks)."""
+    """One optimiser step on the batch of state.step. Returns this rank's share of the mean loss, to be summed."""
     total = 0.0
     if state.qat:
         state.model.refresh_scales(plan.hardness)
@@ -2259,8 +2257,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
     training time. Raises UserError when the loss is no longer finite.
     """
-    state = TrainState(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())),
-                       BigramCounts(cfg, rt.device), Stopwatch())
+    state = TrainState.initial(model, cfg, rt)
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
     if cfg.warmup_steps and not cfg.resume:
         warm_up(cfg, rt, state, data, loss_fn)
@@ -2305,9 +2302,9 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
 
 def log_losses(cfg: Hyperparameters, rt: Runtime, state: TrainState, elapsed_s: float, event: str, losses: dict,
                **unprinted) -> None:
-    """One line with progress, losses and time; all of that and what is `unprinted` go to the event log."""
-    printed = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
-    rt.log(f"step:{state.step}/{cfg.iterations} {printed} train_time:{1000 * elapsed_s:.0f}ms "
+    """Print progress, losses and time in one line; the event log gets the same numbers and those `unprinted`."""
+    shown = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
+    rt.log(f"step:{state.step}/{cfg.iterations} {shown} train_time:{1000 * elapsed_s:.0f}ms "
            f"step_avg:{1000 * elapsed_s / max(state.step, 1):.2f}ms", event, step=state.step, **losses,
            train_time_s=elapsed_s, **unprinted)
 

@@ -23,8 +23,7 @@ def model_on(rt, cfg, specs=None):
 
 
 def state_of(model, cfg, rt):
-    averager = tg.Averager(cfg, list(model.parameters()))
-    return tg.TrainState(model, tg.Optimisers(model, cfg, rt), averager, tg.Stopwatch())
+    return tg.TrainState.initial(model, cfg, rt)
 
 
 def loss_and_gradients(model, loss_fn, batch, qat=False):

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import train_gpt as tg
-from conftest import make_runtime
+from conftest import scrambled, make_runtime
 
 # ---- how each parameter is trained and stored, written out
 
@@ -268,10 +268,10 @@ def same(one, other, **tolerance):
         torch.testing.assert_close(one[name], other[name], msg=lambda text: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_do_together_what_one_does_alone(config, rt, tmp_path, world):
+@pytest.mark.parametrize("world, optimiser", [(2, "muon"), (4, "muon"), (2, "adamw")])
+def test_ranks_do_together_what_one_does_alone(config, rt, tmp_path, world, optimiser):
     """Clipping bites in some steps and not in others; banks of 6 and 3 slices do not divide by 4."""
-    cfg = config(grad_clip_norm=30.0, normuon=True)
+    cfg = config(grad_clip_norm=30.0, normuon=True, matrix_optimizer=optimiser)
     gradients = model_gradients(cfg, 3, lambda step: (1.0, 0.01, 3.0)[step])
     start = tg.GPT(cfg)
     weights, norms, state = model_steps(start, rt, gradients)
@@ -382,3 +382,19 @@ def test_the_whole_gradient_is_clipped_to_its_norm(config, rt, limit):
     for name, p in model.named_parameters():
         torch.testing.assert_close(seen[id(p)], grads[name] * (min(limit / norm, 1.0) if limit else 1.0), rtol=1e-4, atol=1e-7,
                                    msg=name)
+
+
+def test_banks_by_adamw_are_those_of_pytorch(config, rt):
+    """Each with MATRIX_LR and MUON_WD, as PR 1254 trains all it has."""
+    cfg = config(matrix_optimizer="adamw", grad_clip_norm=0.0, matrix_lr=0.01, muon_wd=0.3, beta2=0.9)
+    start, gradients = scrambled(tg.GPT(cfg)), model_gradients(cfg, 3)
+    weights, _, state = model_steps(start, rt, gradients)
+    assert state["muon"]["momentum"] == []
+    for i, (name, p) in enumerate(start.named_parameters()):
+        if name.endswith("_bank"):
+            alone = p.detach().clone().requires_grad_()
+            adamw = torch.optim.AdamW([alone], lr=0.01, betas=(cfg.beta1, 0.9), eps=cfg.adam_eps, weight_decay=0.3)
+            for step in gradients:
+                alone.grad = step[i].clone()
+                adamw.step()
+            torch.testing.assert_close(weights[name], alone.detach(), rtol=1e-5, atol=1e-6)

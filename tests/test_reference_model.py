@@ -23,14 +23,23 @@ OPTIONS = {
     "stretched base": {"rope_train_seq_len": 2}, "small base": {"rope_base": 3.0}, "plain heads": {"num_kv_heads": 4},
     "one key head": {"num_kv_heads": 1}, "ReLU": {"leaky_slope": 0.0}, "slope": {"leaky_slope": 0.3},
     "heads ahead": {"mtp_num_heads": 3, "mtp_loss_weight": 0.7},
+    "attention window": {"attention_window": 2}, "no QK norm": {"qk_norm": False}, "no cap": {"logit_softcap": 0.0},
+    "no norm of the embedding": {"embed_norm": False}, "smear before the norm": {"smear_gate": "before"},
+    "no smear": {"smear_gate": "off"}, "no skips": {"unet_skips": False}, "plain residuals": {"residual_mix": False},
+    "learned norms": {"norm_weights": True}, "epsilon": {"norm_eps": 0.3},
+    "value embedding in the last": {"ve_last_n": 3, "ve_layers": "0"},
+    "PR 1254": {"attention_window": 3, "qk_norm": False, "logit_softcap": 0.0, "embed_norm": False, "rope_dims": 0,
+                "smear_gate": "off", "unet_skips": False, "residual_mix": False, "norm_weights": True, "norm_eps": 1e-6,
+                "ln_scale": False, "xsa_last_n": 4, "bigram_vocab_size": 0, "ve_enabled": False, "leaky_slope": 0.5},
     "everything": {"trigram_vocab_size": 13, "value_residual": True, "gated_attention": True, "dtg_enabled": True,
                    "tie_embeddings": False, "mtp_num_heads": 2, "num_layers": 5, "xsa_last_n": 3, "ve_layers": "0,4",
                    "rope_train_seq_len": 3}}
 EPS = torch.finfo(torch.float32).eps
 
 
-def rms(x):
-    return x / (x.square().mean() + EPS).sqrt()
+def rms(x, cfg, weight=None):
+    y = x / (x.square().mean() + (cfg.norm_eps or EPS)).sqrt()
+    return y if weight is None else y * weight
 
 
 def rotated(x, position, cfg):
@@ -65,19 +74,29 @@ def embedded(w, cfg, ids):
             last = cfg.trigram_vocab_size - 1
             mixed = 0 if t < 2 else (36313 * token) ^ (27191 * ids[t - 1]) ^ (51497 * ids[t - 2])
             x = x + from_table(w, "trigram", last if t < 2 else mixed % last)
-        stream.append(rms(x))
-    gate = torch.sigmoid(w["smear.gate"])
-    return [(1 - gate) * x + gate * before for x, before in zip(stream, [torch.zeros_like(gate), *stream])]
+        stream.append(x)
+
+    def smeared(xs):
+        gate = torch.sigmoid(w["smear.gate"])
+        return [(1 - gate) * x + gate * before for x, before in zip(xs, [torch.zeros_like(gate), *xs])]
+    if cfg.smear_gate == "before":
+        stream = smeared(stream)
+    if cfg.embed_norm:
+        stream = [rms(x, cfg) for x in stream]
+    return smeared(stream) if cfg.smear_gate == "after" else stream
 
 
 def attention(w, cfg, layer, xs, ids, first_values):
     """Outputs of all positions, and the values before they are mixed; xs are normalised and scaled."""
     layers, d, group = cfg.num_layers, cfg.model_dim // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
     name, heads = f"blocks.{layer}.attn", lambda x: x.reshape(-1, d)
-    turned = lambda bank: [[rotated(rms(h), t, cfg) for h in heads(bank[layer] @ x)] for t, x in enumerate(xs)]
+    turned = lambda bank: [[rotated(rms(h, cfg) if cfg.qk_norm else h, t, cfg) for h in heads(bank[layer] @ x)]
+                           for t, x in enumerate(xs)]
     queries, keys = turned(w["qo_bank"]), turned(w["kv_bank"])
     values = [w["kv_bank"][layers + layer] @ x for x in xs]
     where = [int(part) for part in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
+    if cfg.ve_last_n >= 0:
+        where = list(range(layers - cfg.ve_last_n, layers))
     if layer in where:
         scale = w[f"ve_layer_scales.{where.index(layer)}"]
         values = [v + scale * from_table(w, "ve_shared", token) for v, token in zip(values, ids)]
@@ -90,9 +109,10 @@ def attention(w, cfg, layer, xs, ids, first_values):
         parts = []
         for h in range(cfg.num_heads):
             kv = h // group
-            q = queries[t][h] * w[f"{name}.q_gain"][h]
-            scores = torch.stack([q @ keys[s][kv] / math.sqrt(d) for s in range(t + 1)])
-            y = sum(p * values[s][kv] for s, p in enumerate(scores.softmax(0)))
+            q = queries[t][h] * w[f"{name}.q_gain"][h] if cfg.qk_norm else queries[t][h]
+            first = max(0, t - cfg.attention_window) if cfg.attention_window else 0
+            scores = torch.stack([q @ keys[s][kv] / math.sqrt(d) for s in range(first, t + 1)])
+            y = sum(p * values[s][kv] for s, p in enumerate(scores.softmax(0), first))
             if layer >= layers - cfg.xsa_last_n:
                 own = values[t][kv] / values[t][kv].norm()
                 y = y - (y @ own) * own
@@ -106,15 +126,18 @@ def attention(w, cfg, layer, xs, ids, first_values):
 def block(w, cfg, layer, xs, x0s, ids, first_values):
     name = f"blocks.{layer}"
     scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
-    keep, anew = w[f"{name}.resid_mix"]
-    xs = [keep * x + anew * x0 for x, x0 in zip(xs, x0s)]
-    attended, values = attention(w, cfg, layer, [scale * rms(x) for x in xs], ids, first_values)
+    if cfg.residual_mix:
+        keep, anew = w[f"{name}.resid_mix"]
+        xs = [keep * x + anew * x0 for x, x0 in zip(xs, x0s)]
+    by = lambda branch: w[f"{name}.{branch}_scale"] if cfg.residual_mix else 1.0
+    normed = lambda x, branch: scale * rms(x, cfg, w.get(f"{name}.{branch}_norm.weight"))
+    attended, values = attention(w, cfg, layer, [normed(x, "attn") for x in xs], ids, first_values)
     out = []
     for x, y in zip(xs, attended):
-        h = x + w[f"{name}.attn_scale"] * y
-        up = w["mlp_up_bank"][layer] @ (scale * rms(h))
+        h = x + by("attn") * y
+        up = w["mlp_up_bank"][layer] @ normed(h, "mlp")
         leaky = torch.where(up > 0, up, cfg.leaky_slope * up)
-        h = h + w[f"{name}.mlp_scale"] * (w["mlp_down_bank"][layer] @ leaky.square())
+        h = h + by("mlp") * (w["mlp_down_bank"][layer] @ leaky.square())
         if cfg.dtg_enabled:
             gate = torch.sigmoid(w[f"{name}.dtg_gate.weight"][0] @ x.detach() + w[f"{name}.dtg_gate.bias"][0])
             h = x + gate * (h - x)
@@ -128,19 +151,20 @@ def slow_hidden(w, cfg, ids):
     stack, first_values = [], None
     for layer in range(cfg.num_layers):
         below = cfg.num_layers // 2
-        if layer >= below and stack:
+        if layer >= below and stack and cfg.unet_skips:
             skipped = stack.pop()
             xs = [x + w["skip_weights"][layer - below] * s for x, s in zip(xs, skipped)]
         xs, values = block(w, cfg, layer, xs, x0s, ids, first_values)
         first_values = values if layer == 0 else first_values
         if layer < below:
             stack.append(xs)
-    return torch.stack([rms(x) for x in xs])
+    return torch.stack([rms(x, cfg, w.get("final_norm.weight")) for x in xs])
 
 
 def slow_cross_entropy(cfg, states, matrix, targets):
     """(mean nats of the targets, logits); states and targets of all positions that have one."""
-    logits = cfg.logit_softcap * torch.tanh(states @ matrix.T / cfg.logit_softcap)
+    logits = states @ matrix.T
+    logits = cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap) if cfg.logit_softcap else logits
     return -sum(row.log_softmax(0)[t] for row, t in zip(logits, targets)) / len(targets), logits
 
 
@@ -253,7 +277,7 @@ def test_a_temperature_divides_the_capped_logits():
 
 def test_half_precision_normalises_the_same():
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(tg.norm(x.bfloat16(), 0.5).float(), torch.stack([0.5 * rms(row) for row in x]),
+    torch.testing.assert_close(tg.norm(x.bfloat16(), 0.5).float(), torch.stack([0.5 * rms(row, tg.Hyperparameters()) for row in x]),
                                rtol=2e-2, atol=1e-2)
     torch.testing.assert_close(tg.norm(x, 0.5), torch.stack([0.5 * rms(row) for row in x]))
     tiny = torch.full((1, 4), 1e-4)  # here the epsilon shows

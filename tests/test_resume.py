@@ -111,8 +111,7 @@ def saved(config, rt):
     """The settings of a run with a checkpoint, and a way to go on from it with others."""
     cfg = config(iterations=12)
     model = tg.GPT(cfg)
-    state = lambda: tg.TrainState(model, tg.Optimisers(model, cfg, rt), tg.Averager(cfg, list(model.parameters())),
-                                  tg.Stopwatch())
+    state = lambda: tg.TrainState.initial(model, cfg, rt)
     tg.save_checkpoint(cfg, rt, dataclasses.replace(state(), step=4))
     return cfg, lambda other: tg.load_checkpoint(other, rt, state())
 

@@ -1,4 +1,6 @@
 """What each step does, as tables of numbers."""
+import math
+
 import pytest
 import train_gpt as tg
 
@@ -55,7 +57,6 @@ def test_calibration_takes_its_seconds_from_the_end(reserve, elapsed, lr):
     """2 % of the limit where no reserve is set, and nothing where nothing is calibrated."""
     settings = {**BY_CLOCK, "gptq_reserve_seconds": reserve}
     assert plan({**settings, "gptq_enabled": True}, 100, elapsed, 0.1).lr_scale == pytest.approx(lr)
-    assert plan({**settings, "size_fit": True}, 100, elapsed, 0.1).lr_scale == pytest.approx(lr)
     assert plan(settings, 100, elapsed, 0.1).lr_scale == pytest.approx(min(1.0, (600 - elapsed) / 100))
 
 
@@ -95,3 +96,22 @@ def test_snapshots_come_at_regular_steps_of_the_end():
     assert taken == [950, 1000]
     everywhere = [step + 1 for step in range(1000) if plan({**BY_STEPS, "swa_start_frac": 1.01}, step).snapshot]
     assert everywhere == list(range(50, 1001, 50))
+
+
+@pytest.mark.parametrize("spent, lr", [(0.0, 1.0), (0.5, 0.5), (0.75, 0.5 - 0.5 * 0.5 ** 0.5), (0.99, 0.05), (1.0, 0.05)])
+def test_half_a_cosine(spent, lr):
+    """Over the whole run as in PR 1254; MIN_LR is the least of it, and WARMDOWN_ITERS has the same shape."""
+    whole = {**BY_STEPS, "warmdown_shape": "cosine", "warmdown_frac": 1.0, "min_lr": 0.05}
+    scale = plan(whole, round(1000 * spent)).lr_scale
+    assert scale == pytest.approx(0.5 + 0.5 * math.cos(math.pi * spent) if lr > 0.05 else 0.05)
+    assert scale == pytest.approx(lr, abs=1e-6)
+    assert plan({**BY_STEPS, "warmdown_shape": "cosine"}, 800).lr_scale == pytest.approx(0.5)
+
+
+def test_no_late_qat_and_none_before_its_first_step():
+    for late in ({"late_qat_threshold": 0.25}, {"late_qat_frac": 0.65}):
+        assert plan({**BY_STEPS, **late}, 950).qat
+        assert not plan({**BY_STEPS, **late, "late_qat": False}, 950).qat
+        assert not plan({**BY_STEPS, **late, "late_qat_min_step": 951}, 950).qat
+        assert plan({**BY_STEPS, **late, "late_qat_min_step": 950}, 950).qat
+    assert plan({**BY_STEPS, "late_qat": False, "qat_enabled": True}, 0).qat
