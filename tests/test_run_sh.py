@@ -83,7 +83,8 @@ def installs(result) -> int:
 def test_help_lists_commands_and_profiles(project):
     result = project("help")
     assert result.code == 0 and not result.calls
-    for word in ("test", "data", "bench", "parity", "plan", "systems", "settings", "KEY=VALUE", "SCALE=tiny", *PROFILES):
+    for word in ("test", "data", "bench", "parity", "plan", "systems", "settings", "KEY=VALUE", "SCALE=tiny",
+                 *PROFILES):
         assert word in result.out
 
 

@@ -35,8 +35,8 @@ def size_lines(cfg: tg.Hyperparameters) -> list[str]:
     if doublings > 0:
         lines.append(f"                to fit, the steps of the banks have to be {2 ** doublings:.2f} times as wide"
                      + ("" if cfg.size_fit else " (SIZE_FIT=1 sees to it), or parameters fewer"))
-    return lines + [f"  {stream.name:<13} {stream.values:>12,} values {8 * stream.bytes / stream.values:>6.2f} bits each "
-                    f"{stream.bytes:>12,.0f} bytes" for stream in estimate.streams(cfg) if stream.values]
+    return lines + [f"  {name:<13} {values:>12,} values {8 * size / values:>6.2f} bits each {size:>12,.0f} bytes"
+                    for name, values, size in estimate.streams(cfg) if values]
 
 
 def time_lines(cfg: tg.Hyperparameters, args: argparse.Namespace, published: profiles.Published) -> list[str]:
@@ -88,11 +88,11 @@ def positive(kind):
 def main(argv: list[str]) -> int:
     parser = shell.Parser(__doc__)
     parser.add_argument("profile", help=", ".join(profiles.names()))
-    parser.add_argument("--mfu", type=positive(float), default=estimate.MFU, help="model FLOPs utilisation (%(default)s: "
-                        "PR 1092's)")
+    parser.add_argument("--mfu", type=positive(float), default=estimate.MFU,
+                        help="model FLOPs utilisation (default: %(default)s, PR 1092's)")
     parser.add_argument("--gpus", type=positive(int), default=estimate.GPUS, help="default: %(default)s")
     parser.add_argument("--tflops", type=positive(float), default=estimate.GPU_FLOPS / 1e12,
-                        help="peak of one GPU (%(default)g: an H100's in dense bf16)")
+                        help="peak of one GPU (default: %(default)g, an H100's in dense bf16)")
     args, given = parser.split(argv)
     profile = profiles.load(args.profile)
     cfg = profiles.settings(profile, {**os.environ, **given})
