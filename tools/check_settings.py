@@ -13,7 +13,7 @@ from shell import AUDIT, one_line_errors, take_settings, unknown
 def main(arguments: list[str], names: list[str]) -> int:
     if not names:
         return 2
-    _, rest = take_settings(arguments, names + AUDIT)
+    _, rest = take_settings(arguments, [*names, *AUDIT, "SCALE"])
     for argument in rest:
         raise unknown(argument.partition("=")[0], names)
     return 0
