@@ -33,8 +33,12 @@ KEY=VALUE arguments override environment variables, which override the profile. 
 data, bench and parity say more with --help. The profiles:
 EOF
   for file in profiles/*.env; do
-    printf '  %-10s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
+    printf '  %-23s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
   done
+}
+words() { usage | sed -n 's/^bash run.sh \([a-z]*\) .*/\1/p; s/^\(  [^ ]*\) .*/\1/p'; }  # commands; indented: profiles
+near() {  # WORD: which command or profile may be meant; any python3 will do, and none is needed
+  python3 tools/check_settings.py --near "$1" $(words) 2>/dev/null || true
 }
 die() { echo "error: $*" >&2; exit 2; }
 note() { echo "run.sh: $*" >&2; }
@@ -94,6 +98,12 @@ load_profile() {  # NAME: exports its KEY=VALUE lines; a variable that is set ke
   done < <(profile_lines "$1")
 }
 
+check_profile() {  # NAME: its keys have to be settings, none twice; one that is set under another name is left out
+  local already
+  already=$("$python" train_gpt.py --names | "$python" tools/check_settings.py --profile "profiles/$1.env") || exit 2
+  left_out+=" $already"
+}
+
 # ---- 4 data
 embedded=./data/datasets/embedded_sp1024
 has_shards() {
@@ -134,13 +144,14 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
   gpus=''
   case ${1:-} in '' | *=*) ;; *) profile=$1; shift ;; esac
   [ -z "$profile" ] || [ -f "profiles/$profile.env" ] ||
-    die "unknown command or profile '$profile'; profiles: $(cd profiles && echo ./*.env | sed 's/\.\///g; s/\.env//g')"
+    die "unknown command or profile '$profile'$(near "$profile") (profiles:" $(words | sed -n 's/^  //p')")"
   take_arguments "$@"
   if [ -z "$profile" ]; then
     gpus=$(count_gpus)
     [ "$gpus" = 0 ] && profile=smoke || profile=default
   fi
   choose_data "$profile"
+  check_profile "$profile"
   load_profile "$profile"
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"

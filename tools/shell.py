@@ -21,13 +21,16 @@ class UsageError(Exception):
     """The arguments are not what the tool takes. `one_line_errors` prints it as one line, exit code 2."""
 
 
+def did_you_mean(near: list[str]) -> str:
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
 def unknown(key: str, names: list[str]) -> UsageError:
     """The error for KEY=VALUE where KEY is no setting, with the nearest names that are."""
     names, short = list(dict.fromkeys(names)), key.replace("LEARNING_RATE", "LR")
     near = (difflib.get_close_matches(key, names, 1, 0.85) or [name for name in names if name.endswith(f"_{short}")]
             or difflib.get_close_matches(key, names, 3))
-    meant = f"; did you mean {' or '.join(near[:3])}?" if near else ""
-    return UsageError(f"{key} is not a setting{meant} (bash run.sh settings lists all)")
+    return UsageError(f"{key} is not a setting{did_you_mean(near)} (bash run.sh settings lists all)")
 
 
 def take_settings(arguments: Iterable[str], names: list[str]) -> tuple[dict[str, str], list[str]]:
