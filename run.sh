@@ -25,12 +25,16 @@ bash run.sh record SUBCOMMAND...       built code and submission folders (tools/
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
 bash run.sh data SUBCOMMAND...         make or fetch data: embedded, text, fineweb (data/prepare.py)
 bash run.sh bench ...                  measure speed and memory (tools/bench.py)
-bash run.sh parity FOLDER              compare with PR 1092's own numbers (tools/parity.py)
+bash run.sh parity FOLDER              compare with a published system's own numbers (tools/parity.py)
+bash run.sh systems                    the profiles as a table: what was published, estimated size (tools/systems.py)
+bash run.sh plan PROFILE [KEY=VALUE...]              estimates before a run: parameters, bytes, FLOPs, memory, time
+                                       (tools/plan.py)
 bash run.sh settings                   every KEY with its default, range and meaning
 bash run.sh help                       this text
 
-KEY=VALUE arguments override environment variables, which override the profile. inspect, sample, sweep, report, record,
-data, bench and parity say more with --help. The profiles:
+KEY=VALUE arguments override environment variables, which override the profile. SCALE=tiny shrinks the profile to a run of
+half a minute on two CPU cores, with every feature on (tools/scale.py). inspect, sample, sweep, report, record, data, bench,
+parity and plan say more with --help. The profiles:
 EOF
   for file in profiles/*.env; do
     printf '  %-23s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
@@ -87,33 +91,39 @@ take_arguments() {  # KEY=VALUE...: sets $python; exports them if each KEY is a 
   [ $# = 0 ] || "$python" train_gpt.py --names | "$python" tools/check_settings.py "$@" || exit 2
   for pair; do export "$pair"; done
 }
-artifact='' left_out=''  # set if the command is about an artifact; keys that the profile does not set
-profile_lines() { sed 's/#.*//; s/[[:space:]]*$//; /^$/d' "profiles/$1.env"; }  # NAME: without comments
-load_profile() {  # NAME: exports its KEY=VALUE lines; a variable that is set keeps its value
+artifact=''                 # set if the command is about an artifact
+left_out='' overridden=''   # keys that the profile does not set: for the data's sake; for another name of the setting
+profile_lines() { sed 's/#.*//; s/[[:space:]]*$//; /^$/d' "$@"; }  # FILE or stdin: without comments
+export_lines() {  # FILE: exports its KEY=VALUE lines; a variable that is set keeps its value
   local line key
   while IFS= read -r line || [ "$line" ]; do
-    [[ $line =~ ^[A-Z][A-Z0-9_]*=[^[:space:]]*$ ]] || die "profiles/$1.env: '$line' is not KEY=VALUE"
+    [[ $line =~ ^[A-Z][A-Z0-9_]*=[^[:space:]]*$ ]] || die "$1: '$line' is not KEY=VALUE"
     key=${line%%=*}
-    [ "${!key+set}" ] || [[ " $left_out " == *" $key "* ]] || export "$key=${line#*=}"
+    [ "${!key+set}" ] || [[ " $left_out $overridden " == *" $key "* ]] || export "$key=${line#*=}"
   done < <(profile_lines "$1")
 }
-
-check_profile() {  # NAME: its keys have to be settings, none twice; one that is set under another name is left out
-  local already
-  already=$("$python" train_gpt.py --names | "$python" tools/check_settings.py --profile "profiles/$1.env") || exit 2
-  left_out+=" $already"
+check_profile() {  # FILE: its keys have to be settings, none twice; one that is set under another name does not count
+  overridden=$("$python" train_gpt.py --names | "$python" tools/check_settings.py --profile "$1") || exit 2
+}
+scaled=''  # what SCALE changed: a table that is a profile, too
+scale() {  # PROFILE: SCALE=tiny shrinks it. Comes before the profile, whose values it replaces, and after the arguments
+  [ "${SCALE+set}" ] || return 0
+  [ -z "$artifact" ] || die "SCALE shrinks a model before training; an artifact has its size"
+  scaled=$("$python" tools/scale.py "$SCALE" "$1") || exit 2
+  echo "$scaled" >&2
+  export_lines /dev/stdin <<<"$scaled"
 }
 
 # ---- 4 data
-embedded=./data/datasets/embedded_sp1024
+embedded=./data/datasets/embedded_sp1024  # the number is its vocabulary
 has_shards() {
   local shard
   for shard in "$1"/fineweb_val_*.bin; do [ ! -e "$shard" ] || return 0; done
   return 1
 }
 choose_data() {  # PROFILE: DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE belong together and come from one place
-  local data
-  data=$(profile_lines "$1" | sed -n 's/^DATA_PATH=//p')
+  local data vocab
+  data=$(profile_lines "profiles/$1.env" | sed -n 's/^DATA_PATH=//p')
   if [ "${VOCAB_SIZE:-}" ] && [ -z "${DATA_PATH:-}$artifact" ] && [[ $data != *_sp"$VOCAB_SIZE" ]]; then
     left_out='DATA_PATH TOKENIZER_PATH'  # train_gpt.py finds the data of another vocabulary
     return
@@ -126,9 +136,10 @@ choose_data() {  # PROFILE: DATA_PATH, TOKENIZER_PATH and VOCAB_SIZE belong toge
   # train_gpt.py finds the tokenizer of a data folder, and both for an artifact
   [ -z "${DATA_PATH:-}" ] || left_out='TOKENIZER_PATH VOCAB_SIZE'
   [ -z "$artifact" ] || left_out='DATA_PATH TOKENIZER_PATH VOCAB_SIZE'
-  [ "${DATA_PATH:-$data}" != $embedded ] ||
-    { has_shards $embedded && [ -f ./data/tokenizers/embedded_1024_bpe.model ]; } ||
-    "$python" data/prepare.py embedded >&2
+  data=${DATA_PATH:-$data} vocab=${data#"${embedded%1024}"}
+  [[ ! $vocab =~ ^[0-9]+$ ]] ||
+    { has_shards "$data" && [ -f "./data/tokenizers/embedded_${vocab}_bpe.model" ]; } ||
+    "$python" data/prepare.py embedded $([ "$vocab" = 1024 ] || echo "--vocab-size $vocab") >&2
 }
 
 # ---- 5 run
@@ -150,9 +161,10 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
     gpus=$(count_gpus)
     [ "$gpus" = 0 ] && profile=smoke || profile=default
   fi
+  check_profile "profiles/$profile.env"
+  scale "$profile"
   choose_data "$profile"
-  check_profile "$profile"
-  load_profile "$profile"
+  export_lines "profiles/$profile.env"
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
@@ -167,10 +179,13 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
     launch+=(tools/launch.py --standalone --nproc_per_node="$gpus")
   fi
-  [ "$audit" != 0 ] || exec "${launch[@]}" train_gpt.py
-  if [ "$audit" = 1 ]; then
-    export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}  # the audit's files go beside the log
-    "${launch[@]}" train_gpt.py
+  [ "$audit$scaled" != 0 ] || exec "${launch[@]}" train_gpt.py
+  if [ "$audit" != only ]; then
+    export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}  # the audit's files go beside the log, the table into it
+    local code=0 log=${ARTIFACT_DIR:-${OUT_DIR:-.}}/logs/$RUN_ID.txt
+    "${launch[@]}" train_gpt.py || code=$?
+    [ -z "$scaled" ] || [ ! -f "$log" ] || echo "$scaled" >>"$log"
+    [ "$code$audit" = 01 ] || exit "$code"
   fi
   export RUN_SH_COMMAND="bash run.sh audit"
   exec "${launch[@]}" tools/audit.py "${of:-${ARTIFACT_DIR:-${OUT_DIR:-.}}/final_model.ptz}"
@@ -211,7 +226,7 @@ case $command in
       pip_install data/requirements.txt
     fi
     tool data/prepare.py "$@" ;;
-  bench | parity | record | report) shift; to_run; tool "tools/$command.py" "$@" ;;
+  bench | parity | plan | record | report | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     artifact=1

@@ -13,6 +13,9 @@ import pytest
 import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import profiles  # noqa: E402
+
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.env"))
 KNOWN = {name for f in dataclasses.fields(tg.Hyperparameters) for name in tg.env_names(f)}
 NAMES = "\n".join([*(" ".join(tg.env_names(f)) for f in dataclasses.fields(tg.Hyperparameters)), *tg.WITHOUT_EFFECT])
@@ -23,7 +26,7 @@ line=${*//$'\n'/ }
 echo "$line" >>"$CALLS"
 case $line in
   "train_gpt.py --names") [ -z "$NAMES" ] || echo "$NAMES" ;;
-  tools/check_settings.py*) exec "$SHELL_PYTHON" "$@" ;;
+  tools/check_settings.py* | tools/scale.py*) exec "$SHELL_PYTHON" "$@" ;;
   tools/*.py* | data/prepare.py*) env ;;&
   *device_count*) echo "${GPUS:-0}" ;;
   "-c import pyarrow") exit "${LACKS_PYARROW:-0}" ;;
@@ -35,6 +38,7 @@ case $line in
   "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
   "-m pip install"*) exit "${PIP_STATUS:-0}" ;;
   --version) echo "Python ${STUB_VERSION:-3.11.7}" ;;
+  *prepare.py*embedded*8192) ;;
   *prepare.py*embedded) mkdir -p data/datasets/embedded_sp1024 data/tokenizers
     touch data/datasets/embedded_sp1024/fineweb_val_000000.bin data/tokenizers/embedded_1024_bpe.model ;;
   *train_gpt.py) [[ $line == tools/* ]] || env; exit "${TRAIN_STATUS:-0}" ;;
@@ -47,7 +51,7 @@ def project(tmp_path):
     """A copy of the repository; `project(arguments, **environment)` runs run.sh there."""
     repo, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
     for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", ".ci/run", "tools/shell.py",
-                 "tools/check_settings.py",
+                 "tools/check_settings.py", "tools/scale.py", "tools/profiles.py", "tools/estimate.py",
                  *(f"profiles/{profile}.env" for profile in PROFILES)):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
@@ -80,7 +84,8 @@ def installs(result) -> int:
 def test_help_lists_commands_and_profiles(project):
     result = project("help")
     assert result.code == 0 and not result.calls
-    for word in ("test", "data", "bench", "parity", "settings", "KEY=VALUE", *PROFILES):
+    for word in ("test", "data", "bench", "parity", "plan", "systems", "settings", "KEY=VALUE", "SCALE=tiny",
+                 *PROFILES):
         assert word in result.out
 
 
@@ -196,6 +201,61 @@ def test_profile_is_accepted(project, profile):
     loaded = {key: value for key, value in project(profile).env.items() if key not in plain}
     assert loaded and set(loaded) <= KNOWN
     tg.Hyperparameters.from_env(loaded)
+
+
+# ---- SCALE
+
+def test_tiny_stands_between_profile_and_the_users_own(project):
+    result = project("pr1092", "SCALE=tiny", "NUM_LAYERS=6", ITERATIONS="9")
+    assert result.code == 0
+    assert [result.env[key] for key in ("NUM_LAYERS", "ITERATIONS", "MODEL_DIM", "MUON_WD")] == ["6", "9", "32", "0.04"]
+    assert result.env["VE_LAYERS"] == "4,5"  # of the user's six layers
+    assert result.env["DATA_PATH"] == EMBEDDED and "TOKENIZER_PATH" not in result.env and "VOCAB_SIZE" not in result.env
+    assert "data/prepare.py embedded" in result.calls
+    assert "MODEL_DIM=32" in result.err and "# was 512" in result.err
+    assert project("pr1092", "SCALE=tiny", "DATA_PATH=./own").env["DATA_PATH"] == "./own"
+    assert project(SCALE="tiny").env["MODEL_DIM"] == "32"
+
+
+def test_tiny_has_the_profiles_vocabulary(project):
+    (project.repo / "profiles/big.env").write_text("# big\nVOCAB_SIZE=8192\nDATA_PATH=./data/datasets/x_sp8192\n")
+    result = project("big", "SCALE=tiny")
+    assert result.env["DATA_PATH"] == "./data/datasets/embedded_sp8192"
+    assert "data/prepare.py embedded --vocab-size 8192" in result.calls
+    assert "data/prepare.py embedded --vocab-size 8192" in project("DATA_PATH=./data/datasets/embedded_sp8192").calls
+
+
+@pytest.mark.parametrize("audit, code", [("0", 0), ("0", 7), ("1", 0), ("1", 1)])
+def test_what_was_shrunk_ends_the_log(project, tmp_path, audit, code):
+    """Also of a run that fails, whose exit code stays."""
+    log = tmp_path / "logs/mine.txt"
+    log.parent.mkdir()
+    log.write_text("as it was\n")
+    result = project("pr1092", "SCALE=tiny", "RUN_ID=mine", f"ARTIFACT_DIR={tmp_path}", AUDIT=audit,
+                     TRAIN_STATUS=str(code))
+    assert result.code == code
+    assert any(call.startswith("tools/audit.py") for call in result.calls) == (audit == "1" and code == 0)
+    lines = log.read_text().splitlines()
+    assert lines[:2] == ["as it was", "# SCALE=tiny: what is smaller than in pr1092; every feature stays on"]
+    assert lines[2].startswith("DATA_PATH=") and len(lines) > 10
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("pr1092", "SCALE=huge"), "SCALE=huge is not one of: tiny"), (("smoke", "SCALE="), "SCALE= is not one of: tiny"),
+    (("eval", "a.ptz", "SCALE=tiny"), "SCALE shrinks a model before training"),
+    (("pr1092", "SCALES=tiny"), "SCALES is not a setting; did you mean SCALE?")])
+def test_scale_of_another_word_is_one_line(project, arguments, words):
+    result = project(*arguments)
+    assert result.code == 2 and result.err.count("\n") == 1 and words in result.err
+    assert not any(call.endswith("train_gpt.py") for call in result.calls)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_tools_read_a_profile_as_run_sh_does(project, profile):
+    (project.repo / "data/datasets/fineweb10B_sp1024").mkdir(parents=True)
+    (project.repo / "data/datasets/fineweb10B_sp1024/fineweb_val_000000.bin").touch()
+    assert profiles.load(profile).values.items() <= project(profile).env.items()
+    assert profiles.load(profile).summary in project("help").out
 
 
 # ---- interpreter
@@ -364,6 +424,8 @@ def test_commands_pass_their_arguments_on(project):
     for arguments, call in ((("data", "text", "a b.txt"), "data/prepare.py text a b.txt"),
                             (("bench", "--peer", "x.py"), "tools/bench.py --peer x.py"),
                             (("parity", "folder"), "tools/parity.py folder"),
+                            (("plan", "pr1092", "SEED=1"), "tools/plan.py pr1092 SEED=1"),
+                            (("systems",), "tools/systems.py"),
                             (("record", "build"), "tools/record.py build"),
                             (("report", "x.eval.json"), "tools/report.py x.eval.json"),
                             (("inspect", "x.ptz", "--plot", "x.png"), "tools/inspect_artifact.py x.ptz --plot x.png"),

@@ -12,36 +12,28 @@ import difflib
 import os
 import sys
 
-from shell import AUDIT, OTHERS, UsageError, did_you_mean, one_line_errors, take_settings, unknown
+from shell import AUDIT, OTHERS, UsageError, did_you_mean, one_line_errors, overridden, take_settings, unknown
 
 
 def check_arguments(arguments: list[str], names: list[str]) -> None:
     """Raises UsageError."""
-    _, rest = take_settings(arguments, names + AUDIT)
+    _, rest = take_settings(arguments, [*names, *AUDIT, "SCALE"])
     for argument in rest:
         raise unknown(argument.partition("=")[0], names)
 
 
-def overridden(path: str, settings: list[list[str]], environ) -> list[str]:
-    """Keys of the profile whose setting the environment gives under another name: an alias, or that of a group.
-
-    Raises UsageError for a key that is no setting, and for a setting that is given twice.
-    """
-    names, found = [name for setting in settings for name in setting], []
-    with open(path, encoding="utf-8") as file:
-        keys = [line.partition("=")[0].strip() for line in file if "=" in line.partition("#")[0]]
+def check_profile(path: str, keys: list[str], settings: list[list[str]]) -> None:
+    """Raises UsageError for a key that is no setting, and for a setting that is given twice."""
+    names = [name for setting in settings for name in setting]
     for key in keys:
         if key not in names + AUDIT and not key.startswith(OTHERS):
             raise UsageError(f"{path}: {unknown(key, names)}")
         if keys.count(key) > 1:
             raise UsageError(f"{path}: {key} is given twice")
     for setting in settings:
-        own = [name for name in setting if names.count(name) == 1]  # a group's name is that of several settings
-        given = [key for key in keys if key in own]
+        given = [key for key in keys if key in setting and names.count(key) == 1]  # a group's name counts for several
         if len(given) > 1:
             raise UsageError(f"{path}: {' and '.join(given)} are one setting, given twice")
-        found += [key for key in given if not environ.keys().isdisjoint(setting) and key not in environ]
-    return found
 
 
 @one_line_errors
@@ -55,7 +47,10 @@ def main(arguments: list[str]) -> int:
     if not settings:
         return 2
     if arguments[:1] == ["--profile"]:
-        print(*overridden(arguments[1], settings, os.environ))
+        with open(arguments[1], encoding="utf-8") as file:
+            keys = [line.partition("=")[0].strip() for line in file if "=" in line.partition("#")[0]]
+        check_profile(arguments[1], keys, settings)
+        print(*overridden(keys, settings, os.environ))
     else:
         check_arguments(arguments, [name for setting in settings for name in setting])
     return 0

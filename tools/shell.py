@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 # Beginnings of variables that are other programs': they are passed on as they are.
 OTHERS = ("AOT", "CUBLAS", "CUDA", "CUDNN", "GLOO", "HF_", "INDUCTOR", "KMP", "LD_", "LOCAL_RANK", "MASTER_", "MKL",
@@ -52,6 +52,14 @@ def take_settings(arguments: Iterable[str], names: list[str]) -> tuple[dict[str,
         if argument == "--":
             rest += arguments
     return settings, rest
+
+
+def overridden(keys: Iterable[str], settings: list[list[str]], given: Mapping[str, str]) -> list[str]:
+    """Keys of a profile whose setting is given under another name: an alias, or the name of a group of settings. A
+    setting's own name does not override a group. settings: the names of each."""
+    names = [name for setting in settings for name in setting]
+    return [key for key in keys for setting in settings if key in setting and names.count(key) == 1
+            and key not in given and not given.keys().isdisjoint(setting)]
 
 
 class Parser(argparse.ArgumentParser):
