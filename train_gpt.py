@@ -4,19 +4,43 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py         # the competition's machine
     python train_gpt.py --help                                    # every setting, with default and range
 
-Settings come from environment variables only. Importing the file defines things and does nothing else.
-The rooms, in reading order; a room uses only the rooms above it:
+Settings come from environment variables only; importing the file defines things and does nothing else. A room uses
+only the rooms above it. `run` in MAIN is the path through them: settings -> data -> train -> calibrate -> export ->
+read back -> evaluate -> report.
 
-    CONFIG      every setting, declared once           OPTIMISERS  Muon on banks, AdamW on the rest
-    RUNTIME     ranks, device, clocks, log, files      SCHEDULES   pure functions of progress
-    DATA        shards, batches, validation text       AVERAGING   EMA, SWA, LAWA
-    METRIC      nats and bytes -> bits per byte        TRAINING    warm-up, step, loop, checkpoints
-    QUANTISER   weights <-> codes and scales           ROUNDING    calibrate, round, fit the size
-    KERNELS     fused operators in Triton              ARTIFACT    the file that is submitted
-    MODEL       the transformer on weight banks        EVALUATION  score first, then (perhaps) learn
-    PARAMETERS  which parameter is treated how         MAIN        the whole run on one screen
+    CONFIG      Hyperparameters: every setting, declared once, with its default, range, help and published names
+    RUNTIME     Runtime: ranks, device, attention kernel, collectives; log and progress; attend_*
+    DATA        TokenStream (shards), TrainData (batches), ValData (text and the bytes its tokens stand for)
+    METRIC      BpbMeter: nats and bytes -> bits per byte
+    QUANTISER   weights <-> codes and scales: clip rules, rounding, fake quantisation, GPTQ of a matrix
+    KERNELS     operators with their own backward pass, some also in Triton
+    MODEL       GPT: a transformer on weight banks; hidden, logits, nll, loss
+    PARAMETERS  FAMILIES: one row per kind of parameter: optimiser, learning rate, decay, bits
+    OPTIMISERS  Muon for the banks, AdamW for everything else
+    SCHEDULES   plan_step: progress -> learning-rate scale, momentum, QAT, snapshots
+    AVERAGING   Averager: EMA, or the mean of snapshots (SWA, LAWA)
+    TRAINING    train: warm-up, steps, validation, checkpoints
+    ROUNDING    calibrate, round_model, fit_size: from a float model to codes of the right size
+    ARTIFACT    pack, load_model: range coder, container, checks of what is read
+    ADAPTERS    what test-time training changes: all weights, LoRA, a hashed embedding
+    EVALUATION  evaluate: plan -> score -> commit -> train an adapter; Scored decides what makes a score illegal
+    MAIN        run: one training run; run_evaluation: an artifact alone
 
-The system is that of the competition's pull request 1092, with its slips mended (each is named where it stands).
+Where a technique lives (off and on by one setting each, see --help):
+
+    rotary base, partial rotation, NTK   rope_table, rotate        exclusive self-attention (XSA)  subtract_own_value
+    activation, LeakyReLU squared        SquaredLeakyReLU          soft cap, loss in chunks        CappedCrossEntropy
+    smear gate                           SmearGate, GPT.embed      bigram and trigram tables       hash_ngrams
+    value embeddings                     GPT.value_embeddings      value residual, gates           Attention, Block
+    skip connections                     GPT.hidden                attention window                causal_mask
+    multi-token prediction               GPT.loss                  complementary training          BigramCounts
+    initial weights                      GPT.init_weights          Newton-Schulz, NorMuon          Muon
+    late QAT: when; how                  qat_progress; fake_quantise   soft rounding, pruning      soft_round, prune
+    GPTQ                                 gptq, HessianSums         size fit                        fit_size
+    sliding windows                      Windows                   evaluation time limit           EvalClock
+    SGD and LoRA test-time training      SgdAdapter, LoraAdapter   per document; in a stream       plan_documents; plan_stream
+
+The defaults are the system of the competition's pull request 1092, its slips corrected (each is named where it stands).
 """
 from __future__ import annotations
 
@@ -29,7 +53,7 @@ import difflib
 import functools
 import glob
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
 import lzma
@@ -407,7 +431,7 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
     yield cfg.mlp_dim >= 1, "{mlp_mult} of {model_dim} leaves an MLP of no width"
     yield cfg.rope_dims <= cfg.head_dim, "{rope_dims} is more than a head's {head_dim} dimensions"
-    yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} (0: {head_dim}) is odd; rotation works on pairs"
+    yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} of {head_dim} (0: all) is odd; rotation works on pairs"
     yield cfg.bigram_vocab_size != 1, "{bigram_vocab_size} leaves no bucket; use 0 or at least 2"
     yield cfg.trigram_vocab_size != 1, "{trigram_vocab_size} leaves no bucket; use 0 or at least 2"
     yield cfg.ve_last_n <= cfg.num_layers, "{ve_last_n} is more than {num_layers}"
@@ -1869,6 +1893,12 @@ def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
             for name, family in route(cfg, names).items() if family.bits and not named_in(kept, name)}
 
 
+def parameter_shapes(cfg: Hyperparameters) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters, made without memory for them."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
+
+
 # ------------------------------------------------------------------------------------------------ OPTIMISERS
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at 0, so five steps do; ends only near 1
 
@@ -2072,7 +2102,7 @@ class Averager:
         return [p.detach().float().clone() for p in self.params]
 
     def restart_ema(self) -> None:
-        """Start the EMA from the present weights. Its decay does not ramp up again: the memory would end up too short."""
+        """Start the EMA from the present weights. Its decay does not ramp up again: the memory would be too short."""
         self.ema = self.copy_params()
 
     @torch.no_grad()
@@ -2455,267 +2485,6 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
     return best[:2]
 
 
-# ------------------------------------------------------------------------------------------------ ARTIFACT
-# magic | u64 file bytes | u32 header bytes, packed | u32 the same, unpacked | u32 crc32 of these numbers
-# | header: LZMA of JSON | one packed stream after another | first 16 bytes of the SHA-256 of all before.
-# Nothing in it is executed. The header's settings say which parameters of which shapes there must be; every size
-# follows from these and is bounded before anything of that size is made.
-ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES = b"PGOLF", 3, 16
-ARTIFACT_MAGIC = ARTIFACT_NAME + bytes([ARTIFACT_VERSION]) + b"\r\n"
-ARTIFACT_NUMBERS = struct.Struct("<QIII")
-ARTIFACT_HEADER_LIMIT = 2 ** 20
-FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xfd7zXZ": "an xz file",
-           b"\x28\xb5\x2f\xfd": "a zstd file", b"\x1f\x8b": "a gzip file"}
-FLOAT_KINDS = {"half": np.dtype("<f2"), "float": np.dtype("<f4")}
-CODECS = {"range": "constriction", "lzma": "lzma", "zstd": "zstandard"}  # and the package of each
-
-
-def library(codec: str):
-    """The module a codec needs. Raises UserError with the line that installs it."""
-    try:
-        return importlib.import_module(CODECS[codec])
-    except ImportError:
-        raise UserError(f"packing with {codec} needs the package {CODECS[codec]}: pip install {CODECS[codec]}") from None
-
-
-def pick_codec(wanted: str) -> str:
-    """The codec COMPRESS names; auto: range where its package is there, else lzma. Raises UserError."""
-    try:
-        library("range" if wanted == "auto" else wanted)
-        return "range" if wanted == "auto" else wanted
-    except UserError:
-        if wanted != "auto":
-            raise
-        return "lzma"
-
-
-def lzma_filters(size: int) -> list[dict]:
-    """LZMA2 for bytes without alignment; its window is the stream and no more, for the sake of memory."""
-    return [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(size, 4096), "lc": 0, "lp": 0,
-             "pb": 0}]
-
-
-def compress(codec: str, raw: bytes) -> bytes:
-    if codec == "zstd":
-        return library(codec).ZstdCompressor(level=22).compress(raw)
-    return lzma.compress(raw, lzma.FORMAT_RAW, filters=lzma_filters(len(raw)))
-
-
-def decompress(codec: str, packed: bytes, size: int) -> bytes:
-    """The `size` bytes of a stream; makes hardly more than that, whatever the stream says. Raises ValueError."""
-    module = library(codec)
-    try:
-        if codec == "zstd":
-            if module.frame_content_size(packed) != size:  # it is allocated at once
-                raise ValueError("it states another size")
-            raw = module.ZstdDecompressor().decompress(packed, allow_extra_data=False)
-            ended = True  # or it would have raised
-        else:
-            reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(size))
-            raw = reader.decompress(packed, max_length=size + 1)
-            ended = reader.eof and not reader.unused_data
-    except Exception as error:  # each library has its own type, known only where the library is
-        raise ValueError(f"{codec} cannot read a stream: {error}") from None
-    if len(raw) != size or not ended:
-        raise ValueError(f"a {codec} stream does not hold exactly {size} bytes")
-    return raw
-
-
-def byte_planes(array: np.ndarray) -> bytes:
-    """Bytes of a little-endian array, all first bytes, then all second ones, …: exponents pack better by themselves."""
-    return array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
-
-
-def from_byte_planes(raw: bytes, dtype: np.dtype) -> np.ndarray:
-    return np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T.copy().reshape(-1).view(dtype)
-
-
-def order0_bytes(array: np.ndarray) -> float:
-    """Entropy of the byte planes of an array, each byte by itself: what a packer without any context cannot beat."""
-    by_plane = np.frombuffer(byte_planes(np.ascontiguousarray(array)), np.uint8).reshape(array.itemsize, -1)
-    return sum(entropy_bytes(torch.tensor(plane)) for plane in by_plane)
-
-
-# The range coder. The codes are coded by the library constriction; the probabilities are ours: histograms that learn
-# as they go, one for each bucket of the spread that is predicted for a weight from what has been coded before it.
-# Encoder and decoder take the same walk, and it must come out the same on every machine: whole numbers, or float64
-# steps that IEEE 754 leaves no freedom in (no exp or log, no float sum whose order could matter).
-FIXED = 1 << 16               # stands for 1 where whole numbers stand for fractions
-BUCKETS, BUCKET_STEP = 96, 2  # buckets of spread: sixteenths of an octave each, from 1/16 code upwards
-
-
-@functools.cache
-def powers_of_two() -> np.ndarray:
-    """floor(2**(k/16)) for k = 0, 1, …, by whole-number roots."""
-    return np.array([functools.reduce(lambda x, _: math.isqrt(x), range(4), 1 << k) for k in range(16 * 40)])
-
-
-def log2_sixteenths(x: np.ndarray) -> np.ndarray:
-    """floor(16 log2 x) of whole numbers; of 256 for anything below."""
-    return np.searchsorted(powers_of_two(), np.maximum(x, 256), side="right") - 1
-
-
-class SpreadHistograms:
-    """Histograms of a symbol -reach..reach, one for each bucket of predicted spread, that learn while they code.
-
-    Each starts as the bell of its spread (Student's t with 7 degrees of freedom: nearly a Gaussian, without `exp`) and
-    counts every symbol half as itself and half as its negative.
-    """
-
-    def __init__(self, reach: int, encoder, decoder=None):
-        self.reach, self.encoder, self.decoder = reach, encoder, decoder
-        mean = powers_of_two()[BUCKET_STEP * np.arange(BUCKETS) + 16 * 12 + BUCKET_STEP // 2] / FIXED
-        sigma = (1.25 * mean + 0.2)[:, None]  # of a Gaussian with that mean magnitude, and the rounding
-        square = 1 + np.arange(-reach, reach + 1) ** 2 / (7 * sigma * sigma)
-        bell = np.rint(2.0 ** 30 / (square * square * square * square)).astype(np.int64)
-        self.counts = 1 + (bell << 14) // bell.sum(1, keepdims=True)  # 64 make one symbol
-
-    def code(self, bucket: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """Write the symbols, or with a decoder read as many first; returns them. All of a bucket go in one call."""
-        categorical = library("range").stream.model.Categorical
-        order = np.argsort(bucket, axis=None, kind="stable")
-        flat, start = symbols.reshape(-1)[order] + self.reach, 0
-        sizes = np.bincount(bucket.reshape(-1), minlength=BUCKETS)
-        for b in np.flatnonzero(sizes):
-            part = slice(start, start + int(sizes[b]))
-            model = categorical(self.counts[b].astype(np.float64), perfect=False)
-            if self.decoder:
-                flat[part] = self.decoder.decode(model, int(sizes[b]))
-            self.encoder.encode(flat[part].astype(np.int32), model)
-            seen = np.bincount(flat[part], minlength=2 * self.reach + 1)
-            self.counts[b] += 32 * (seen + seen[::-1])
-            start = part.stop
-        coded = np.empty_like(flat)
-        coded[order] = flat - self.reach
-        return coded.reshape(symbols.shape)
-
-
-class RowPredictor:
-    """Guesses the rows of a table from left to right, by the covariance of its columns in the rows above.
-
-    A table's rows share directions - those of unused tokens are nearly one row - so that part of a row tells of the
-    rest. If the covariance is L D L', a row is L e with uncorrelated e: a column is guessed by its row of L and the e
-    so far. All products are of whole numbers and stay below 2**53, where float64 is exact.
-    """
-
-    def __init__(self, columns: int):
-        self.moments, self.lower = np.zeros((columns, columns)), np.zeros((columns, columns))
-        self.rows, self.due = 0, 16
-
-    def begin(self, rows: int) -> None:
-        """Start on the next `rows` rows. L is fitted anew whenever the rows above have doubled."""
-        if self.rows >= self.due:
-            self.lower, self.due = self.fit(), 2 * self.rows
-        self.innovations = np.zeros((rows, len(self.moments)))  # e, in 1/256 code
-
-    def fit(self) -> np.ndarray:
-        """L - 1 of the covariance, shrunk by 160 rows without correlation, in 1/4096. Element by element, no BLAS."""
-        a, variance = self.moments.copy(), np.diag(self.moments)
-        np.fill_diagonal(a, variance + 160 * variance / self.rows + 1)
-        for j in range(len(a) - 1):
-            factor = a[j + 1:, j] / a[j, j]
-            a[j + 1:, j + 1:] -= factor[:, None] * a[j, j + 1:]
-            a[j + 1:, j] = factor
-        return np.rint(np.tril(a, -1) * 4096).clip(-2 ** 16, 2 ** 16)
-
-    def guess(self, left: int, width: int, top: int) -> np.ndarray:
-        """The next `width` columns, from those before `left`.  # int64 [rows, width]"""
-        self.expected = np.floor(self.innovations[:, :left] @ self.lower[left:left + width, :left].T / 4096)
-        return np.floor(self.expected / 256 + 0.5).clip(-top, top).astype(np.int64)
-
-    def observe(self, left: int, codes: np.ndarray) -> None:
-        """What the columns guessed last truly are."""
-        rest = 256.0 * codes - self.expected
-        for k in range(codes.shape[1]):
-            within = self.innovations[:, left:left + k] @ self.lower[left + k, left:left + k]
-            self.innovations[:, left + k] = (rest[:, k] - np.floor(within / 4096)).clip(-2 ** 20, 2 ** 20)
-
-    def end(self, codes: np.ndarray) -> None:
-        codes = codes.astype(np.float64)
-        self.moments += codes.T @ codes
-        self.rows += len(codes)
-
-
-def code_tensor(codes: np.ndarray, top: int, spreads: SpreadHistograms, is_table: bool) -> None:
-    """Code a tensor, int64 [matrices, rows, columns], in place: an encoder reads it, a decoder fills it.
-
-    Matrix by matrix, in growing blocks of rows. The spread of a weight is predicted from its column in the blocks
-    above, its row in the tiles to the left, and the average magnitude so far as long as those say little.
-    """
-    columns, seen, cells = codes.shape[-1], 4, 1
-    for matrix in codes:
-        predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
-        column_sum, level_sum, done = np.zeros(columns, np.int64), 0, 0
-        while done < len(matrix):
-            block = matrix[done:done + min(max(done // 2, 4), max(4096 // columns, 64))]
-            average = max(seen * FIXED // cells, FIXED // 256)
-            column = (column_sum + 6 * average) * FIXED // (level_sum + 6 * average)  # FIXED: like its row
-            magnitude, level = code_block(block, top, spreads, predictor, average, column)
-            column_sum += magnitude.sum(0) * FIXED
-            level_sum += int(level.sum())
-            seen += int(magnitude.sum())
-            cells += int(column.sum()) * len(block) // FIXED
-            done += len(block)
-
-
-def code_block(block, top: int, spreads: SpreadHistograms, predictor: RowPredictor | None, average: int, column):
-    """Code rows of a matrix, tile by tile. Returns (magnitudes of what was coded [rows, columns], levels [rows])."""
-    width = trust = 16 if predictor else 64  # columns of a tile; after as many a row is its own evidence
-    magnitude, row_sum, expected = np.zeros_like(block), np.zeros(len(block), np.int64), 0
-    if predictor:
-        predictor.begin(len(block))
-    for left in range(0, block.shape[1], width):
-        tile = block[:, left:left + width]
-        level = (row_sum * FIXED + trust * average) * FIXED // (expected + trust * FIXED)
-        spread = log2_sixteenths(level)[:, None] + log2_sixteenths(column[left:left + width])  # 512: one code
-        bucket = ((spread - 448) // BUCKET_STEP).clip(0, BUCKETS - 1)
-        guess = predictor.guess(left, tile.shape[1], top) if predictor else 0
-        symbols = spreads.code(bucket, tile - guess)
-        tile[:] = symbols + guess
-        if (np.abs(tile) > top).any():
-            raise ValueError("a code is out of range")
-        if predictor:
-            predictor.observe(left, tile)
-        magnitude[:, left:left + width] = np.abs(symbols)
-        row_sum += np.abs(symbols).sum(1)
-        expected += int(column[left:left + width].sum())
-    if predictor:
-        predictor.end(block)
-    return magnitude, (row_sum * FIXED + trust * average) * FIXED // (expected + trust * FIXED)
-
-
-def code_tensors(arrays: list[np.ndarray], bits: list[int], decoder=None) -> bytes:
-    """Encode int64 arrays one after another, with a decoder after filling them from it; those with the same symbols
-    share their histograms. Returns the stream."""
-    encoder, shared = library("range").stream.queue.RangeEncoder(), {}
-    for codes, b in zip(arrays, bits):
-        top, is_table = 2 ** (b - 1) - 1, codes.ndim == 2
-        reach = 2 * top if is_table else top  # a table's symbols are differences of two codes
-        if reach not in shared:
-            shared[reach] = SpreadHistograms(reach, encoder, decoder)
-        code_tensor(codes.reshape(-1, *codes.shape[-2:]), top, shared[reach], is_table)
-    return encoder.get_compressed().astype("<u4").tobytes()
-
-
-def range_encode(arrays: list[np.ndarray], bits: list[int]) -> bytes:
-    """int8 codes [(matrices,) rows, columns] of so many bits each -> bytes."""
-    return code_tensors([codes.astype(np.int64) for codes in arrays], bits)
-
-
-def range_decode(packed: bytes, shapes: list, bits: list[int]) -> list[np.ndarray]:
-    """The arrays of `range_encode`, from their shapes. Raises ValueError if the bytes are not the code of any: what is
-    read is encoded again on the way, and only what then comes out is accepted."""
-    decoder = library("range").stream.queue.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
-    arrays = [np.zeros(shape, np.int64) for shape in shapes]
-    try:
-        written = code_tensors(arrays, bits, decoder)
-    except AssertionError as error:  # what constriction raises
-        raise ValueError(f"range cannot read a stream: {error}") from None
-    if written != packed:
-        raise ValueError("a range stream is not the code of its values")
-    return [codes.astype(np.int8) for codes in arrays]
-
-
 @dataclass(frozen=True)
 class Stored:
     """A parameter as an artifact holds it. Its stream is its family if it is rounded, else "half" or "float"."""
@@ -2731,20 +2500,251 @@ class Stored:
         return dequantise(values, torch.from_numpy(self.scales)) if self.bits else values.float()
 
 
-class LedgerRow(NamedTuple):
-    """What one stream takes. `entropy_bytes` is the bound of packers without context (see order0_bytes)."""
+def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[Stored]:
+    """Every exported parameter of a model, rounded as its family is. Raises UserError for values no file can hold."""
+    params = dict(model.named_parameters())
+    families, specs, stored = route(cfg, params), quant_specs(cfg, params), []
+    for name in (name for name in params if families[name].exported):
+        weight = params[name].detach().float().cpu()
+        if name in specs:
+            codes, scales = (t.cpu() for t in rounded.get(name) or quantise(weight, specs[name]))
+            finite = weight.isfinite().all() and scales.isfinite().all()
+            stored.append(Stored(name, families[name].name, specs[name].bits, codes.numpy(), scales.numpy()))
+        else:
+            kind = "float" if named_in(cfg.int8_keep_float_fp32_name_patterns, name) else "half"
+            values = weight if kind == "float" else weight.half()
+            finite = values.isfinite().all()
+            stored.append(Stored(name, kind, 0, values.numpy()))
+        if not finite:
+            raise UserError(f"parameter {name} is not finite{' in fp16' * bool(weight.isfinite().all())}: "
+                            "the training diverged, or it belongs into INT8_KEEP_FLOAT_FP32_NAME_PATTERNS")
+    return stored
 
-    stream: str
-    codec: str
-    values: int
-    raw_bytes: int
-    entropy_bytes: int
-    packed_bytes: int
+
+# ------------------------------------------------------------------------------------------------ ARTIFACT
+# magic | u64 bytes of the file | u32 bytes of the header, packed | u32 the same, unpacked
+# | header: LZMA of JSON (see header_bytes) | the packed streams | first 16 bytes of the SHA-256 of all before.
+# Nothing in it is executed. Names, shapes and streams of the parameters follow from the model settings in the header;
+# their sizes are bounded before memory of that size is allocated.
+ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES, ARTIFACT_HEADER_LIMIT = b"PGOLF", 4, 16, 2 ** 20
+ARTIFACT_MAGIC = ARTIFACT_NAME + bytes([ARTIFACT_VERSION]) + b"\r\n"
+ARTIFACT_NUMBERS = struct.Struct("<QII")
+FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xfd7zXZ": "an xz file",
+           b"\x28\xb5\x2f\xfd": "a zstd file", b"\x1f\x8b": "a gzip file"}
+FLOAT_KINDS = {"half": np.dtype("<f2"), "float": np.dtype("<f4")}
+CODECS = {"range": "constriction", "lzma": "lzma", "zstd": "zstandard"}  # and the package of each
+LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}  # for unaligned bytes
+Parts = list[tuple[np.ndarray, int]]  # what a stream is made of: arrays and their bits (0: floats)
+
+
+def library(codec: str):
+    """The module a codec needs. Raises UserError with the line that installs it."""
+    try:
+        return importlib.import_module(CODECS[codec])
+    except ImportError:
+        raise UserError(f"packing with {codec} needs a package: pip install {CODECS[codec]}") from None
+
+
+def pick_codec(wanted: str) -> str:
+    """The codec COMPRESS names; auto: range where its package is installed, else lzma. Raises UserError."""
+    if wanted == "auto":
+        wanted = "range" if importlib.util.find_spec(CODECS["range"]) else "lzma"
+    library(wanted)
+    return wanted
+
+
+def compress(codec: str, raw: bytes) -> bytes:
+    if codec == "zstd":
+        return library(codec).ZstdCompressor(level=22).compress(raw)
+    return lzma.compress(raw, lzma.FORMAT_RAW, filters=[LZMA2 | {"dict_size": max(len(raw), 4096)}])
+
+
+def decompress(codec: str, packed: bytes, size: int) -> bytes:
+    """The inverse of `compress`. Allocates hardly more than `size` bytes, whatever `packed` states. Raises ValueError
+    unless `packed` holds exactly `size` bytes and nothing follows them."""
+    module = library(codec)
+    try:
+        if codec == "zstd":  # allocates at once what a frame states
+            exact = module.frame_content_size(packed) == size
+            raw = module.ZstdDecompressor().decompress(packed, allow_extra_data=False) if exact else b""
+        else:
+            reader = module.LZMADecompressor(module.FORMAT_RAW, filters=[LZMA2 | {"dict_size": max(size, 4096)}])
+            raw = reader.decompress(packed, max_length=size + 1)
+            exact = reader.eof and not reader.unused_data
+    except Exception as error:  # each library has its own type, known only where the library is
+        raise ValueError(f"{codec} cannot read a stream: {error}") from None
+    if len(raw) != size or not exact:
+        raise ValueError(f"a {codec} stream does not hold exactly {size} bytes")
+    return raw
+
+
+def byte_planes(array: np.ndarray) -> np.ndarray:
+    """uint8 [bytes per value, values] of little-endian values: exponents pack better by themselves."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T
+
+
+def order0_bytes(array: np.ndarray) -> float:
+    """Order-0 entropy of an array's byte planes, each by itself: the bound of packers without context."""
+    return sum(entropy_bytes(torch.tensor(plane)) for plane in byte_planes(array))
+
+
+# The range coder. The library constriction codes the symbols; this file models their probabilities by adaptive
+# histograms. The context of a weight is the magnitude that the weights coded before it in its row and column predict.
+# Encoder and decoder compute the same model and must get the same bits on every machine: integers, or float64
+# operations that IEEE 754 defines exactly (no exp or log, no float sum whose order could matter).
+FIXED = 1 << 16               # 1.0 in fixed-point numbers
+BUCKETS, BUCKET_STEP = 96, 2  # contexts: predicted magnitudes from 1/16 code upwards, in steps of 2/16 octave
+
+
+@functools.cache
+def powers_of_two() -> np.ndarray:
+    """floor(2**(k/16)) for k = 0, 1, …, by integer roots."""
+    return np.array([functools.reduce(lambda x, _: math.isqrt(x), range(4), 1 << k) for k in range(16 * 40)])
+
+
+def log2_sixteenths(x: np.ndarray) -> np.ndarray:
+    """floor(16 log2 x) of integers; of 256 for anything below."""
+    return np.searchsorted(powers_of_two(), np.maximum(x, 256), side="right") - 1
+
+
+class SpreadHistograms:
+    """Adaptive histograms of symbols in -reach..reach, one per context, which start as Student's t distributions (7
+    degrees of freedom: nearly Gaussian, without `exp`) and count a symbol half as itself and half as its negative."""
+
+    def __init__(self, reach: int, encoder, decoder=None):
+        self.reach, self.encoder, self.decoder = reach, encoder, decoder
+        mean = powers_of_two()[BUCKET_STEP * np.arange(BUCKETS) + 16 * 12 + BUCKET_STEP // 2] / FIXED
+        sigma = (1.25 * mean + 0.2)[:, None]  # of a Gaussian with that mean magnitude, and the rounding
+        square = 1 + np.arange(-reach, reach + 1) ** 2 / (7 * sigma * sigma)
+        bell = np.rint(2.0 ** 30 / (square * square * square * square)).astype(np.int64)
+        self.counts = 1 + (bell << 14) // bell.sum(1, keepdims=True)  # 64 make one symbol
+
+    def code(self, bucket: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+        """Encode symbols, context by context; with a decoder, read as many from it first. Returns them."""
+        categorical = library("range").stream.model.Categorical
+        for b in np.unique(bucket):
+            here = bucket == b
+            model = categorical(self.counts[b].astype(np.float64), perfect=False)
+            if self.decoder:
+                symbols[here] = self.decoder.decode(model, int(here.sum())) - self.reach
+            shifted = symbols[here] + self.reach
+            self.encoder.encode(shifted.astype(np.int32), model)
+            seen = np.bincount(shifted, minlength=2 * self.reach + 1)
+            self.counts[b] += 32 * (seen + seen[::-1])
+        return symbols
+
+
+class RowPredictor:
+    """Linear prediction of a table's columns from those to their left, by the covariance of the rows above.
+
+    With covariance L D L' a row is L e of uncorrelated innovations e: a column's prediction is its row of L times the e
+    so far. This uses the directions that rows share; those of unused tokens are nearly equal. Products are of integers
+    and below 2**53, where float64 is exact.
+    """
+
+    def __init__(self, columns: int):
+        self.moments, self.lower = np.zeros((columns, columns)), np.zeros((columns, columns))
+        self.rows, self.due = 0, 16
+
+    def begin(self, above: np.ndarray, rows: int) -> None:
+        """Add the block `above`, start one of `rows` rows. Whenever the rows above have doubled, L is fitted anew to
+        their covariance, shrunk by 160 rows without correlation; not by BLAS, which may sum in any order."""
+        self.moments += above.T.astype(np.float64) @ above.astype(np.float64)
+        self.rows += len(above)
+        self.innovations = np.zeros((rows, len(self.moments)))  # in 1/256 code
+        if self.rows < self.due:
+            return
+        a, variance = self.moments.copy(), np.diag(self.moments)
+        np.fill_diagonal(a, variance + 160 * variance / self.rows + 1)
+        for j in range(len(a) - 1):
+            factor = a[j + 1:, j] / a[j, j]
+            a[j + 1:, j + 1:] -= factor[:, None] * a[j, j + 1:]
+            a[j + 1:, j] = factor
+        self.lower, self.due = np.rint(np.tril(a, -1) * 4096).clip(-2 ** 16, 2 ** 16), 2 * self.rows  # L - 1, in 1/4096
+
+    def predict(self, left: int, width: int, top: int) -> np.ndarray:
+        """The next `width` columns, from those before `left`.  # int64 [rows, width]"""
+        self.expected = np.floor(self.innovations[:, :left] @ self.lower[left:left + width, :left].T / 4096)
+        return np.floor(self.expected / 256 + 0.5).clip(-top, top).astype(np.int64)
+
+    def observe(self, left: int, codes: np.ndarray) -> None:
+        """The true values of the columns predicted last."""
+        residual = 256.0 * codes - self.expected
+        for k in range(codes.shape[1]):
+            within = self.innovations[:, left:left + k] @ self.lower[left + k, left:left + k]
+            self.innovations[:, left + k] = (residual[:, k] - np.floor(within / 4096)).clip(-2 ** 20, 2 ** 20)
+
+
+def code_tensor(codes: np.ndarray, top: int, histograms_of) -> None:
+    """Code a tensor, int8 [(matrices,) rows, columns]: an encoder reads it, a decoder fills it.
+
+    Matrix by matrix, in growing blocks of rows. A weight's predicted magnitude is the level of its row, from the tiles
+    to its left, times the factor of its column, from the blocks above; both are shrunk towards the average so far.
+    """
+    columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
+    histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
+    for matrix in codes.reshape(-1, *codes.shape[-2:]):
+        predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
+        column_sum, level_sum, done, block = np.zeros(columns, np.int64), 0, 0, matrix[:0]
+        while done < len(matrix):
+            above, block = block, matrix[done:done + min(max(done // 2, 4), max(4096 // columns, 64))]
+            if predictor:
+                predictor.begin(above, len(block))
+            average = max(total * FIXED // cells, FIXED // 256)
+            column = (column_sum + 6 * average) * FIXED // (level_sum + 6 * average)  # FIXED: like its row
+            magnitude, level = code_block(block, top, histograms, predictor, average, column)
+            column_sum += magnitude.sum(0) * FIXED
+            level_sum += int(level.sum())
+            total += int(magnitude.sum())
+            cells += int(column.sum()) * len(block) // FIXED
+            done += len(block)
+
+
+def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column):
+    """Code rows of a matrix tile by tile: the residuals of the predictor or, without one, the codes themselves.
+    Raises ValueError for a code out of range. Returns (magnitudes of the symbols [rows, columns], levels [rows])."""
+    width = 16 if predictor else 64  # columns of a tile; the average counts as much as so many columns of a row
+    magnitude, row_sum, expected = np.zeros(block.shape, np.int64), np.zeros(len(block), np.int64), 0
+    level = row_sum + average
+    for left in range(0, block.shape[1], width):
+        tile, factor = block[:, left:left + width], column[left:left + width]
+        spread = log2_sixteenths(level)[:, None] + log2_sixteenths(factor)  # 512: one code
+        bucket = ((spread - 448) // BUCKET_STEP).clip(0, BUCKETS - 1)
+        predicted = predictor.predict(left, tile.shape[1], top) if predictor else 0
+        symbols = histograms.code(bucket, tile.astype(np.int64) - predicted)
+        if (np.abs(symbols + predicted) > top).any():
+            raise ValueError("a code is out of range")
+        tile[:] = symbols + predicted
+        if predictor:
+            predictor.observe(left, tile)
+        magnitude[:, left:left + width] = np.abs(symbols)
+        row_sum += np.abs(symbols).sum(1)
+        expected += int(factor.sum())
+        level = (row_sum * FIXED + width * average) * FIXED // (expected + width * FIXED)
+    return magnitude, level
+
+
+def code_tensors(parts: Parts, packed: bytes | None = None) -> bytes:
+    """The range coder's bytes for int8 arrays [(matrices,) rows, columns] of so many bits. With `packed` the arrays are
+    read from it; raises ValueError or AssertionError (constriction) if encoding what was read gives other bytes."""
+    coders = library("range").stream.queue
+    encoder = coders.RangeEncoder()
+    decoder = None if packed is None else coders.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
+    histograms_of = functools.cache(lambda reach: SpreadHistograms(reach, encoder, decoder))  # shared where it is equal
+    for codes, bits in parts:
+        code_tensor(codes, QuantSpec(bits).max_code, histograms_of)
+    written = encoder.get_compressed().astype("<u4").tobytes()
+    if packed is not None and written != packed:
+        raise ValueError("a range stream is not the code of its values")
+    return written
+
+
+LedgerRow = collections.namedtuple("LedgerRow", "stream codec values raw_bytes entropy_bytes packed_bytes")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A packed model: its bytes, and the ledger of what took them."""
+    """A packed model: its bytes, and the ledger of what each stream takes of them."""
 
     blob: bytes
     ledger: tuple[LedgerRow, ...]
@@ -2758,30 +2758,39 @@ class Artifact:
                        (("header", rest), ("code", code_bytes), ("total", len(self.blob) + code_bytes))]
 
 
-def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[Stored]:
-    """Every exported parameter of a model, rounded as its family is. Raises UserError for values no file can hold."""
-    params = dict(model.named_parameters())
-    families, specs, stored = route(cfg, params), quant_specs(cfg, params), []
-    for name, p in params.items():
-        if not families[name].exported:
-            continue
-        weight = p.detach().float().cpu()
-        if name in specs:
-            codes, scales = (t.cpu() for t in rounded.get(name) or quantise(weight, specs[name]))
-            stored.append(Stored(name, families[name].name, specs[name].bits, codes.numpy(), scales.numpy()))
-            finite = weight.isfinite().all() and scales.isfinite().all()
+def header_bytes(cfg: Hyperparameters, tokenizer_sha256: str, stored: list[Stored], rows: list) -> bytes:
+    """The header text: model settings, tokenizer, how each parameter is stored (its bits, "half" or "float"), in the
+    model's order, and [codec, bytes, crc32] of each stream, in order of their names."""
+    fields = {"config": model_settings(cfg), "tokenizer": tokenizer_sha256,
+              "precision": [s.bits or s.stream for s in stored], "streams": rows}
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def model_settings(cfg: Hyperparameters) -> dict[str, str]:
+    """The variables of a model that is packed; it has no MTP heads any more."""
+    typed = {"int": int, "float": float, "bool": int, "str": str}
+    settings = {f.name.upper(): str(typed[f.type](getattr(cfg, f.name))) for f in settings_by_section()["Model"]}
+    return settings | {"MTP_NUM_HEADS": "0"}
+
+
+def blank_parameters(cfg: Hyperparameters, precision: list, limit: int) -> list[Stored]:
+    """The parameters of a header, still zero. Raises ValueError if they have more than `limit` weights in all."""
+    shapes = parameter_shapes(cfg)
+    count, stored = sum(map(math.prod, shapes.values())), []
+    if count > limit:
+        raise ValueError(f"{count:,} parameters in so small a file")
+    for (name, shape), family, kind in zip(shapes.items(), route(cfg, shapes).values(), precision, strict=True):
+        if kind in FLOAT_KINDS:
+            stored.append(Stored(name, kind, 0, np.zeros(shape, FLOAT_KINDS[kind])))
+        elif family.bits and type(kind) is int and 2 <= kind <= 8:
+            codes, scales = np.zeros(shape, np.int8), np.zeros((*shape[:-1], 1), "<f2")
+            stored.append(Stored(name, family.name, kind, codes, scales))
         else:
-            kind = "float" if named_in(cfg.int8_keep_float_fp32_name_patterns, name) else "half"
-            with np.errstate(over="ignore"):
-                stored.append(Stored(name, kind, 0, weight.numpy().astype(FLOAT_KINDS[kind])))
-            finite = np.isfinite(stored[-1].values).all()
-        if not finite:
-            raise UserError(f"parameter {name} is not finite{' in fp16' * bool(weight.isfinite().all())}: "
-                            "the training diverged, or it belongs into INT8_KEEP_FLOAT_FP32_NAME_PATTERNS")
+            raise ValueError(f"parameter {name} cannot be stored as {kind!r}")
     return stored
 
 
-def streams_of(stored: list[Stored]) -> dict[str, list[tuple[np.ndarray, int]]]:
+def streams_of(stored: list[Stored]) -> dict[str, Parts]:
     """Stream -> its (array, bits), in order of their names: what is packed together."""
     streams = collections.defaultdict(list)
     for s in stored:
@@ -2791,69 +2800,74 @@ def streams_of(stored: list[Stored]) -> dict[str, list[tuple[np.ndarray, int]]]:
     return dict(sorted(streams.items()))
 
 
-def pack_stream(codec: str, parts: list[tuple[np.ndarray, int]]) -> bytes:
-    arrays, bits = zip(*parts)
-    return range_encode(arrays, bits) if codec == "range" else compress(
-        codec, byte_planes(np.concatenate([array.reshape(-1) for array in arrays])))
+def joined(parts: Parts) -> np.ndarray:
+    return np.concatenate([array.reshape(-1) for array, _ in parts])
 
 
-def pack_streams(wanted: str, streams: dict) -> dict[str, tuple[str, bytes]]:
+def pack_stream(codec: str, parts: Parts) -> bytes:
+    return code_tensors(parts) if codec == "range" else compress(codec, byte_planes(joined(parts)).tobytes())
+
+
+def unpack_stream(codec: str, packed: bytes, parts: Parts) -> None:
+    """The inverse of `pack_stream`: fills the arrays. Raises ValueError for bytes or codes that cannot be theirs."""
+    if codec == "range":
+        code_tensors(parts, packed)
+        return
+    flat = joined(parts)
+    planes = np.frombuffer(decompress(codec, packed, flat.nbytes), np.uint8).reshape(flat.itemsize, -1)
+    flat = planes.T.copy().reshape(-1).view(flat.dtype)
+    for array, bits in parts:
+        array[...], flat = flat[:array.size].reshape(array.shape), flat[array.size:]
+        if bits and (np.abs(array.astype(np.int16)) > QuantSpec(bits).max_code).any():
+            raise ValueError("a code is out of range")
+
+
+def pack_streams(wanted: str, streams: dict[str, Parts]) -> dict[str, tuple[str, bytes]]:
     """Stream -> (codec, bytes). The range coder knows codes only: floats go by LZMA then."""
     chosen = pick_codec(wanted)
-    codecs = {stream: "lzma" if chosen == "range" and not parts[0][1] else chosen for stream, parts in streams.items()}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # the libraries let go of Python's lock
-        data = pool.map(lambda stream: pack_stream(codecs[stream], streams[stream]), streams)
-        return dict(zip(streams, zip(codecs.values(), data)))
+    codecs = ["lzma" if chosen == "range" and not parts[0][1] else chosen for parts in streams.values()]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # the libraries release Python's lock
+        return dict(zip(streams, zip(codecs, pool.map(pack_stream, codecs, streams.values()))))
+
+
+def unpack_streams(streams: dict[str, Parts], rows: list, payload: bytes) -> None:
+    """The inverse of `pack_streams`: fills the arrays, given [codec, bytes, crc32] of each stream. Raises ValueError
+    unless the payload is exactly these streams, of values that can be in them."""
+    if any(type(n) is not int or n < 0 for _, *numbers in rows for n in numbers) or len(rows) != len(streams) \
+            or sum(size for _, size, _ in rows) != len(payload):
+        raise ValueError("its streams are not those of its parameters, or do not fill the file")
+    file = io.BytesIO(payload)
+    for (stream, parts), (codec, size, crc) in zip(streams.items(), rows):
+        if codec not in CODECS or codec == "range" and not parts[0][1]:
+            raise ValueError(f"stream {stream} is packed with {codec!r}")
+        unpack_stream(codec, file.read(size), parts)
+        values = joined(parts)
+        if not np.isfinite(values).all() or stream == "scales" and np.signbit(values).any():
+            raise ValueError(f"stream {stream} has a value that is not finite, or a negative scale")
+        if zlib.crc32(values) != crc:
+            raise ValueError(f"stream {stream} has another checksum")
 
 
 def pack(cfg: Hyperparameters, model: GPT, tokenizer_sha256: str, rounded: dict | None = None) -> Artifact:
     """Quantise and pack every exported parameter of a model. The same weights and settings give the same bytes.
-
-    `rounded` has (codes, scales) by name for parameters whose rounding was chosen otherwise (GPTQ).
-    """
-    return write_artifact(cfg, tokenizer_sha256, stored_parameters(cfg, model, rounded or {}))
-
-
-def write_artifact(cfg: Hyperparameters, tokenizer_sha256: str, stored: list[Stored]) -> Artifact:
-    streams, ledger = streams_of(stored), []
+    `rounded` has (codes, scales) by name for parameters whose rounding was chosen otherwise (GPTQ)."""
+    stored = stored_parameters(cfg, model, rounded or {})
+    streams, ledger, rows = streams_of(stored), [], []
     packed = pack_streams(cfg.compress, streams)
-    for stream, parts in streams.items():
-        flat = np.concatenate([array.reshape(-1) for array, _ in parts])
-        codec, data = packed[stream]
-        ledger.append(LedgerRow(stream, codec, flat.size, flat.nbytes, round(order0_bytes(flat)), len(data)))
-    text = json_bytes({"config": model_settings(cfg), "tokenizer": tokenizer_sha256,
-                       "tensors": [[s.name, list(s.values.shape), s.stream, s.bits] for s in stored],
-                       "streams": [[row.stream, row.codec, row.packed_bytes, stream_crc(streams[row.stream])]
-                                   for row in ledger]})
-    return Artifact(make_container(text, b"".join(data for _, data in packed.values())), tuple(ledger))
-
-
-def stream_crc(parts: list[tuple[np.ndarray, int]]) -> int:
-    """CRC32 of the values of a stream, however they are packed."""
-    return functools.reduce(lambda crc, part: zlib.crc32(np.ascontiguousarray(part[0]).tobytes(), crc), parts, 0)
-
-
-def model_settings(cfg: Hyperparameters) -> dict:
-    """The settings an artifact remembers: those of its model, which has no MTP heads any more."""
-    typed = {"int": int, "float": float, "bool": bool, "str": str}
-    return {f.name: typed[f.type](getattr(cfg, f.name)) for f in settings_by_section()["Model"]} | {"mtp_num_heads": 0}
-
-
-def json_bytes(value) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    for stream, (codec, data) in packed.items():
+        values = joined(streams[stream])
+        ledger.append(LedgerRow(stream, codec, values.size, values.nbytes, round(order0_bytes(values)), len(data)))
+        rows.append([codec, len(data), zlib.crc32(values)])
+    header = header_bytes(cfg, tokenizer_sha256, stored, rows)
+    return Artifact(make_container(header, b"".join(data for _, data in packed.values())), tuple(ledger))
 
 
 def make_container(text: bytes, payload: bytes) -> bytes:
     """The whole file from its header text and its streams."""
     header = compress("lzma", text)
     size = len(ARTIFACT_MAGIC) + ARTIFACT_NUMBERS.size + len(header) + len(payload) + ARTIFACT_DIGEST_BYTES
-    blob = ARTIFACT_MAGIC + numbers_bytes(size, len(header), len(text)) + header + payload
+    blob = ARTIFACT_MAGIC + ARTIFACT_NUMBERS.pack(size, len(header), len(text)) + header + payload
     return blob + hashlib.sha256(blob).digest()[:ARTIFACT_DIGEST_BYTES]
-
-
-def numbers_bytes(file_bytes: int, header_bytes: int, text_bytes: int) -> bytes:
-    crc = zlib.crc32(struct.pack("<QII", file_bytes, header_bytes, text_bytes))
-    return ARTIFACT_NUMBERS.pack(file_bytes, header_bytes, text_bytes, crc)
 
 
 def open_container(blob: bytes) -> tuple[bytes, bytes]:
@@ -2868,10 +2882,9 @@ def open_container(blob: bytes) -> tuple[bytes, bytes]:
         raise UserError(f"artifact is cut short: {len(blob)} bytes hold no header")
     if blob[5] != ARTIFACT_VERSION:
         raise UserError(f"artifact is of version {blob[5]}; this program reads version {ARTIFACT_VERSION}")
-    numbers = blob[len(ARTIFACT_MAGIC):start]
-    file_bytes, header_bytes, text_bytes, _ = ARTIFACT_NUMBERS.unpack(numbers)
-    if not blob.startswith(ARTIFACT_MAGIC) or numbers != numbers_bytes(file_bytes, header_bytes, text_bytes):
+    if not blob.startswith(ARTIFACT_MAGIC):
         raise UserError("artifact is damaged in its first bytes")
+    file_bytes, packed_bytes, text_bytes = ARTIFACT_NUMBERS.unpack(blob[len(ARTIFACT_MAGIC):start])
     if len(blob) != file_bytes:
         raise UserError(f"artifact is {'cut short' if len(blob) < file_bytes else 'over-long'}: "
                         f"{len(blob):,} bytes instead of {file_bytes:,}")
@@ -2880,100 +2893,30 @@ def open_container(blob: bytes) -> tuple[bytes, bytes]:
         raise UserError("artifact is damaged: its checksum does not match its contents")
     if text_bytes > ARTIFACT_HEADER_LIMIT:
         raise UserError(f"artifact is malformed: a header of {text_bytes:,} bytes")
-    return decompress("lzma", body[start:start + header_bytes], text_bytes), body[start + header_bytes:]
+    return decompress("lzma", body[start:start + packed_bytes], text_bytes), body[start + packed_bytes:]
 
 
-def parameter_shapes(cfg: Hyperparameters) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's parameters, made without memory for them."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
-
-
-def read_artifact(blob: bytes) -> tuple[Hyperparameters, str, list[Stored]]:
-    """(model settings, tokenizer sha256, parameters) of an artifact. Raises UserError for anything out of order."""
+def read_artifact(blob: bytes, values: bool = True) -> tuple[Hyperparameters, str, list[Stored]]:
+    """(model settings, tokenizer sha256, parameters) of an artifact; without `values` from its header alone, with zeros
+    for them. Raises UserError for anything out of order."""
     try:
         text, payload = open_container(blob)
         header = json.loads(text)
-        if json_bytes(header) != text:  # one way to write it: no key twice, no second spelling of a number
+        tokenizer_sha256, rows = header["tokenizer"], header["streams"]
+        try:
+            cfg = Hyperparameters.from_env(header["config"])
+        except UserError as error:
+            raise ValueError(error) from None
+        stored = blank_parameters(cfg, header["precision"], 2 ** 16 + 16 * len(blob))
+        if header_bytes(cfg, tokenizer_sha256, stored, rows) != text or not re.fullmatch(r"\w{,64}", tokenizer_sha256):
             raise ValueError("its header is not in the form this program writes")
-        cfg = stored_settings(header["config"])
-        table = checked_tensors(cfg, header["tensors"], 2 ** 16 + 16 * len(blob))
-        if not re.fullmatch(r"\w{,64}", header["tokenizer"]):
-            raise ValueError("its tokenizer is no SHA-256")
-        return cfg, header["tokenizer"], read_streams(table, header["streams"], payload)
+        if values:
+            unpack_streams(streams_of(stored), rows, payload)
+        return cfg, tokenizer_sha256, stored
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
             ValueError) as error:
         raise UserError(f"artifact is malformed: {str(error).partition(chr(10))[0][:200] or type(error).__name__}"
                         ) from None
-
-
-def stored_settings(config: dict) -> Hyperparameters:
-    """Raises ValueError for settings that are not a model's, or not spelt as this program spells them."""
-    names = list(model_settings(Hyperparameters()))
-    if list(config) != names:
-        raise ValueError("its settings are not those of a model")
-    try:
-        cfg = Hyperparameters.from_env({k.upper(): str(int(v) if isinstance(v, bool) else v)
-                                        for k, v in config.items()})
-    except UserError as error:
-        raise ValueError(error) from None
-    if json_bytes(model_settings(cfg)) != json_bytes(config):
-        raise ValueError("its settings are not in the form this program writes")
-    return cfg
-
-
-def checked_tensors(cfg: Hyperparameters, tensors: list, most: int) -> list[tuple[str, tuple[int, ...], str, int]]:
-    """(name, shape, stream, bits) of each tensor, if they are the parameters of the model the settings describe."""
-    shapes = parameter_shapes(cfg)
-    if json_bytes([row[:2] for row in tensors]) != json_bytes([[name, shape] for name, shape in shapes.items()]):
-        raise ValueError("its tensors are not those of the model in its settings")
-    if sum(map(math.prod, shapes.values())) > most:
-        raise ValueError(f"{sum(map(math.prod, shapes.values())):,} parameters in so small a file")
-    for (name, _, stream, bits), family in zip(tensors, route(cfg, shapes).values()):
-        rounded = family.bits and stream == family.name and type(bits) is int and 2 <= bits <= 8
-        if not rounded and not (stream in FLOAT_KINDS and type(bits) is int and bits == 0):
-            raise ValueError(f"tensor {name} cannot be {stream} of {bits} bits")
-    return [(name, shapes[name], stream, bits) for name, _, stream, bits in tensors]
-
-
-def read_streams(table: list, streams: list, payload: bytes) -> list[Stored]:
-    """The tensors of a checked table. Raises ValueError unless the streams are exactly theirs."""
-    wanted = collections.defaultdict(list)
-    for _, shape, stream, bits in table:
-        wanted[stream].append((shape, bits))
-        if bits:
-            wanted["scales"].append(((*shape[:-1], 1), 0))
-    if [row[0] for row in streams] != sorted(wanted):
-        raise ValueError("its streams are not those of its tensors")
-    sizes = [size for _, _, size, _ in streams]
-    if any(type(size) is not int or size < 0 for size in sizes) or sum(sizes) != len(payload):
-        raise ValueError("its streams do not fill the file")
-    arrays, offset = {}, 0
-    for name, codec, size, crc in streams:
-        parts = unpack_stream(name, codec, payload[offset:offset + size], *zip(*wanted[name]))
-        if stream_crc([(part, 0) for part in parts]) != crc:
-            raise ValueError(f"stream {name} has another checksum")
-        arrays[name], offset = iter(parts), offset + size
-    return [Stored(name, stream, bits, next(arrays[stream]), next(arrays["scales"]) if bits else None)
-            for name, _, stream, bits in table]
-
-
-def unpack_stream(stream: str, codec: str, packed: bytes, shapes: tuple, bits: tuple) -> list[np.ndarray]:
-    """The arrays of one stream, held against what may stand in them."""
-    if codec not in CODECS or codec == "range" and not bits[0]:
-        raise ValueError(f"stream {stream} is packed with {codec!r}")
-    if codec == "range":
-        return range_decode(packed, shapes, bits)  # which makes no code out of range
-    dtype = np.dtype("<f2") if stream == "scales" else FLOAT_KINDS.get(stream, np.dtype("i1"))
-    counts = [math.prod(shape) for shape in shapes]
-    flat = from_byte_planes(decompress(codec, packed, sum(counts) * dtype.itemsize), dtype)
-    parts = [part.reshape(shape) for part, shape in zip(np.split(flat, np.cumsum(counts)[:-1]), shapes)]
-    for part, b in zip(parts, bits):
-        if b and (np.abs(part.astype(np.int16)) > 2 ** (b - 1) - 1).any():
-            raise ValueError(f"stream {stream} has a code out of range")
-    if not b and not np.isfinite(flat).all() or stream == "scales" and np.signbit(flat).any():
-        raise ValueError(f"stream {stream} has a value that is not finite, or a negative scale")
-    return parts
 
 
 def unpack(blob: bytes) -> tuple[Hyperparameters, str, dict[str, Tensor]]:
@@ -2988,7 +2931,7 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
     if made_with != tokenizer_sha256:
         raise UserError(f"artifact was made with another tokenizer, of sha256 {made_with[:12]}…, not "
                         f"{tokenizer_sha256[:12]}…; TOKENIZER_PATH names the one to use")
-    with torch.device("meta"):  # no memory for initial values that nobody will see
+    with torch.device("meta"):  # no memory for initial values that are overwritten
         model = GPT(cfg, rt.attend, rt.dtype, kernels=rt.kernels)
     model.load_state_dict(weights, assign=True)
     return model.to(rt.device).eval()
@@ -3517,16 +3460,12 @@ def model_variables(path: str) -> tuple[dict[str, str], str]:
     tokenizer. Raises UserError."""
     blob = read_file(path)
     try:
-        header = json.loads(open_container(blob)[0])
-        cfg, tokenizer_sha256 = stored_settings(header["config"]), str(header["tokenizer"])
-        bits = {stream: bits for _, _, stream, bits in header["tensors"]}
+        cfg, tokenizer_sha256, stored = read_artifact(blob, values=False)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: artifact is malformed: {error}") from None
-    values = {f.name: getattr(cfg, f.name) for f in settings_by_section()["Model"]}
-    values |= {f.bits: bits[f.name] for f in FAMILIES if f.name in ("mlp", "attn") and f.name in bits}
-    return {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}, tokenizer_sha256
+    bits = {s.stream: s.bits for s in stored}
+    return model_settings(cfg) | {f.bits.upper(): str(bits[f.name]) for f in FAMILIES
+                                  if f.name in ("mlp", "attn") and f.name in bits}, tokenizer_sha256
 
 
 def read_file(path: str) -> bytes:

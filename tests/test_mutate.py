@@ -73,3 +73,10 @@ def test_the_list_of_the_repository_can_be_read_and_rooms_have_tests():
     text = (ROOT / "train_gpt.py").read_text()
     rooms = mutate.re.findall(r"^# -{20,} (\w+)$", text, mutate.re.M)
     assert set(rooms) <= set(mutate.NEAREST)
+
+
+@pytest.mark.parametrize("name", ["mutants", "mutants_runs", "mutants_shell"])
+def test_what_is_to_be_mistaken_stands_once_in_its_file(name):
+    lost = [m.name for m in mutate.read_list(ROOT / "tests" / f"{name}.toml")
+            if (ROOT / m.file).read_text().count(m.old) != 1]
+    assert lost == []

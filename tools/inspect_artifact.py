@@ -46,7 +46,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Contents:
-    model: dict
+    model: dict[str, str]
     tokenizer: str
     pieces: list[Piece]
     streams: list[Stream]
@@ -58,7 +58,8 @@ def contents(blob: bytes) -> Contents:
     """What is in an artifact. Raises UserError."""
     _, tokenizer, stored = tg.read_artifact(blob)
     header = json.loads(tg.open_container(blob)[0])
-    sizes = {name: size for name, _, size, _ in header["streams"]}
+    packed = dict(zip(tg.streams_of(stored), header["streams"]))  # stream -> [codec, bytes, crc32]
+    sizes = {name: size for name, (_, size, _) in packed.items()}
     rows = [(s.name, s.values.shape, s.stream, s.bits, s.values.size, tg.order0_bytes(s.values)) for s in stored]
     scales = [s.scales for s in stored if s.bits]
     if scales:
@@ -67,7 +68,7 @@ def contents(blob: bytes) -> Contents:
     held = {name: sum(row[4] for row in rows if row[2] == name) for name in sizes}
     pieces = [Piece(*row, sizes[row[2]] * (row[5] / bound[row[2]] if bound[row[2]] else row[4] / held[row[2]]))
               for row in rows]
-    streams = [Stream(name, codec, held[name], size) for name, codec, size, _ in header["streams"]]
+    streams = [Stream(name, codec, held[name], size) for name, (codec, size, _) in packed.items()]
     return Contents(header["config"], tokenizer, pieces, streams, len(blob) - sum(sizes.values()), len(blob))
 
 
@@ -88,8 +89,7 @@ def tables(found: Contents, code_bytes: int) -> list[str]:
                        ("total", total)):
         lines.append(f"{name:<37} {size:>12,}")
     lines.append(f"{abs(LIMIT - total):,} bytes {'under' if total <= LIMIT else 'OVER'} the limit of {LIMIT:,}")
-    return lines + ["", "model      " + " ".join(f"{k.upper()}={int(v) if isinstance(v, bool) else v}"
-                                               for k, v in found.model.items()),
+    return lines + ["", "model      " + " ".join(f"{name}={value}" for name, value in found.model.items()),
                     f"tokenizer  sha256 {found.tokenizer}"]
 
 

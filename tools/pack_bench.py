@@ -27,18 +27,17 @@ from shell import Parser, one_line_errors  # noqa: E402
 
 TINY = {"vocab_size": 64, "num_layers": 2, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 2,
         "ve_layers": "1", "ve_dim": 8, "bigram_vocab_size": 32, "bigram_dim": 8}
-Parts = list[tuple[np.ndarray, int]]  # what a stream is made of: (array, bits)
 
 
-def lzma6(parts: Parts) -> bytes:
+def lzma6(parts: tg.Parts) -> bytes:
     """What PR 1092 does: an xz container, preset 6."""
-    return lzma.compress(b"".join(tg.byte_planes(array) for array, _ in parts), preset=6)
+    return lzma.compress(b"".join(tg.byte_planes(array).tobytes() for array, _ in parts), preset=6)
 
 
 CODECS = {"zstd-22": "zstd", "lzma-9e": "lzma", "range": "range"}
 
 
-def load_streams(path: Path, cfg: tg.Hyperparameters) -> dict[str, Parts]:
+def load_streams(path: Path, cfg: tg.Hyperparameters) -> dict[str, tg.Parts]:
     """The code streams of a float model on disk, rounded as `cfg` says."""
     held = torch.load(path, map_location="cpu", weights_only=True)
     if "averager" in held and held["averager"]["ema"]:  # a checkpoint; the EMA is in the model's order
@@ -52,7 +51,7 @@ def load_streams(path: Path, cfg: tg.Hyperparameters) -> dict[str, Parts]:
     return tg.streams_of(stored)
 
 
-def grown(streams: dict[str, Parts], weights: float) -> dict[str, Parts]:
+def grown(streams: dict[str, tg.Parts], weights: float) -> dict[str, tg.Parts]:
     """The banks repeated up to so many weights; rows and columns of each copy are shuffled to hide it from LZ."""
     banks = {name: parts for name, parts in streams.items() if name != "scales" and parts[0][0].ndim == 3}
     copies = max(round(weights / sum(array.size for parts in banks.values() for array, _ in parts)), 1)
@@ -64,13 +63,13 @@ def grown(streams: dict[str, Parts], weights: float) -> dict[str, Parts]:
                       for name, parts in banks.items()}
 
 
-def bench(streams: dict[str, Parts]) -> None:
+def bench(streams: dict[str, tg.Parts]) -> None:
     """Prints bytes of each packer for each stream, their sums and ratios, and seconds."""
     columns = ["lzma-6", *CODECS]
     print(f"{'stream':<8} {'values':>11} {'entropy':>11} " + " ".join(f"{c:>11}" for c in columns), flush=True)
     totals, seconds = np.zeros(2 + len(columns)), dict.fromkeys(columns, 0.0)
     for name, parts in streams.items():
-        row = [sum(a.size for a, _ in parts), tg.order0_bytes(np.concatenate([a.reshape(-1) for a, _ in parts]))]
+        row = [sum(a.size for a, _ in parts), tg.order0_bytes(tg.joined(parts))]
         for column in columns:
             begun = time.process_time()
             codec = CODECS.get(column)
@@ -87,15 +86,15 @@ def bench(streams: dict[str, Parts]) -> None:
           f"range / order-0 entropy: {totals[5] / totals[1]:.4f}")
 
 
-def time_packing(wanted: str, streams: dict[str, Parts]) -> None:
+def time_packing(wanted: str, streams: dict[str, tg.Parts]) -> None:
     """Seconds of COMPRESS=`wanted` and of reading the result, on the cores this machine has free."""
     begun, cpu = time.perf_counter(), time.process_time()
     packed = tg.pack_streams(wanted, streams)
     middle, cpu_middle = time.perf_counter(), time.process_time()
     for name, (codec, data) in packed.items():
-        arrays, bits = zip(*streams[name])
-        for got, array in zip(tg.unpack_stream(name, codec, data, [a.shape for a in arrays], bits), arrays):
-            assert np.array_equal(got, array), name
+        blank = [(np.zeros_like(array), bits) for array, bits in streams[name]]
+        tg.unpack_stream(codec, data, blank)
+        assert np.array_equal(tg.joined(blank), tg.joined(streams[name])), name
     print(f"COMPRESS={wanted} takes {', '.join(f'{name} {codec}' for name, (codec, _) in packed.items())}: packed in "
           f"{middle - begun:.1f} s (cpu {cpu_middle - cpu:.1f} s), unpacked in {time.perf_counter() - middle:.1f} s "
           f"(cpu {time.process_time() - cpu_middle:.1f} s)", flush=True)
@@ -112,7 +111,7 @@ def tiny_artifact(compress: str = "auto", seed: int = 0) -> bytes:
 
 
 NASTY = (None, True, -1, 0, 1, 2, 9, 2 ** 31, 2 ** 63, 10 ** 30, 0.5, float("nan"), float("inf"), "", "half", "range",
-         "scales", "qo_bank", "é\x00", [], [[]], {}, [-1, 5], [0], [2 ** 40, 2 ** 40], ["attn", "range", 5])
+         "float", "16", "1_6", "qo_bank", "é\x00", [], [[]], {}, [-1, 5], [0], [2 ** 40, 2 ** 40], ["range", 5, 5])
 
 
 def mutate_json(value, rng: random.Random):
@@ -152,6 +151,11 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
     return (data[:at] + new + data[at + length:])[:len(data)]
 
 
+def json_bytes(value) -> bytes:
+    """As the header is written."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def mutant(blob: bytes, rng: random.Random) -> tuple[str, bytes]:
     """(kind, file): damaged at random, or changed with its checksums made right again."""
     text, payload = tg.open_container(blob)
@@ -164,13 +168,14 @@ def mutant(blob: bytes, rng: random.Random) -> tuple[str, bytes]:
         header = json.loads(text)
         for _ in range(rng.choice([1, 1, 2])):
             header = mutate_json(header, rng)
-        return kind, tg.make_container(tg.json_bytes(header), payload)
+        return kind, tg.make_container(json_bytes(header), payload)
     if kind == "text":
         return kind, tg.make_container(mutate_bytes(text, rng), payload)
     start, numbers = len(tg.ARTIFACT_MAGIC), [len(blob), len(tg.compress("lzma", text)), len(text)]
     i = rng.randrange(3)
     numbers[i] = rng.choice([0, 1, numbers[i] - 1, numbers[i] + 1, 2 ** 20, 2 ** 31, 2 ** 32 - 1])
-    body = blob[:start] + tg.numbers_bytes(*numbers) + blob[start + tg.ARTIFACT_NUMBERS.size:-tg.ARTIFACT_DIGEST_BYTES]
+    rest = blob[start + tg.ARTIFACT_NUMBERS.size:-tg.ARTIFACT_DIGEST_BYTES]
+    body = blob[:start] + tg.ARTIFACT_NUMBERS.pack(*numbers) + rest
     return kind, body + hashlib.sha256(body).digest()[:tg.ARTIFACT_DIGEST_BYTES]
 
 
