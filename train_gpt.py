@@ -26,19 +26,23 @@ read back -> evaluate -> report.
     EVALUATION  evaluate: plan -> score -> commit -> train an adapter; Scored decides what makes a score illegal
     MAIN        run: one training run; run_evaluation: an artifact alone
 
-Where a technique lives (off and on by one setting each, see --help):
+Where a technique lives:
 
-    rotary base, partial rotation, NTK   rope_table, rotate        exclusive self-attention (XSA)  subtract_own_value
-    activation, LeakyReLU squared        SquaredLeakyReLU          soft cap, loss in chunks        CappedCrossEntropy
-    smear gate                           SmearGate, GPT.embed      bigram and trigram tables       hash_ngrams
-    value embeddings                     GPT.value_embeddings      value residual, gates           Attention, Block
-    skip connections                     GPT.hidden                attention window                causal_mask
-    multi-token prediction               GPT.loss                  complementary training          BigramCounts
-    initial weights                      GPT.init_weights          Newton-Schulz, NorMuon          Muon
-    late QAT: when; how                  qat_progress; fake_quantise   soft rounding, pruning      soft_round, prune
-    GPTQ                                 gptq, HessianSums         size fit                        fit_size
-    sliding windows                      Windows                   evaluation time limit           EvalClock
-    SGD, LoRA test-time training         SgdAdapter, LoraAdapter   in a stream, per document       plan_*
+    rotary base, partial rotation, NTK      rope_table, rotate; ROPE_BASE in CONFIG
+    exclusive self-attention (XSA)          subtract_own_value, called by Attention
+    activation (LeakyReLU squared)          Block.mlp: SquaredLeakyReLU, or FusedMlp with KERNELS=triton
+    soft cap, cross-entropy in chunks       CappedCrossEntropy, called by GPT.loss; multi-token prediction: GPT.loss
+    smear gate, hashed n-gram tables        GPT.embed: SmearGate, hash_ngrams
+    value embeddings, skip connections      GPT.hidden; value residual, gates, attention window: Attention, Block
+    initial weights                         GPT.init_weights
+    learning rate, decay, bits of a tensor  its row of FAMILIES, which names the settings
+    Muon, Newton-Schulz, NorMuon            Muon, newton_schulz, normalise_rows_
+    late QAT, soft rounding                 when: qat_progress; how: fake_quantise, soft_round
+    complementary training                  BigramCounts; pruning: prune
+    GPTQ, fitting the size                  gptq, HessianSums; fit_size
+    sliding windows, time limit             Windows, plan_stream; EvalClock
+    test-time training of all weights       SgdAdapter; of low-rank additions (LoRA): LoraAdapter
+    of each document by itself              plan_documents, and the rows of LoraAdapter
 
 The defaults are the system of the competition's pull request 1092, its slips corrected (each is named where it stands).
 """
@@ -154,7 +158,7 @@ class Hyperparameters:
     matrix_lr: float = env_field(0.025, "learning rate of the banks (Muon)", lo=0, hi=100, section="Optimisers")
     scalar_lr: float = env_field(0.025, "learning rate of vectors, gates and small projections (AdamW)", lo=0, hi=100)
     tied_embed_lr: float = env_field(0.035, "learning rate of the tables with TIE_EMBEDDINGS=1 (AdamW)", lo=0, hi=100)
-    embed_lr: float = env_field(0.6, "the same with TIE_EMBEDDINGS=0", lo=0, hi=100)
+    embed_lr: float = env_field(0.6, "learning rate of the tables with TIE_EMBEDDINGS=0", lo=0, hi=100)
     head_lr: float = env_field(0.008, "learning rate of an untied output layer and of MTP heads", lo=0, hi=100)
     muon_momentum: float = env_field(0.99, "momentum of Muon", lo=0, hi=0.9999)
     muon_momentum_warmup_start: float = env_field(0.92, "its initial value", lo=0, hi=0.9999)
@@ -196,9 +200,9 @@ class Hyperparameters:
     lawa_freq: int = env_field(100, "steps between them", lo=1)
     # Quantisation and artifact
     qat_enabled: bool = env_field(False, "fake quantisation from the first step", section="Quantisation and artifact")
-    late_qat: bool = env_field(True, "fake quantisation late in training, by one of the next two rules")
-    late_qat_threshold: float = env_field(0.15, "the same once the learning-rate scale is below; 0: never", lo=0, hi=1)
-    late_qat_frac: float = env_field(0.0, "instead: once this fraction of the budget is spent; 0: off", lo=0, hi=1)
+    late_qat: bool = env_field(True, "fake quantisation late in training: LATE_QAT_THRESHOLD or LATE_QAT_FRAC")
+    late_qat_threshold: float = env_field(0.15, "it starts when the learning-rate scale falls below", lo=0, hi=1)
+    late_qat_frac: float = env_field(0.0, "instead: at this fraction of the budget; 0: off", lo=0, hi=1)
     late_qat_min_step: int = env_field(0, "not before this step", lo=0)
     soft_round: bool = env_field(False, "QAT's rounding starts soft and hardens (PR 550)", alias="SOFT_ROUND_ENABLED")
     ema_reset_at_qat: bool = env_field(True, "restart the EMA when QAT starts (PR 1216)")
@@ -1401,7 +1405,8 @@ class ScaledNorm(torch.autograd.Function):
 
 
 class SquaredLeakyReLU(torch.autograd.Function):
-    """LeakyReLU(x)² as x * t with t = LeakyReLU of the squared slope: its derivative is 2t, so only t is kept."""
+    """LeakyReLU(x)², computed as x * leaky with leaky = LeakyReLU(x) of the squared slope. The derivative is 2 * leaky,
+    so only that is saved."""
 
     @staticmethod
     def forward(ctx, x: Tensor, slope: float) -> Tensor:
@@ -1520,8 +1525,9 @@ def rope_table(length: int, dims: int, cfg: Hyperparameters, device) -> tuple[Te
     NTK scaling: the base grows with the longer of training length and window, from ROPE_TRAIN_SEQ_LEN on. (PR 1092
     counts from 1024 while it trains on 2048, which stretches its base to 22,082; ROPE_TRAIN_SEQ_LEN=1024 keeps that.)
     """
-    stretch = torch.sym_max(torch.sym_max(length, cfg.train_seq_len) / cfg.rope_train_seq_len, 1.0)  # one graph for
-    base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)                         # every length
+    # sym_max instead of max: one compiled graph serves every length
+    stretch = torch.sym_max(torch.sym_max(length, cfg.train_seq_len) / cfg.rope_train_seq_len, 1.0)
+    base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
@@ -2048,17 +2054,17 @@ def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) 
     """The plan of step `step` (from 0), after `elapsed_s` seconds of training at `pace_s` seconds per step."""
     scale = lr_scale(cfg, step, elapsed_s, pace_s)
     ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
-    rounded = qat_progress(cfg, step, scale, budget_spent(cfg, step, elapsed_s))
+    qat = qat_progress(cfg, step, scale, budget_spent(cfg, step, elapsed_s))
     return StepPlan(lr_scale=scale,
                     momentum=(1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum,
-                    qat=rounded is not None,
+                    qat=qat is not None,
                     snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
-                    hardness=min(max((rounded or 0.0) / 0.9, 0.0), 1.0))
+                    hardness=min(max((qat or 0.0) / 0.9, 0.0), 1.0))
 
 
 def qat_progress(cfg: Hyperparameters, step: int, scale: float, spent: float) -> float | None:
-    """How far QAT is: 0 when it starts, 1 at the end of training, None before it starts. It is counted in what starts
-    QAT, so that a run that ends by the clock reaches 1 as well (PR 550 counts ITERATIONS)."""
+    """How far QAT is: 0 when it starts, 1 at the end of training, None before it starts. Measured in what triggers it
+    (budget or learning-rate scale), so that a run that ends by the clock reaches 1 too (PR 550 counts ITERATIONS)."""
     if cfg.qat_enabled:
         return spent
     if not cfg.late_qat or step < cfg.late_qat_min_step:
@@ -3183,7 +3189,7 @@ class ScoredChunk:
     train_tokens: int = 0   # scored ones of all ranks (stream), or those this rank read (documents)
     first: int = 0          # the first of them, in a stream
     progress: float = 0.0   # 0..1 of the text
-    resets: bool = False    # other documents begin here
+    resets: bool = False    # the adapter starts afresh: other documents begin here
 
     @property
     def reads(self) -> int:
@@ -3211,7 +3217,7 @@ def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, si
 def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[ScoredChunk]:
     """This rank's documents, TTT_BATCH_DOCS of about one length side by side, chunk by chunk. A document runs from its
     BOS to the next one, which is its last target. What a token is scored with depends on nothing after it: chunks are
-    counted from the BOS, every batch has the same number of rows, and whether a document is short shows only in time.
+    counted from the BOS, and every batch has the same number of rows.
     """
     targets, chunk = len(val.tokens) - 1, cfg.ttt_doc_chunk_tokens
     starts = (val.tokens[:-1] == val.bos_id).nonzero().flatten().cpu()
@@ -3325,8 +3331,8 @@ class IllegalScore(Exception):
 
 
 class Scored:
-    """Which targets have their score in the sum, and the sum. Adapters get tokens from here and from nowhere else, so
-    none trains on a token whose score is still to come."""
+    """Which targets have their score in the sum, and the sum. Before an adapter trains on tokens, of the stream or of
+    documents, this checks that all of them have been scored."""
 
     def __init__(self, val: ValData, rt: Runtime):
         self.tokens, self.sizes, self.rt, self.meter = val.tokens, val.sizes, rt, BpbMeter(val.tokens.device)
@@ -3340,8 +3346,8 @@ class Scored:
     def require_scored_once(self, times: Tensor) -> None:
         """Raise IllegalScore unless all of these targets were scored once."""
         if not (times == 1).all():
-            raise IllegalScore(f"{int((times != 1).sum())} of {len(times)} tokens to train on or to end with were "
-                               "not scored once")
+            raise IllegalScore(f"{int((times != 1).sum())} of {len(times)} tokens to train on, or of the whole text at "
+                               "its end, were not scored once")
 
     def training_tokens(self, first: int, count: int) -> Tensor:
         """The token before target `first` and `count` targets. Raises IllegalScore if a rank has yet to score one."""
