@@ -1405,8 +1405,8 @@ class ScaledNorm(torch.autograd.Function):
 
 
 class SquaredLeakyReLU(torch.autograd.Function):
-    """LeakyReLU(x)², computed as x * leaky with leaky = LeakyReLU(x) of the squared slope. The derivative is 2 * leaky,
-    so only that is saved."""
+    """LeakyReLU(x)² as x * leaky with leaky = LeakyReLU(x) of the squared slope. The derivative is 2 * leaky, so only
+    that is saved."""
 
     @staticmethod
     def forward(ctx, x: Tensor, slope: float) -> Tensor:
