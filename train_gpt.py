@@ -259,6 +259,7 @@ class Hyperparameters:
     ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0, hi=100)
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
+    ttt_adam_eps: float = env_field(1e-10, "adam's epsilon", lo=0, hi=1)
     ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0, hi=10)
     ttt_batch_docs: int = env_field(64, "documents in a rank's batch; fewer are padded", lo=1, alias="TTT_BATCH_SIZE")
     ttt_doc_chunk_tokens: int = env_field(256, "document tokens scored per adaptation", lo=1, alias="TTT_CHUNK_SIZE")
@@ -2987,7 +2988,7 @@ class Adapter:
         self.optimiser = {
             "sgd": lambda: torch.optim.SGD(groups, momentum=cfg.ttt_momentum, fused=True),
             "adamw": lambda: torch.optim.AdamW(groups, weight_decay=0.0, fused=True),
-            "adam": lambda: torch.optim.AdamW(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
+            "adam": lambda: torch.optim.AdamW(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=cfg.ttt_adam_eps,
                                               weight_decay=cfg.ttt_weight_decay, fused=True)}[optimiser]()
 
     def hook(self, kind: str, layer: int, matrix: Tensor):

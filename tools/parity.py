@@ -210,10 +210,8 @@ def evaluations(fixture: Fixture, section: str, plain: str, adapted: str):
 
 
 def started(adapter: ours.Adapter) -> ours.Adapter:
-    """Low-rank additions get the fixtures' starting values, which need no random numbers, and PyTorch's epsilon."""
+    """Low-rank additions get the fixtures' starting values, which need no random numbers."""
     if isinstance(adapter, ours.LoraAdapter):
-        for group in adapter.optimiser.param_groups:
-            group["eps"] = 1e-8
         with torch.no_grad():
             for a, _ in adapter.pairs.values():
                 a.copy_((torch.sin(1 + 0.37 * torch.arange(a.numel(), dtype=torch.float64)) / len(a)).view_as(a))
@@ -407,8 +405,10 @@ class Fixture:
         for name in set(given) & set(fixed):
             if given[name] != fixed[name]:
                 raise ours.UserError(f"{name}={given[name]}: {self.source} is only known with {fixed[name]}")
-        profile = profiles.load(self.system.profile).values
-        return ours.Hyperparameters.from_env(profile | given | fixed | {"DEVICE": "cpu", "DTYPE": "fp32"})
+        variables = profiles.load(self.system.profile).values | given | fixed | {"DEVICE": "cpu", "DTYPE": "fp32"}
+        if int(variables.get("ATTENTION_WINDOW", 0)) >= int(variables["TRAIN_SEQ_LEN"]):
+            variables["ATTENTION_WINDOW"] = "0"  # a window of the whole sequence masks nothing
+        return ours.Hyperparameters.from_env(variables)
 
     def model(self, cfg: ours.Hyperparameters, seed: int = 0) -> ours.GPT:
         """Our model with the fixture's initial weights; with a seed, and noise of rounding size in them."""
