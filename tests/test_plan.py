@@ -101,6 +101,14 @@ def test_verdict(limit, size_fit, verdict):
     assert estimate.fits(cfg) == verdict
 
 
+def test_a_limit_above_the_competitions_does_not_count(capsys):
+    cfg = tg.Hyperparameters(artifact_limit_bytes=20_000_000, size_fit=True)
+    assert estimate.fits(cfg) == "no" and estimate.fits(tg.Hyperparameters(size_fit=True)) == "SIZE_FIT"
+    assert plan.main(["default", "ARTIFACT_LIMIT_BYTES=20000000", "NUM_LAYERS=14", "SIZE_FIT=0"]) == 0
+    out = capsys.readouterr().out
+    assert "of 16,000,000: does not fit" in out and "ARTIFACT_LIMIT_BYTES=20,000,000 lets it pass" in out
+
+
 # ---- FLOPs, memory, time
 
 @pytest.mark.parametrize("changes", [{}, {"mtp_num_heads": 2}, {"tie_embeddings": False}, {"bigram_vocab_size": 0},
@@ -172,10 +180,12 @@ def test_activations_are_what_a_forward_pass_keeps(config):
 
 def test_published_line():
     line = "bpb 1.1252 -> 1.1219, 15,916,230 bytes, 93.97 ms per step"
-    assert profiles.Published.parse(line) == profiles.Published(1.1252, 1.1219, 15_916_230, 93.97)
-    assert profiles.Published.parse("bpb 1.5") == profiles.Published(bpb=1.5)
-    assert profiles.Published.parse("") == profiles.Published()
-    assert profiles.load("pr1092").published.bpb_ttt == 1.1219
+    assert profiles.Published.parse(line) == profiles.Published("1.1252 → 1.1219", 15_916_230, 93.97)
+    assert profiles.Published.parse(f"{line}; valid").valid is True
+    assert profiles.Published.parse("bpb 1.50 after rounding; so not valid") == profiles.Published("1.50", valid=False)
+    assert profiles.Published.parse("107.6 ms per step on one H100") == profiles.Published(step_ms=107.6, gpus=1)
+    assert profiles.Published.parse("no run") == profiles.Published.parse("") == profiles.Published()
+    assert profiles.load("pr1092").published.bpb == "1.1252 → 1.1219"
 
 
 def test_unknown_profile_is_one_line_with_the_nearest():

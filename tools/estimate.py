@@ -84,12 +84,12 @@ def artifact_bytes(cfg: tg.Hyperparameters) -> int:
 
 
 def fits(cfg: tg.Hyperparameters, code_bytes: int = CODE_BYTES) -> str:
-    """Whether code and artifact stay below the limit: "yes", "no", "SIZE_FIT" if that will make them, or "perhaps" if
-    the estimate's error decides."""
-    artifact, room = artifact_bytes(cfg), cfg.artifact_limit_bytes - code_bytes
+    """Whether code and artifact stay below the competition's limit, or a lower one of the configuration: "yes", "no",
+    "SIZE_FIT" if that will make them, or "perhaps" if the estimate's error decides."""
+    artifact, room = artifact_bytes(cfg), min(cfg.artifact_limit_bytes, LIMIT) - code_bytes
     if artifact * (1 + ERROR) <= room:
         return "yes"
-    if cfg.size_fit:
+    if cfg.size_fit and cfg.artifact_limit_bytes <= LIMIT:
         return "SIZE_FIT"
     return "no" if artifact * (1 - ERROR) > room else "perhaps"
 
@@ -100,7 +100,7 @@ def table_of_systems(markdown: bool = False) -> str:
     for name in profiles.names():
         profile = profiles.load(name)
         cfg, told = profiles.settings(profile), profile.published
-        bpb = " → ".join(f"{value:.4f}" for value in (told.bpb, told.bpb_ttt) if value is not None)
+        bpb = told.bpb + ", not valid" * (told.valid is False and bool(told.bpb))
         size = "-" if told.bytes is None else f"{told.bytes:,}"
         rows.append((f"`{name}`" if markdown else name, profile.summary, bpb or "-", size,
                      f"{artifact_bytes(cfg) / 1e6:.2f} MB", fits(cfg)))

@@ -26,7 +26,8 @@ import shell  # noqa: E402
 def size_lines(cfg: tg.Hyperparameters) -> list[str]:
     """Parameters by family, the artifact by stream, and whether it fits."""
     counts, code = estimate.parameters(cfg), cfg.code_bytes or estimate.CODE_BYTES
-    artifact, limit, fits = estimate.artifact_bytes(cfg), cfg.artifact_limit_bytes, estimate.fits(cfg, code)
+    artifact, fits = estimate.artifact_bytes(cfg), estimate.fits(cfg, code)
+    limit = min(cfg.artifact_limit_bytes, estimate.LIMIT)
     lines = [f"parameters      {sum(counts.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()),
              f"artifact        {artifact:,} bytes (±{estimate.ERROR:.0%}) and {code:,} of code, "
              f"{(artifact + code) / limit:.1%} of {limit:,}: "
@@ -34,7 +35,10 @@ def size_lines(cfg: tg.Hyperparameters) -> list[str]:
     doublings = 8 * (artifact + code - limit) / (counts["attn"] + counts["mlp"])  # each saves about a bit per weight
     if doublings > 0:
         lines.append(f"                to fit, the steps of the banks have to be {2 ** doublings:.2f} times as wide"
-                     + ("" if cfg.size_fit else " (SIZE_FIT=1 sees to it), or parameters fewer"))
+                     + ("" if fits == "SIZE_FIT" else " (SIZE_FIT=1 sees to it), or parameters fewer"))
+    if cfg.artifact_limit_bytes > limit:
+        lines.append(f"                ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,} lets it pass, the competition "
+                     "does not")
     return lines + [f"  {name:<13} {values:>12,} values {8 * size / values:>6.2f} bits each {size:>12,.0f} bytes"
                     for name, values, size in estimate.streams(cfg) if values]
 
@@ -53,8 +57,8 @@ def time_lines(cfg: tg.Hyperparameters, args: argparse.Namespace, published: pro
     seconds = estimate.step_seconds(cfg, args.mfu, args.gpus, args.tflops * 1e12)
     told = ""
     if published.step_ms:
-        mfu = estimate.step_seconds(cfg, 1.0) / published.step_ms * 1000
-        told = f" (published: {published.step_ms:g} ms on 8xH100, MFU {mfu:.3f})"
+        mfu = estimate.step_seconds(cfg, 1.0, published.gpus) / published.step_ms * 1000
+        told = f" (published: {published.step_ms:g} ms on {published.gpus}xH100, MFU {mfu:.3f})"
     limit = cfg.train_seconds or estimate.TRAIN_SECONDS
     steps = min(int(limit / seconds), cfg.iterations)
     tokens = steps * cfg.train_batch_tokens

@@ -19,23 +19,27 @@ FOLDER = Path(__file__).resolve().parent.parent / "profiles"
 
 @dataclass(frozen=True)
 class Published:
-    """What the authors of a system reported, from a line `# published: bpb A -> B, N bytes, X ms per step`: bits per
-    byte before and after test-time training, bytes of code and artifact, milliseconds per training step on 8xH100.
-    None: not reported."""
+    """What the authors of a system reported, from a profile's second line:
 
-    bpb: float | None = None
-    bpb_ttt: float | None = None
+        # published: bpb A -> B, N bytes, X ms per step on one H100; not valid, for a reason
+
+    Bits per byte before and after test-time training, as they are written; bytes of code and artifact; milliseconds per
+    training step and on how many GPUs, 8 unless the line says one; whether the score is valid. None: not reported."""
+
+    bpb: str = ""
     bytes: int | None = None
     step_ms: float | None = None
+    gpus: int = 8
+    valid: bool | None = None
 
     @classmethod
     def parse(cls, line: str) -> Published:
-        def find(pattern: str):
+        def find(pattern: str, convert):
             match = re.search(pattern, line)
-            return float(match[1].replace(",", "")) if match else None
-        size = find(r"([\d,]+) bytes")
-        return cls(find(r"bpb ([\d.]+)"), find(r"bpb [\d.]+ -> ([\d.]+)"), None if size is None else int(size),
-                   find(r"([\d.]+) ms"))
+            return convert(match[1].replace(",", "")) if match else None
+        return cls((find(r"bpb ([\d.]+(?: -> [\d.]+)?)", str) or "").replace("->", "→"), find(r"([\d,]+) bytes", int),
+                   find(r"([\d.]+) ms", float), 1 if "on one" in line else 8,
+                   "not valid" not in line if "valid" in line else None)
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ def load(name: str) -> Profile:
                                + f" (profiles: {', '.join(names())})")
     lines = (FOLDER / f"{name}.env").read_text(encoding="utf-8").splitlines()
     values = dict(line.partition("#")[0].strip().split("=", 1) for line in lines if line.partition("#")[0].strip())
-    told = [line.removeprefix("# published:") for line in lines if line.startswith("# published:")]
-    return Profile(name, lines[0].lstrip("# "), values, Published.parse(" ".join(told)))
+    told = lines[1] if lines[1:] and lines[1].startswith("# published:") else ""
+    return Profile(name, lines[0].lstrip("# "), values, Published.parse(told))
 
 
 def parse(variables: Mapping[str, str]) -> dict[str, object]:

@@ -114,7 +114,7 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "iterations": lambda was, now: min(was.iterations, STEPS),
     "warmup_steps": lambda was, now: min(was.warmup_steps, 2),
     "warmdown_iters": lambda was, now: (now.iterations // 2 if 0 < was.warmdown_iters < was.iterations
-                                        else round(was.warmdown_iters * now.iterations / max(was.iterations, 1))),
+                                        else was.warmdown_iters * now.iterations // max(was.iterations, 1)),
     "muon_momentum_warmup_steps": lambda was, now: min(was.muon_momentum_warmup_steps, now.iterations // 4),
     "late_qat_min_step": lambda was, now: part(was.late_qat_min_step, was.iterations, now.iterations // 2),
     "late_qat_threshold": late_qat_threshold,
