@@ -254,8 +254,8 @@ WHERE_THEY_COUNT = {
     "LATE_QAT_THRESHOLD LATE_QAT_FRAC LATE_QAT_MIN_STEP": lambda cfg: cfg.late_qat,
     "GPTQ_CALIBRATION GPTQ_CALIBRATION_BATCHES GPTQ_RESERVE_SECONDS": lambda cfg: cfg.gptq_enabled,
     "TTT_OPTIMIZER TTT_LR TTT_MOMENTUM TTT_FREEZE_BLOCKS": lambda cfg: cfg.ttt_mode == "sgd",
-    "TTT_LORA_RANK TTT_LORA_ALPHA TTT_LORA_TARGETS TTT_LORA_OPTIMIZER TTT_LORA_LR TTT_BETA1 TTT_BETA2 TTT_WEIGHT_DECAY":
-        lambda cfg: cfg.ttt_mode == "lora",
+    "TTT_LORA_RANK TTT_LORA_ALPHA TTT_LORA_TARGETS TTT_LORA_OPTIMIZER TTT_LORA_LR": lambda cfg: cfg.ttt_mode == "lora",
+    "TTT_BETA1 TTT_BETA2 TTT_ADAM_EPS TTT_WEIGHT_DECAY": lambda cfg: cfg.ttt_mode == "lora",
     "TTT_CHUNK_TOKENS TTT_BATCH_SEQS TTT_POLYAK_DECAY": lambda cfg: cfg.ttt_reset == "stream",
     "TTT_BATCH_DOCS TTT_DOC_CHUNK_TOKENS TTT_MIN_DOC_TOKENS": lambda cfg: cfg.ttt_reset == "document",
     "HASH_EMBED_LR_MULT": lambda cfg: cfg.hash_embed_buckets}
