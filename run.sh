@@ -25,7 +25,7 @@ bash run.sh record SUBCOMMAND...       built code and submission folders (tools/
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
 bash run.sh data SUBCOMMAND...         make or fetch data: embedded, text, fineweb (data/prepare.py)
 bash run.sh bench ...                  measure speed and memory (tools/bench.py)
-bash run.sh parity FOLDER              compare with PR 1092's own numbers (tools/parity.py)
+bash run.sh parity FOLDER              compare with a published system's own numbers (tools/parity.py)
 bash run.sh systems                    the profiles as a table: what was published, estimated size (tools/systems.py)
 bash run.sh plan PROFILE [KEY=VALUE...]              estimates before a run: parameters, bytes, FLOPs, memory, time
                                        (tools/plan.py)

@@ -38,7 +38,7 @@ Where a technique lives (off and on by one setting each, see --help):
     late QAT: when; how                  qat_progress; fake_quantise   soft rounding, pruning      soft_round, prune
     GPTQ                                 gptq, HessianSums         size fit                        fit_size
     sliding windows                      Windows                   evaluation time limit           EvalClock
-    SGD and LoRA test-time training      SgdAdapter, LoraAdapter   per document; in a stream       plan_documents; plan_stream
+    SGD, LoRA test-time training         SgdAdapter, LoraAdapter   in a stream, per document       plan_*
 
 The defaults are the system of the competition's pull request 1092, its slips corrected (each is named where it stands).
 """
@@ -259,6 +259,7 @@ class Hyperparameters:
     ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0, hi=100)
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
+    ttt_adam_eps: float = env_field(1e-10, "adam's epsilon", lo=0, hi=1)
     ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0, hi=10)
     ttt_batch_docs: int = env_field(64, "documents in a rank's batch; fewer are padded", lo=1, alias="TTT_BATCH_SIZE")
     ttt_doc_chunk_tokens: int = env_field(256, "document tokens scored per adaptation", lo=1, alias="TTT_CHUNK_SIZE")
@@ -1441,8 +1442,8 @@ class CappedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, softcap: float,
-                kernels: str) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, kernels: str,
+                token_weights: Tensor | None = None) -> Tensor:
         total, grad_hidden = hidden.new_zeros((), dtype=torch.float32), []
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         size = max(CE_CHUNK_ROWS, CE_CHUNK_LOGITS_CUDA // len(weight)) if hidden.is_cuda else CE_CHUNK_ROWS
@@ -1827,7 +1828,7 @@ class GPT(nn.Module):
         if not isinstance(weight, Tensor):  # it is a function then, whose gradient autograd finds
             return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
         cross_entropy = lambda hidden, weight, targets, token_weights=None: CappedCrossEntropy.apply(
-            hidden.flatten(0, 1), weight, targets.flatten(), token_weights, cap, self.kernels)
+            hidden.flatten(0, 1), weight, targets.flatten(), cap, self.kernels, token_weights)
         loss = cross_entropy(hidden, weight, targets, None if token_weights is None else token_weights.flatten())
         ahead = [cross_entropy(hidden[:, :-k], head.weight.to(self.dtype), targets[:, k:])
                  for k, head in enumerate(self.mtp_heads, 1)]
@@ -2987,7 +2988,7 @@ class Adapter:
         self.optimiser = {
             "sgd": lambda: torch.optim.SGD(groups, momentum=cfg.ttt_momentum, fused=True),
             "adamw": lambda: torch.optim.AdamW(groups, weight_decay=0.0, fused=True),
-            "adam": lambda: torch.optim.AdamW(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
+            "adam": lambda: torch.optim.AdamW(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=cfg.ttt_adam_eps,
                                               weight_decay=cfg.ttt_weight_decay, fused=True)}[optimiser]()
 
     def hook(self, kind: str, layer: int, matrix: Tensor):
@@ -3403,7 +3404,7 @@ def final_evaluations(cfg: Hyperparameters) -> dict[str, int]:
 
 
 def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
-    """What scores a walk's windows; with documents these grow."""
+    """The function that scores windows, compiled where that is on; those of documents have growing lengths."""
     return rt.compiled(model.nll, grows=bool(adapter and adapter.rows))
 
 
@@ -3603,10 +3604,7 @@ def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapt
 def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
                  clock: EvalClock | None = None) -> dict[str, EvalResult]:
     """Plain, sliding and test-time-trained scores of a model, in that order: the last one changes the weights.
-
-    EVAL_MAX_SECONDS holds for all three together, and for what the clock has seen before, so that nobody has to argue
-    which of them are diagnostics.
-    """
+    EVAL_MAX_SECONDS holds for all three together and for what `clock` has measured before them."""
     tag, clock = precision_tag(cfg), clock or EvalClock(cfg.eval_max_seconds, rt)
     labels = {"roundtrip": f"final_{tag}_roundtrip", "sliding": f"final_{tag}_sliding_window", "ttt": "legal_ttt"}
     plans = {key: plan_evaluation(val, cfg, rt, stride, cfg.eval_batch_seqs, key == "ttt")
@@ -3721,7 +3719,7 @@ def report(rt: Runtime, summary: dict) -> None:
 
 
 def end_with(error: UserError, rank: int) -> int:
-    """Say what the user can mend, once: rank 0 speaks and ends, upon which torchrun ends the others. Returns 2."""
+    """Print a user's error once: rank 0 prints and exits, then torchrun stops the others. Returns 2."""
     if rank:
         time.sleep(3.0)  # torchrun ends the other ranks once rank 0 has failed
     print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
@@ -3729,7 +3727,7 @@ def end_with(error: UserError, rank: int) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run with the settings of the environment. 0: done, 2: the user can mend it, 130: interrupted."""
+    """Run with the settings of the environment. Returns 0: done, 2: a user's error, 130: interrupted."""
     if arguments == ["--names"]:
         names = [name for f in dataclasses.fields(Hyperparameters) for name in env_names(f)]
         print("\n".join(dict.fromkeys([*names, *WITHOUT_EFFECT])))

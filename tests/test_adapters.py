@@ -61,7 +61,7 @@ def reference_documents(cfg, model, val):
         groups = [{"params": pair, "lr": cfg.ttt_lora_lr * cfg.lora_layer_rates.get(layer, 1.0)}
                   for (_, layer), pair in pairs.items()]
         params = [t for pair in pairs.values() for t in pair]
-        optimiser = (torch.optim.Adam(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10)
+        optimiser = (torch.optim.Adam(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=cfg.ttt_adam_eps)
                      if cfg.ttt_lora_optimizer == "adam" else torch.optim.SGD(groups, momentum=cfg.ttt_momentum))
         for low in range(first, stop, chunk):
             high, start = min(low + chunk, stop), max(first, low + chunk - cfg.window)
@@ -188,6 +188,7 @@ STREAMS = {
     "adamw": (8, {"ttt_optimizer": "adamw", "ttt_lr": 0.002, "ttt_chunk_tokens": 96, "ttt_batch_seqs": 2}),
     "polyak, temperature": (8, {**FREE, "ttt_polyak_decay": 0.6, "ttt_temp": 1.3, "ttt_chunk_tokens": 96}),
     "lora": (8, {**LORA, "ttt_lora_optimizer": "adam", "ttt_chunk_tokens": 96, "ttt_weight_decay": 0.5,
+                 "ttt_adam_eps": 1e-3,
                  "ttt_lora_alpha": 4.0, "ttt_batch_seqs": 2, "ttt_lora_lr": 0.02}),
     "lora, sgd": (16, {**LORA, "ttt_lora_optimizer": "sgd", "ttt_lora_lr": 0.2, "ttt_lora_layers": "0,2",
                        "ttt_lora_targets": "q,v,mlp", "ttt_lora_layer_rates": "2:0.3", "ttt_chunk_tokens": 64,

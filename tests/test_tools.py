@@ -1,10 +1,9 @@
-"""tools/parity.py against the reference fixture and a spoilt copy of it; tools/bench.py's reading of logs."""
+"""tools/bench.py's reading of logs, what tools share, tools/quant_bench.py."""
 from __future__ import annotations
 
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 import bench  # noqa: E402
 import benchlib  # noqa: E402
-import parity  # noqa: E402
 import quant_bench  # noqa: E402
-
-FIXTURE = ROOT.parent / "shared" / "reference" / "parity"
-
-
-needs_fixture = pytest.mark.skipif(not (FIXTURE / "fixture.npz").is_file(), reason="no fixture beside here")
 
 
 def test_no_tool_imports_a_command():
@@ -38,88 +31,6 @@ def test_no_tool_imports_a_command():
             imported = [node.module] if isinstance(node, ast.ImportFrom) else \
                 [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not commands & set(imported), f"tools/{name}.py, line {node.lineno}"
-
-
-# ---- parity ------------------------------------------------------------------------------------------------
-
-def spoil(folder: Path, names: list[str], change) -> Path:
-    """A copy of the fixture with some arrays put through `change`; None drops one."""
-    shutil.copy(FIXTURE / "fixture.json", folder)
-    with np.load(FIXTURE / "fixture.npz", allow_pickle=False) as stored:
-        arrays = {key: stored[key] for key in stored.files}
-    arrays |= {name: change(arrays[name].copy()) for name in names}
-    np.savez(folder / "fixture.npz", **{key: array for key, array in arrays.items() if array is not None})
-    return folder
-
-
-def verdicts(text: str) -> dict[str, str]:
-    """Quantity -> ok or FAIL."""
-    lines = [line for line in text.splitlines() if "at most" in line]
-    return {line[:28].strip(): "FAIL" if "FAIL" in line else "ok" for line in lines}
-
-
-@needs_fixture
-def test_our_arithmetic_is_that_of_pr_1092(capsys):
-    code = parity.main([str(FIXTURE)])
-    lines = verdicts(capsys.readouterr().out)
-    assert code == 0 and set(lines.values()) == {"ok"}
-    assert {"logits", "loss", "gradients, relative", "losses of three steps", "weights after three steps",
-            "sliding, nats", "ttt, nats", "weights after ttt"} <= set(lines)
-
-
-@needs_fixture
-def test_a_perturbed_weight_fails(tmp_path, capsys):
-    def nudge(bank):
-        bank[0, 0, 0] += 0.05
-        return bank
-
-    code = parity.main([str(spoil(tmp_path, ["w/qo_bank"], nudge))])
-    lines = verdicts(capsys.readouterr().out)
-    assert code == 1 and lines["logits"] == lines["loss"] == lines["weights after three steps"] == "FAIL"
-
-
-@needs_fixture
-@pytest.mark.parametrize("error", [0.01, np.nan])
-def test_one_wrong_entry_of_any_stored_result_is_found(tmp_path, capsys, error):
-    def change(array):
-        array.reshape(-1)[5] += error
-        return array
-
-    spoilt = {"batch/logits": "logits", "grad/smear.gate": "gradients, relative",
-              "after3/tok_emb.weight": "weights after three steps", "after_ttt/kv_bank": "weights after ttt"}
-    assert parity.main([str(spoil(tmp_path, list(spoilt), change))]) == 1
-    lines = verdicts(capsys.readouterr().out)
-    assert {key for key, verdict in lines.items() if verdict == "FAIL"} == set(spoilt.values())
-
-
-@needs_fixture
-def test_a_fixture_without_an_array_or_with_a_strange_setting_is_refused(tmp_path, capsys):
-    assert parity.main([str(spoil(tmp_path, ["batch/x"], lambda _: None))]) == 2
-    assert "batch/x" in capsys.readouterr().err
-    config = json.loads((FIXTURE / "fixture.json").read_text())
-    config["config"]["model"]["warp_drive"] = 1
-    (tmp_path / "fixture.json").write_text(json.dumps(config))
-    assert parity.main([str(tmp_path)]) == 2
-    assert "warp_drive" in capsys.readouterr().err
-
-
-@needs_fixture
-def test_without_the_tokenizer_only_nats_are_compared(tmp_path, capsys):
-    folder = tmp_path / "a" / "b"
-    shutil.copytree(FIXTURE, folder)
-    code, out = parity.main([str(folder)]), capsys.readouterr().out
-    assert code == 0 and "note: bytes are not compared" in out and "sliding, bytes" not in verdicts(out)
-    assert parity.main([str(folder), "--tokenizer", str(tmp_path / "none.model")]) == 2
-
-
-@pytest.mark.parametrize("content", [None, b"no archive"])
-def test_a_folder_that_is_no_fixture_gives_one_line(tmp_path, capsys, content):
-    if content:
-        (tmp_path / "fixture.json").write_text('{"config": {}, "expected": {}}')
-        (tmp_path / "fixture.npz").write_bytes(content)
-    assert parity.main([str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and len(err.splitlines()) == 1
 
 
 # ---- bench -------------------------------------------------------------------------------------------------
@@ -177,7 +88,7 @@ def test_validation_is_cut_to_whole_windows_over_shards(tmp_path):
     write_shard(tmp_path / "fineweb_val_000001.bin", text[30:])
     write_shard(tmp_path / "fineweb_train_000000.bin", text)
     cut = benchlib.cut_validation(tmp_path, tmp_path / "cut", tokens=70, window=16)
-    shard = parity.ours.open_shard(str(cut / "fineweb_val_000000.bin"))
+    shard = tg.open_shard(str(cut / "fineweb_val_000000.bin"))
     assert shard.tolist() == text[:4 * 16 + 1].tolist()
     train = "fineweb_train_000000.bin"
     assert (cut / train).read_bytes() == (tmp_path / train).read_bytes()

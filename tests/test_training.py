@@ -1,12 +1,16 @@
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
 import train_gpt as tg
-from conftest import scrambled
+from conftest import ROOT, scrambled
 from hypothesis import given, settings, strategies as st
+
+sys.path.append(str(ROOT / "tools"))
+from quant_bench import using_rounded_weights  # noqa: E402
 
 
 # ---- Newton-Schulz and Muon
@@ -233,7 +237,7 @@ def test_a_run_ends_with_the_average_of_its_weights(config, rt, without_validati
 def test_soft_rounding_hardens_during_a_run(config, rt, without_validation, monkeypatch):
     """From nearly nothing when QAT starts to the export's rounding in its last tenth."""
     seen, loss = [], tg.GPT.loss
-    monkeypatch.setattr(tg.GPT, "loss", lambda model, ids, targets, qat=False, hook=None: (
+    monkeypatch.setattr(tg.GPT, "loss", lambda model, ids, targets, qat=False, hook=None, weights=None: (
         seen.append((qat, model.hardness.item())) or loss(model, ids, targets, qat, hook)))
     trained(config, rt, soft_round=True, late_qat_threshold=0.8, iterations=24, warmdown_iters=20)
     hard = [hardness for qat, hardness in seen if qat]
@@ -252,7 +256,7 @@ def test_late_qat_changes_the_run(config, rt, without_validation):
 def test_warm_up_runs_every_graph_that_training_may_need(config, rt, without_validation, monkeypatch, changes, rounds):
     """With QAT and without it, before the first step."""
     seen, loss = [], tg.GPT.loss
-    monkeypatch.setattr(tg.GPT, "loss", lambda model, ids, targets, qat=False, hook=None: (
+    monkeypatch.setattr(tg.GPT, "loss", lambda model, ids, targets, qat=False, hook=None, weights=None: (
         seen.append(qat) or loss(model, ids, targets, qat, hook)))
     trained(config, rt, warmup_steps=4, iterations=1, **changes)
     assert seen[:4] == [False, False, rounds, rounds] and not seen[4]
@@ -268,10 +272,10 @@ def test_each_step_of_qat_sees_the_weights_as_the_export_would_round_them(config
                     "mlp_quant_bits": 3, "embed_bits": 4, "matrix_lr": 0.1, **changes})
     loss, steps = tg.GPT.loss, []
 
-    def watched(model, ids, targets, qat=False, hook=None):
+    def watched(model, ids, targets, qat=False, hook=None, weights=None):
         value, rounded = loss(model, ids, targets, qat), tg.round_model(cfg, model, {})
         plain = loss(model, ids, targets, False)
-        with tg.using_rounded_weights(model, rounded), torch.no_grad():
+        with using_rounded_weights(model, rounded), torch.no_grad():
             worn = loss(model, ids, targets, False)
         assert torch.equal(value, worn if qat else plain)
         assert not steps or not torch.equal(worn, plain), "else it shows nothing"

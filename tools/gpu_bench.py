@@ -245,8 +245,7 @@ def profile_step(script: str, environ: dict) -> dict:
     torch.manual_seed(cfg.seed)
     data = tg.TrainData.open(cfg, rt)
     model = tg.GPT(cfg, rt.attend, rt.dtype, kernels=rt.kernels).to(rt.device)
-    averager = tg.Averager(cfg, list(model.parameters()))
-    state = tg.TrainState(model, tg.Optimisers(model, cfg, rt), averager, tg.Stopwatch())
+    state = tg.TrainState.initial(model, cfg, rt)
     step_fn = functools.partial(tg.train_step, state, data, tg.plan_step(cfg, 0, 0.0, 0.0), rt.compiled(model.loss))
     on_gpu = rt.device.type == "cuda"
     for _ in range(3):
