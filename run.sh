@@ -37,8 +37,12 @@ half a minute on two CPU cores, with every feature on (tools/scale.py). inspect,
 parity and plan say more with --help. The profiles:
 EOF
   for file in profiles/*.env; do
-    printf '  %-10s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
+    printf '  %-23s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
   done
+}
+words() { usage | sed -n 's/^bash run.sh \([a-z]*\) .*/\1/p; s/^\(  [^ ]*\) .*/\1/p'; }  # commands; indented: profiles
+near() {  # WORD: which command or profile may be meant; any python3 will do, and none is needed
+  python3 tools/check_settings.py --near "$1" $(words) 2>/dev/null || true
 }
 die() { echo "error: $*" >&2; exit 2; }
 note() { echo "run.sh: $*" >&2; }
@@ -87,15 +91,19 @@ take_arguments() {  # KEY=VALUE...: sets $python; exports them if each KEY is a 
   [ $# = 0 ] || "$python" train_gpt.py --names | "$python" tools/check_settings.py "$@" || exit 2
   for pair; do export "$pair"; done
 }
-artifact='' left_out=''  # set if the command is about an artifact; keys that the profile does not set
+artifact=''                 # set if the command is about an artifact
+left_out='' overridden=''   # keys that the profile does not set: for the data's sake; for another name of the setting
 profile_lines() { sed 's/#.*//; s/[[:space:]]*$//; /^$/d' "$@"; }  # FILE or stdin: without comments
 export_lines() {  # FILE: exports its KEY=VALUE lines; a variable that is set keeps its value
   local line key
   while IFS= read -r line || [ "$line" ]; do
     [[ $line =~ ^[A-Z][A-Z0-9_]*=[^[:space:]]*$ ]] || die "$1: '$line' is not KEY=VALUE"
     key=${line%%=*}
-    [ "${!key+set}" ] || [[ " $left_out " == *" $key "* ]] || export "$key=${line#*=}"
+    [ "${!key+set}" ] || [[ " $left_out $overridden " == *" $key "* ]] || export "$key=${line#*=}"
   done < <(profile_lines "$1")
+}
+check_profile() {  # FILE: its keys have to be settings, none twice; one that is set under another name does not count
+  overridden=$("$python" train_gpt.py --names | "$python" tools/check_settings.py --profile "$1") || exit 2
 }
 scaled=''  # what SCALE changed: a table that is a profile, too
 scale() {  # PROFILE: SCALE=tiny shrinks it. Comes before the profile, whose values it replaces, and after the arguments
@@ -147,12 +155,13 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
   gpus=''
   case ${1:-} in '' | *=*) ;; *) profile=$1; shift ;; esac
   [ -z "$profile" ] || [ -f "profiles/$profile.env" ] ||
-    die "unknown command or profile '$profile'; profiles: $(cd profiles && echo ./*.env | sed 's/\.\///g; s/\.env//g')"
+    die "unknown command or profile '$profile'$(near "$profile") (profiles:" $(words | sed -n 's/^  //p')")"
   take_arguments "$@"
   if [ -z "$profile" ]; then
     gpus=$(count_gpus)
     [ "$gpus" = 0 ] && profile=smoke || profile=default
   fi
+  check_profile "profiles/$profile.env"
   scale "$profile"
   choose_data "$profile"
   export_lines "profiles/$profile.env"

@@ -3729,8 +3729,8 @@ def end_with(error: UserError, rank: int) -> int:
 def main(arguments: list[str]) -> int:
     """Run with the settings of the environment. Returns 0: done, 2: a user's error, 130: interrupted."""
     if arguments == ["--names"]:
-        names = [name for f in dataclasses.fields(Hyperparameters) for name in env_names(f)]
-        print("\n".join(dict.fromkeys([*names, *WITHOUT_EFFECT])))
+        names = [" ".join(env_names(f)) for f in dataclasses.fields(Hyperparameters)]  # of one setting on one line
+        print("\n".join([*names, *WITHOUT_EFFECT]))
         return 0
     if arguments:
         asked = arguments[0] in ("-h", "--help")

@@ -127,8 +127,9 @@ def test_every_number_has_an_upper_bound():
 
 def test_names_are_listed_for_run_sh(capsys):
     assert tg.main(["--names"]) == 0
-    listed = capsys.readouterr().out.split()
-    assert {"NUM_LAYERS", "VALUE_EMBED_DIM", "MATRIX_BITS"} <= set(listed) and len(listed) == len(set(listed))
+    lines = capsys.readouterr().out.splitlines()
+    assert {"NUM_LAYERS", "VE_DIM VALUE_EMBED_DIM", "ATTN_QAT_BITS ATTN_QUANT_BITS MATRIX_BITS"} <= set(lines)
+    assert len(lines) == len(set(lines)) == len(FIELDS) + len(tg.WITHOUT_EFFECT)
 
 
 def test_help_lists_every_setting_and_arguments_are_refused(capsys):

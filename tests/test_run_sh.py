@@ -18,13 +18,14 @@ import profiles  # noqa: E402
 
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.env"))
 KNOWN = {name for f in dataclasses.fields(tg.Hyperparameters) for name in tg.env_names(f)}
+NAMES = "\n".join([*(" ".join(tg.env_names(f)) for f in dataclasses.fields(tg.Hyperparameters)), *tg.WITHOUT_EFFECT])
 EMBEDDED = "./data/datasets/embedded_sp1024"
 
 STUB = r"""#!/usr/bin/env bash
 line=${*//$'\n'/ }
 echo "$line" >>"$CALLS"
 case $line in
-  "train_gpt.py --names") printf '%s\n' $NAMES ;;
+  "train_gpt.py --names") [ -z "$NAMES" ] || echo "$NAMES" ;;
   tools/check_settings.py* | tools/scale.py*) exec "$SHELL_PYTHON" "$@" ;;
   tools/*.py* | data/prepare.py*) env ;;&
   *device_count*) echo "${GPUS:-0}" ;;
@@ -66,7 +67,7 @@ def project(tmp_path):
         before = len(calls.read_text().splitlines())
         done = subprocess.run([str(bin_folder / "bash"), str(repo / script), *arguments], cwd=tmp_path,
                               text=True, capture_output=True,
-                              env={"PATH": str(bin_folder), "CALLS": str(calls), "NAMES": " ".join(KNOWN),
+                              env={"PATH": str(bin_folder), "CALLS": str(calls), "NAMES": NAMES,
                                    "SHELL_PYTHON": sys.executable, **environment})
         env = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, env=env,
@@ -88,11 +89,18 @@ def test_help_lists_commands_and_profiles(project):
         assert word in result.out
 
 
-def test_unknown_word_is_one_line_with_the_profiles(project):
-    result = project("nosuch")
-    assert result.code == 2 and not result.calls
-    assert result.err.count("\n") == 1 and "unknown command or profile 'nosuch'" in result.err
-    assert all(profile in result.err for profile in PROFILES)
+@pytest.mark.parametrize("word, meant", [
+    ("nosuch", ""), ("smoek", "smoke"), ("pr1902", "pr1092"), ("pr1216_int4", "pr1216_int4_ve"), ("tset", "test"),
+    ("pr1254", "pr1254_eval_hash or pr1254_lora_qkvo_last4 or pr1254_sp8192_lora"), ("auditt", "audit")])
+def test_unknown_word_is_one_line_with_what_may_be_meant(project, word, meant):
+    """Nothing is installed for it: any python3 may say what is near, and without one all profiles are still listed."""
+    for _ in range(2):
+        result = project(word, "SEED=1", LACKS_PACKAGES="1")
+        assert result.code == 2 and not any("check_settings" not in call for call in result.calls)
+        said = f"error: unknown command or profile '{word}'" + (f"; did you mean {meant}?" if meant else "")
+        assert result.err == f"{said} (profiles: {' '.join(PROFILES)})\n"
+        (project.bin / "python3").unlink(missing_ok=True)
+        meant = ""
 
 
 @pytest.mark.parametrize("arguments", [("smoke", "seed=1"), ("smoke", "ITERATIONS"), ("=5",), ("smoke", "TTT-LR=1")])
@@ -122,6 +130,40 @@ def test_profile_lines(project):
     result = project("mine")
     assert result.code == 2 and "profiles/mine.env: 'SEED=$(touch oops)' is not KEY=VALUE" in result.err
     assert not (project.repo / "oops").exists()
+
+
+@pytest.mark.parametrize("lines, said", [
+    ("NUM_LAYER=3", "NUM_LAYER is not a setting; did you mean NUM_LAYERS?"),
+    ("SEED=1\nWARMDRON_ITERS = 3500", "WARMDRON_ITERS is not a setting; did you mean WARMDOWN_ITERS?"),
+    ("SEED=1\nITERATIONS=2\nSEED=1  # again", "SEED is given twice"),
+    ("VE_DIM=16\nVALUE_EMBED_DIM=16", "VE_DIM and VALUE_EMBED_DIM are one setting, given twice"),
+    ("VERY_OWN_NAME=1", "VERY_OWN_NAME is not a setting")])
+def test_a_mistake_in_a_profile_is_one_line(project, lines, said):
+    (project.repo / "profiles" / "mine.env").write_text(f"# mine\n{lines}\n")
+    for arguments in (("mine",), ("mine", "SEED=1"), ("eval", "a.ptz", "mine")):
+        result = project(*arguments)
+        assert result.code == 2 and "train_gpt.py" not in result.calls
+        assert result.err.startswith(f"error: profiles/mine.env: {said}") and result.err.count("\n") == 1
+
+
+def test_a_profile_may_set_other_programs_variables_and_a_group(project):
+    (project.repo / "profiles" / "mine.env").write_text(
+        "OMP_NUM_THREADS=3\nAUDIT=0\nMATRIX_BITS=5\nMLP_QUANT_BITS=4\nNGRAM_CACHE=1\n")
+    env = project("mine").env
+    assert [env[key] for key in ("OMP_NUM_THREADS", "MATRIX_BITS", "MLP_QUANT_BITS", "NGRAM_CACHE")] == list("3541")
+
+
+@pytest.mark.parametrize("given, of_profile, left_out", [
+    ("VALUE_EMBED_DIM=64", "VE_DIM=128", True), ("MATRIX_BITS=5", "MLP_QUANT_BITS=4", True),
+    ("MATRIX_BITS=5", "EMBED_BITS=4", False), ("ATTN_QAT_BITS=5", "MATRIX_BITS=4", False),
+    ("VE_LAST_N=1", "VALUE_EMBED_LAYERS=2", True)])
+def test_a_setting_by_another_name_overrides_the_profile_too(project, given, of_profile, left_out):
+    """Published commands use other names than profiles do; two values for one setting would be a contradiction."""
+    (project.repo / "profiles" / "mine.env").write_text(f"SEED=3\n{of_profile}\n")
+    key, value = given.split("=")
+    for result in (project("mine", given), project("mine", **{key: value})):
+        assert result.code == 0 and result.env[key] == value and result.env["SEED"] == "3"
+        assert (of_profile.partition("=")[0] not in result.env) == left_out
 
 
 @pytest.mark.parametrize("argument, meant", [
@@ -235,7 +277,8 @@ def test_the_second_run_installs_nothing(project):
     assert first.code == 0 and installs(first) == 1 and "-m venv --clear .venv" in first.calls
     assert ".venv/bin/python" in first.err
     second = project("smoke", LACKS_PACKAGES="1")
-    assert second.code == 0 and second.calls == ["--version", "tools/record.py build", "train_gpt.py"]
+    assert second.code == 0 and [call for call in second.calls if "settings" not in call] == [
+        "--version", "train_gpt.py --names", "tools/record.py build", "train_gpt.py"]
     assert installs(project("test", LACKS_PACKAGES="1")) == 0
 
 
@@ -302,8 +345,9 @@ def test_another_vocabulary_has_other_data(project):
     """VOCAB_SIZE alone: train_gpt.py finds its data, whatever the profile names."""
     three = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
     for profile in PROFILES:
-        result = project(profile, "VOCAB_SIZE=8192", GPUS="1")
-        assert [result.env.get(key) for key in three] == [None, None, "8192"] and "FineWeb" not in result.err
+        result, own = project(profile, "VOCAB_SIZE=8192", GPUS="1"), profile.startswith("pr1254")
+        found = [result.env.get(key) for key in three]
+        assert (found[:2] == [None, None]) != own and found[2] == "8192" and "FineWeb" not in result.err
     same = project("smoke", VOCAB_SIZE="1024")
     assert same.env["DATA_PATH"] == EMBEDDED and same.env["TOKENIZER_PATH"]
 

@@ -77,12 +77,13 @@ def parse(variables: Mapping[str, str]) -> dict[str, object]:
 
 
 def variables(profile: Profile, given: Mapping[str, str]) -> dict[str, str]:
-    """The profile's variables below those that are given, of all of them those that are settings. As in run.sh, who
-    gives DATA_PATH gets the vocabulary of that data, not the profile's."""
-    known = {name for f in dataclasses.fields(tg.Hyperparameters) for name in tg.env_names(f)}
-    below = {key: value for key, value in profile.values.items()
-             if "DATA_PATH" not in given or key not in ("TOKENIZER_PATH", "VOCAB_SIZE")}
-    found = below | {key: value for key, value in given.items() if key in known}
+    """The profile's variables below those that are given, of all of them those that are settings. As in run.sh, a
+    setting counts as given under any of its names, and who gives DATA_PATH gets the vocabulary of that data."""
+    names = [list(tg.env_names(f)) for f in dataclasses.fields(tg.Hyperparameters)]
+    left_out = shell.overridden(profile.values, names, given)
+    left_out += ["TOKENIZER_PATH", "VOCAB_SIZE"] if "DATA_PATH" in given else []
+    found = {key: value for key, value in profile.values.items() if key not in left_out}
+    found |= {key: value for key, value in given.items() if key in sum(names, [])}
     size = tg.dataset_facts(found.get("DATA_PATH", tg.Hyperparameters.data_path)).vocab_size
     return ({"VOCAB_SIZE": size} if size else {}) | found
 

@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 # Beginnings of variables that are other programs': they are passed on as they are.
 OTHERS = ("AOT", "CUBLAS", "CUDA", "CUDNN", "GLOO", "HF_", "INDUCTOR", "KMP", "LD_", "LOCAL_RANK", "MASTER_", "MKL",
@@ -21,13 +21,16 @@ class UsageError(Exception):
     """The arguments are not what the tool takes. `one_line_errors` prints it as one line, exit code 2."""
 
 
+def did_you_mean(near: list[str]) -> str:
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
 def unknown(key: str, names: list[str]) -> UsageError:
     """The error for KEY=VALUE where KEY is no setting, with the nearest names that are."""
     names, short = list(dict.fromkeys(names)), key.replace("LEARNING_RATE", "LR")
     near = (difflib.get_close_matches(key, names, 1, 0.85) or [name for name in names if name.endswith(f"_{short}")]
             or difflib.get_close_matches(key, names, 3))
-    meant = f"; did you mean {' or '.join(near[:3])}?" if near else ""
-    return UsageError(f"{key} is not a setting{meant} (bash run.sh settings lists all)")
+    return UsageError(f"{key} is not a setting{did_you_mean(near)} (bash run.sh settings lists all)")
 
 
 def take_settings(arguments: Iterable[str], names: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -49,6 +52,14 @@ def take_settings(arguments: Iterable[str], names: list[str]) -> tuple[dict[str,
         if argument == "--":
             rest += arguments
     return settings, rest
+
+
+def overridden(keys: Iterable[str], settings: list[list[str]], given: Mapping[str, str]) -> list[str]:
+    """Keys of a profile whose setting is given under another name: an alias, or the name of a group of settings. A
+    setting's own name does not override a group. settings: the names of each."""
+    names = [name for setting in settings for name in setting]
+    return [key for key in keys for setting in settings if key in setting and names.count(key) == 1
+            and key not in given and not given.keys().isdisjoint(setting)]
 
 
 class Parser(argparse.ArgumentParser):
