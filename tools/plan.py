@@ -6,7 +6,8 @@
 
 All estimates come from the settings alone (tools/estimate.py has the formulas). The parameter count is exact. The
 artifact is within 5 % on the models it was compared with (records/estimates). The step time follows from --mfu, the
-share of the GPUs' peak that PR 1092's script reached; compilation, validation and evaluation come on top.
+share of the GPUs' peak that PR 1092's script reached; compilation, validation and evaluation come on top. A batch of a few
+thousand tokens per GPU waits for kernels to be launched, not for FLOPs: it reaches far less (PR 1254: 0.02).
 """
 from __future__ import annotations
 

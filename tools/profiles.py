@@ -58,8 +58,7 @@ def load(name: str) -> Profile:
     """Raises UsageError if there is no such profile."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), 3, 0.5)
-        raise shell.UsageError(f"no profile {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
-                               + f" (profiles: {', '.join(names())})")
+        raise shell.UsageError(f"no profile {name!r}{shell.did_you_mean(near)} (profiles: {', '.join(names())})")
     lines = (FOLDER / f"{name}.env").read_text(encoding="utf-8").splitlines()
     values = dict(line.partition("#")[0].strip().split("=", 1) for line in lines if line.partition("#")[0].strip())
     told = lines[1] if lines[1:] and lines[1].startswith("# published:") else ""

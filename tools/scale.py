@@ -34,6 +34,11 @@ def part(amount: int, whole: int, new_whole: int) -> int:
     return min(max(round(amount * new_whole / whole), 1), max(new_whole - 1, 1))
 
 
+def scaled(amount: int, whole: int, new_whole: int) -> int:
+    """`amount` in proportion, which may be more than the whole: none stays none."""
+    return max(amount * new_whole // max(whole, 1), 1) if amount else 0
+
+
 def place(layers: Iterable[int], places: Iterable[int], was: Settings, now: Settings) -> dict[int, int]:
     """Each of the layers, the last one first, -> the free place that is nearest to it in the shallower model."""
     placed, free, ratio = {}, list(places), (now.num_layers - 1) / max(was.num_layers - 1, 1)
@@ -109,12 +114,12 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "ve_dim": lambda was, now: table_width(was.ve_dim, was.num_kv_heads * was.head_dim,
                                            now.num_kv_heads * now.head_dim),
     "train_seq_len": lambda was, now: min(was.train_seq_len, SEQ_LEN),
-    "rope_train_seq_len": lambda was, now: max(was.rope_train_seq_len * now.train_seq_len // was.train_seq_len, 1),
+    "rope_train_seq_len": lambda was, now: scaled(was.rope_train_seq_len, was.train_seq_len, now.train_seq_len),
     "train_batch_tokens": lambda was, now: min(was.train_batch_tokens, SEQUENCES * now.train_seq_len),
     "iterations": lambda was, now: min(was.iterations, STEPS),
     "warmup_steps": lambda was, now: min(was.warmup_steps, 2),
     "warmdown_iters": lambda was, now: (now.iterations // 2 if 0 < was.warmdown_iters < was.iterations
-                                        else was.warmdown_iters * now.iterations // max(was.iterations, 1)),
+                                        else scaled(was.warmdown_iters, was.iterations, now.iterations)),
     "muon_momentum_warmup_steps": lambda was, now: min(was.muon_momentum_warmup_steps, now.iterations // 4),
     "late_qat_min_step": lambda was, now: part(was.late_qat_min_step, was.iterations, now.iterations // 2),
     "late_qat_threshold": late_qat_threshold,
@@ -125,8 +130,7 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "lawa_k": lambda was, now: min(was.lawa_k, 3),
     "lawa_freq": lambda was, now: min(was.lawa_freq, now.iterations // 8),
     "gptq_calibration_batches": lambda was, now: min(was.gptq_calibration_batches, 2),
-    "eval_seq_len": lambda was, now: (max(was.eval_seq_len * now.train_seq_len // was.train_seq_len, 1)
-                                      if was.eval_seq_len else 0),
+    "eval_seq_len": lambda was, now: scaled(was.eval_seq_len, was.train_seq_len, now.train_seq_len),
     "attention_window": lambda was, now: max(part(was.attention_window, was.train_seq_len, now.train_seq_len),
                                              min(was.attention_window, 2)),
     "eval_stride": lambda was, now: max(part(was.eval_stride, was.window, now.window),
@@ -141,8 +145,8 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "ttt_lora_layer_rates": lora_layer_rates,
     "ttt_batch_docs": lambda was, now: min(was.ttt_batch_docs, 8),
     "ttt_doc_chunk_tokens": lambda was, now: min(was.ttt_doc_chunk_tokens, now.window // 2),
-    "ttt_min_doc_tokens": lambda was, now: part(was.ttt_min_doc_tokens, was.ttt_doc_chunk_tokens,
-                                                now.ttt_doc_chunk_tokens),
+    "ttt_min_doc_tokens": lambda was, now: scaled(was.ttt_min_doc_tokens, was.ttt_doc_chunk_tokens,
+                                                  now.ttt_doc_chunk_tokens),
     "hash_embed_buckets": lambda was, now: min(was.hash_embed_buckets, 512),
     "code_bytes": lambda was, now: 1,
     "artifact_limit_bytes": size_limit,
