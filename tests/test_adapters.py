@@ -123,7 +123,7 @@ class SlowStream:
     def step(self, lr):
         cfg = self.cfg
         optimiser = cfg.ttt_lora_optimizer if self.lora else cfg.ttt_optimizer
-        beta1, beta2, eps = (cfg.ttt_beta1, cfg.ttt_beta2, 1e-10) if self.lora else (0.9, 0.999, 1e-8)
+        beta1, beta2, eps = (cfg.ttt_beta1, cfg.ttt_beta2, cfg.ttt_adam_eps) if self.lora else (0.9, 0.999, 1e-8)
         grads = [t.grad if t.grad is not None else torch.zeros_like(t) for _, t in self.moving]
         norm = sum(g.double().square().sum() for g in grads) ** 0.5
         self.steps += 1
