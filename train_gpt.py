@@ -49,6 +49,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import datetime
 import difflib
 import functools
 import glob
@@ -65,6 +66,7 @@ import resource
 import struct
 import sys
 import time
+import traceback
 import uuid
 import zlib
 from dataclasses import dataclass
@@ -76,6 +78,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 # ------------------------------------------------------------------------------------------------ CONFIG
@@ -101,7 +104,7 @@ class Hyperparameters:
     device: str = env_field("auto", "where to compute", choices="auto cpu cuda")
     dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
     compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
-    attention: str = env_field("auto", "attention kernel; auto: the best there is", choices="auto fa3 cudnn flash math")
+    attention: str = env_field("auto", "attention kernel; auto: the best there is", choices="auto fa4 fa3 cudnn flash math")
     kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far tested in Triton's "
                              "interpreter only, never on a GPU; auto: torch for now", choices="auto torch triton")
     # Data
@@ -582,9 +585,12 @@ class Stopwatch:
         return self.now() - self.start
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self, synchronize=lambda: None):
+        """`synchronize` waits for the device, so that its queued work counts where it was queued."""
+        synchronize()
         before = self.now()
         yield
+        synchronize()
         self.start += self.now() - before
 
 
@@ -608,40 +614,73 @@ def causal_mask(queries: int, keys: int, device, window: int = 0) -> Tensor:
     return mask.triu(keys - queries - window) if window else mask
 
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
-    """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
+def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDPBackend | None):
+    """Call F.scaled_dot_product_attention, or a function of its arguments. `first`: the kernel PyTorch tries first; the
+    others stay allowed, because none takes every shape, type and mask. None: PyTorch's own order."""
     causal = True if q.size(1) == k.size(1) and not window else False  # a plain bool, for graphs of any length too
     mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if q.is_cuda and not causal:  # the flash kernel takes no mask, and the one that does takes no grouped heads
+    if q.is_cuda and not causal:  # the flash kernel takes no mask, and the memory-efficient one no grouped heads
         k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1))
-    return y.transpose(1, 2)
+    with sdpa_kernel([first, *SDPA_KERNELS], set_priority=True) if first else contextlib.nullcontext():
+        return function(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1))
 
 
-def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
-    """(name, function) of the attention back end: FlashAttention 3, cuDNN or flash SDPA, math - in that order. Raises
-    UserError where the wanted one cannot run."""
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, first: SDPBackend | None = None) -> Tensor:
+    """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
+    return call_sdpa(F.scaled_dot_product_attention, q, k, v, window, first).transpose(1, 2)
+
+
+def load_fa3(source: str):
+    """FlashAttention 3 of a module, or of a repository on the Hugging Face hub by the package `kernels`."""
+    hub = "/" in source
+    module = importlib.import_module("kernels" if hub else source)
+    attend = (module.get_kernel(source, version=1) if hub else module).flash_attn_func
+
+    def attend_fa3(q, k, v, window=0):
+        out = attend(q, k, v, causal=True, window_size=(window, 0) if window else (-1, -1))
+        return out[0] if isinstance(out, tuple) else out
+    return attend_fa3
+
+
+def load_fa4(source: str):
+    """FlashAttention 4 in the place of PyTorch's flash kernel, as torch 2.11 and newer can."""
+    torch.nn.attention.activate_flash_attention_impl("FA4")
+    return functools.partial(attend_sdpa, first=SDPBackend.FLASH_ATTENTION)
+
+
+# Where FlashAttention may come from: source -> (ATTENTION, compute capabilities (major) with its kernels, loader).
+FLASH_ATTENTION = {"flash_attn_interface": ("fa3", (9,), load_fa3),
+                   "kernels-community/flash-attn3": ("fa3", (9,), load_fa3),
+                   "flash_attn.cute": ("fa4", (9, 10), load_fa4)}
+SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+
+
+def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, notes: list[str] | None = None):
+    """(name, function) of the attention back end: FlashAttention 3 or 4, cuDNN or flash SDPA, math - in that order. A
+    line on each FlashAttention that could not be loaded goes to `notes`. Raises UserError where the wanted one cannot
+    run."""
     if wanted == "math":
         return "math", attend_math
-    if wanted in ("auto", "fa3") and device.type == "cuda" and dtype == torch.bfloat16:
-        with contextlib.suppress(ImportError, OSError):  # OSError: a library for another PyTorch or CUDA
-            from flash_attn_interface import flash_attn_func
-            if torch.cuda.get_device_capability(device)[0] == 9:  # its kernels are Hopper's
-                def attend_fa3(q, k, v, window=0):
-                    out = flash_attn_func(q, k, v, causal=True, window_size=(window, 0) if window else (-1, -1))
-                    return out[0] if isinstance(out, tuple) else out
-                return "fa3", attend_fa3
-    if wanted == "fa3":
-        raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the package flash_attn_interface")
-    if wanted == "cudnn" and device.type == "cpu":
+    failed, on_cuda = [], device.type == "cuda"
+    if on_cuda and dtype == torch.bfloat16:
+        major = torch.cuda.get_device_capability(device)[0]
+        for source, (name, majors, load) in FLASH_ATTENTION.items():
+            if wanted in ("auto", name) and major in majors:
+                try:
+                    return name, load(source)
+                except Exception as error:  # a library for another PyTorch or CUDA, no network: any kind
+                    failed.append(f"{source} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]})")
+    if wanted in ("fa3", "fa4"):
+        raise UserError(f"ATTENTION={wanted} needs a Hopper GPU (fa4: or Blackwell), bf16 and its package; cannot be "
+                        f"loaded: {', '.join(failed) or 'here'}")
+    if wanted == "cudnn" and not on_cuda:
         raise UserError("ATTENTION=cudnn needs CUDA")
-    name = "cudnn" if device.type == "cuda" and wanted != "flash" and torch.backends.cudnn.is_available() else "flash"
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
-        torch.backends.cuda.enable_flash_sdp(name == "flash")
-        torch.backends.cuda.enable_math_sdp(dtype == torch.float32)  # the fused kernels are for half precision only
-    return name, attend_sdpa
+    name = "cudnn" if on_cuda and wanted != "flash" and torch.backends.cudnn.is_available() else "flash"
+    if failed and notes is not None:
+        notes.append(f"warning: attention by {name}, because FlashAttention cannot be loaded: {', '.join(failed)}")
+    first = SDPBackend.CUDNN_ATTENTION if name == "cudnn" else SDPBackend.FLASH_ATTENTION
+    return name, functools.partial(attend_sdpa, first=first) if on_cuda else attend_sdpa
 
 
 def pick_kernels(wanted: str, device: torch.device) -> str:
@@ -704,6 +743,7 @@ class Runtime:
     log: RunLog
     groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
     kernels: str = "torch"
+    notes: list[str] = dataclasses.field(default_factory=list)  # for the log, which opens later
     in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # end-of-step events
 
     @classmethod
@@ -712,14 +752,14 @@ class Runtime:
         rank, world_size, local_rank = read_ranks(os.environ)
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda was asked for, but this PyTorch sees no CUDA device")
-        on_cuda, groups = cfg.device != "cpu" and torch.cuda.is_available(), {}
+        on_cuda, groups, notes = cfg.device != "cpu" and torch.cuda.is_available(), {}, []
         device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         dtype = torch.bfloat16 if cfg.dtype == "bf16" or cfg.dtype == "auto" and on_cuda else torch.float32
         compiles = cfg.compile == "1" or cfg.compile == "auto" and on_cuda
-        attention, attend = pick_attention(cfg.attention, device, dtype)
+        attention, attend = pick_attention(cfg.attention, device, dtype, notes)
         kernels = pick_kernels(cfg.kernels, device)
         if compiles:
             require_compiler(device)
@@ -729,16 +769,27 @@ class Runtime:
             dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
             groups["cpu"] = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
         rt = cls(rank, world_size, device, dtype, compiles, attention, attend, "", Path(cfg.artifact_dir), None, groups,
-                 kernels)
+                 kernels, notes)
         run_id = rt.broadcast_object(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
         log = RunLog(rt.folder, run_id, active=rank == 0, append=cfg.resume)
         return dataclasses.replace(rt, run_id=run_id, log=log)
 
-    def close(self) -> None:
-        """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive."""
+    def close(self, failed: bool = False) -> None:
+        """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive. If
+        this rank `failed`, at once: an orderly end would wait for ranks that wait for this one."""
         self.groups.clear()
         if self.world_size > 1:
-            dist.destroy_process_group()
+            (dist.distributed_c10d._abort_process_group if failed else dist.destroy_process_group)()
+
+    def allow_wait(self, seconds: float) -> None:
+        """Ranks that wait longer than this for another one's part of a collective fail. Not for `agree` and
+        `broadcast_object`: others may wait for rank 0 as long as it packs."""
+        if self.world_size > 1 and self.on_cuda:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
 
     def compiled(self, function, grows: bool = False):
         """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first argument `grows`,
@@ -756,7 +807,7 @@ class Runtime:
         return call
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
+        if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -792,16 +843,29 @@ class Runtime:
             handle.wait()
         return tensor
 
-    def keep_pace(self) -> None:
-        """Wait until the device is at most one step behind: then the clock is right and the queue never runs empty."""
-        if self.device.type == "cuda":
+    def keep_pace(self, behind: int = 1) -> None:
+        """Wait until the device is at most so many steps behind. One: its queue never runs empty, and the clock is a
+        step late; none: the clock is right."""
+        if self.on_cuda:
             self.in_flight.append(torch.cuda.Event())
             self.in_flight[-1].record()
-            if len(self.in_flight) > 1:
+            while len(self.in_flight) > behind:
                 self.in_flight.popleft().synchronize()
 
+    def attention_kernels(self, cfg: Hyperparameters) -> str:
+        """The attention back end and, where PyTorch takes another kernel of its own instead, that one's name."""
+        text, first = self.attention, getattr(self.attend, "keywords", {}).get("first")
+        for use, queries, keys in (("training", *2 * [cfg.train_seq_len]),
+                                   ("scoring", cfg.eval_stride or cfg.window, cfg.window)) if first else ():
+            q, k, v = (torch.empty(1, length, heads, cfg.head_dim, device=self.device, dtype=self.dtype,
+                                   requires_grad=use == "training") for length, heads in
+                       ((queries, cfg.num_heads), (keys, cfg.num_kv_heads), (keys, cfg.num_kv_heads)))
+            runs = SDPBackend(call_sdpa(torch._fused_sdp_choice, q, k, v, cfg.attention_window, first))
+            text += "" if runs == first else f",{use}:{runs.name.lower().removesuffix('_attention')}"
+        return text
+
     def peak_memory_line(self) -> str:
-        if self.device.type == "cuda":
+        if self.on_cuda:
             peak = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
             return "peak memory allocated: {} MiB reserved: {} MiB".format(*(b // 2 ** 20 for b in peak))
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
@@ -823,7 +887,7 @@ class Runtime:
 
     def forward_tokens(self, cfg: Hyperparameters) -> int:
         """Maximum tokens of a forward pass: what fills a GPU, or what fits into a CPU's caches."""
-        return cfg.micro_batch_tokens or (98_304 if self.device.type == "cuda" else 4096)
+        return cfg.micro_batch_tokens or (98_304 if self.on_cuda else 4096)
 
     def share_of(self, count: int) -> range:
         """Indices of this rank's contiguous part of `count` items."""
@@ -2286,7 +2350,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     """Train until the step limit or the clock ends it; the model is left with the averaged weights.
 
     `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
-    training time. Raises UserError when the loss is no longer finite.
+    training time. No step begins after the limit. Raises UserError when the loss is no longer finite.
     """
     state = TrainState.initial(model, cfg, rt)
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
@@ -2296,22 +2360,25 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     if cfg.resume:
         load_checkpoint(cfg, rt, state)
     model.train()
+    rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
+    elapsed = rt.agree(state.watch.elapsed())
     out_of_time = False
     while True:
-        elapsed = rt.agree(state.watch.elapsed())
         done = out_of_time or state.step >= cfg.iterations
         if done or state.due(cfg.val_loss_every):
-            with state.watch.paused():
+            with state.watch.paused(rt.synchronize):
                 result = validate("validation", score_fn)
             log_losses(cfg, rt, state, elapsed, "validation", {"val_loss": result.loss, "val_bpb": result.bpb})
         if done:
             break
-        plan = plan_step(cfg, state.step, elapsed, state.pace(elapsed))
+        pace = state.pace(elapsed)
+        plan = plan_step(cfg, state.step, elapsed, pace)
         announce(rt, state, plan, cfg)
         loss = train_step(state, data, plan, loss_fn)
         state.step += 1
         state.averager.update(state.step, plan)
-        rt.keep_pace()
+        ends = state.step == cfg.iterations or cfg.train_seconds and elapsed + 3 * pace >= cfg.train_seconds
+        rt.keep_pace(behind=0 if ends or not pace else 1)
         elapsed = rt.agree(state.watch.elapsed())
         state.first_step_s = state.first_step_s or elapsed
         out_of_time = bool(cfg.train_seconds) and elapsed >= cfg.train_seconds
@@ -2322,10 +2389,11 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
             if not math.isfinite(loss):
                 raise UserError(f"training diverged: loss {loss} at step {state.step}; lower MATRIX_LR or SCALAR_LR")
         if state.due(cfg.checkpoint_every):
-            with state.watch.paused():
+            with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
     if state.step < cfg.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{state.step}/{cfg.iterations}")
+    rt.allow_wait(600.0)  # compiling, calibrating and scoring take one rank longer than another
     rt.log(rt.peak_memory_line())
     rt.log(state.averager.apply())
     return state
@@ -2959,8 +3027,7 @@ def clip_rows_(grads: list[Tensor], most: float, rows: int) -> None:
     """Clip each row's gradient, over all tensors together, to the norm `most`, in place."""
     norms = torch.stack([grad.reshape(rows, -1).norm(dim=1) for grad in grads]).norm(dim=0)
     factor = (most / (norms + 1e-6)).clamp(max=1)
-    for grad in grads:
-        grad.mul_(factor.view([-1, 1, 1][:grad.dim()]))
+    torch._foreach_mul_(grads, [factor.view([-1, 1, 1][:grad.dim()]) for grad in grads])
 
 
 class Adapter:
@@ -3163,8 +3230,8 @@ class Windows:
         """Batches of at most `size` windows. The first window of a text scores all it reads, in a batch of its own."""
         alone = int(len(self.low) > 0 and self.high[0] - self.low[0] > self.keep)
         whole = [dataclasses.replace(self.part(0, 1), keep=self.length)] * alone
-        parts = [self.part(i, i + size) for i in range(alone, len(self.low), size)]
-        return whole + [part.filled(size) if fixed else part for part in parts]
+        parts = whole + [self.part(i, i + size) for i in range(alone, len(self.low), size)]
+        return [part.filled(size) if fixed else part for part in parts]
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs [n, length]; target ids, target numbers and which of them to score, [n, keep] each."""
@@ -3500,7 +3567,7 @@ def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, da
         f"val_loader:shards pattern={cfg.val_files} tokens:{len(val.tokens) - 1}",
         f"model_params:{count(model)}",
         f"XSA:last_{cfg.xsa_last_n} active_layers:{[i for i, b in enumerate(model.blocks) if b.attn.exclusive]}",
-        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention} "
+        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention_kernels(cfg)} "
         f"kernels:{rt.kernels}",
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}"]
     lines += [] if data is None else [
@@ -3512,7 +3579,7 @@ def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, da
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} iterations:{cfg.iterations} "
         f"warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
         f"seed:{cfg.seed}"]
-    for line in lines:
+    for line in [*lines, *rt.notes]:
         rt.log(line)
 
 
@@ -3737,7 +3804,7 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{config_table()}" if asked else f"error: no argument {arguments[0]} (settings are "
               "environment variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    rank, rt = 0, None
+    rank, rt, failed = 0, None, True
     try:
         rank = read_ranks(process_environment())[0]
         cfg = settings_from(process_environment())
@@ -3749,15 +3816,21 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
                             "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
         rt.agree(0.0)  # no rank leaves before the first has written its last file
+        failed = False
     except UserError as error:
         return end_with(error, rank)
     except KeyboardInterrupt:
         print("interrupted; RESUME=1 with the RUN_ID of a training run goes on from its last checkpoint",
               file=sys.stderr)
         return 130
+    except Exception:
+        if rt is None or rt.world_size == 1:
+            raise
+        traceback.print_exc()  # before the process group ends: that may take this process with it
+        return 1
     finally:
         if rt is not None:
-            rt.close()
+            rt.close(failed)
     return 0
 
 
