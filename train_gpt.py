@@ -104,7 +104,7 @@ class Hyperparameters:
     device: str = env_field("auto", "where to compute", choices="auto cpu cuda")
     dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
     compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
-    attention: str = env_field("auto", "attention kernel; auto: the best there is", choices="auto fa4 fa3 cudnn flash math")
+    attention: str = env_field("auto", "attention kernel; auto: the best here", choices="auto fa4 fa3 cudnn flash math")
     kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far tested in Triton's "
                              "interpreter only, never on a GPU; auto: torch for now", choices="auto torch triton")
     # Data
@@ -631,54 +631,47 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, first: SDPBack
     return call_sdpa(F.scaled_dot_product_attention, q, k, v, window, first).transpose(1, 2)
 
 
-def load_fa3(source: str):
-    """FlashAttention 3 of a module, or of a repository on the Hugging Face hub by the package `kernels`."""
-    hub = "/" in source
-    module = importlib.import_module("kernels" if hub else source)
-    attend = (module.get_kernel(source, version=1) if hub else module).flash_attn_func
+SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+FLASH_ATTENTION = {  # where it may come from: (ATTENTION, compute capabilities that have its kernels)
+    "flash_attn_interface": ("fa3", (9,)), "kernels-community/flash-attn3": ("fa3", (9,)),
+    "flash_attn.cute": ("fa4", (9, 10))}
+
+
+def load_flash_attention(source: str):
+    """FlashAttention of a package or, by the package `kernels`, of the Hugging Face hub. Raises whatever they raise."""
+    if source == "flash_attn.cute":  # takes the place of PyTorch's flash kernel; the function is new in torch 2.11
+        torch.nn.attention.activate_flash_attention_impl("FA4")
+        return functools.partial(attend_sdpa, first=SDPBackend.FLASH_ATTENTION)
+    module = (importlib.import_module("kernels").get_kernel(source, version=1) if "/" in source else
+              importlib.import_module(source))
 
     def attend_fa3(q, k, v, window=0):
-        out = attend(q, k, v, causal=True, window_size=(window, 0) if window else (-1, -1))
+        out = module.flash_attn_func(q, k, v, causal=True, window_size=(window, 0) if window else (-1, -1))
         return out[0] if isinstance(out, tuple) else out
     return attend_fa3
 
 
-def load_fa4(source: str):
-    """FlashAttention 4 in the place of PyTorch's flash kernel, as torch 2.11 and newer can."""
-    torch.nn.attention.activate_flash_attention_impl("FA4")
-    return functools.partial(attend_sdpa, first=SDPBackend.FLASH_ATTENTION)
-
-
-# Where FlashAttention may come from: source -> (ATTENTION, compute capabilities (major) with its kernels, loader).
-FLASH_ATTENTION = {"flash_attn_interface": ("fa3", (9,), load_fa3),
-                   "kernels-community/flash-attn3": ("fa3", (9,), load_fa3),
-                   "flash_attn.cute": ("fa4", (9, 10), load_fa4)}
-SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
-
-
 def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, notes: list[str] | None = None):
-    """(name, function) of the attention back end: FlashAttention 3 or 4, cuDNN or flash SDPA, math - in that order. A
-    line on each FlashAttention that could not be loaded goes to `notes`. Raises UserError where the wanted one cannot
-    run."""
+    """(name, function) of the attention back end: FlashAttention 3 or 4, cuDNN or flash SDPA, math - in that order.
+    What could not be loaded goes to `notes`, in one line. Raises UserError where the wanted one cannot run."""
     if wanted == "math":
         return "math", attend_math
-    failed, on_cuda = [], device.type == "cuda"
-    if on_cuda and dtype == torch.bfloat16:
-        major = torch.cuda.get_device_capability(device)[0]
-        for source, (name, majors, load) in FLASH_ATTENTION.items():
-            if wanted in ("auto", name) and major in majors:
-                try:
-                    return name, load(source)
-                except Exception as error:  # a library for another PyTorch or CUDA, no network: any kind
-                    failed.append(f"{source} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]})")
+    on_cuda, failed = device.type == "cuda", []
+    major = torch.cuda.get_device_capability(device)[0] if on_cuda and dtype == torch.bfloat16 else 0
+    for source, (name, majors) in FLASH_ATTENTION.items():
+        if wanted in ("auto", name) and major in majors:
+            try:
+                return name, load_flash_attention(source)
+            except Exception as error:  # a library for another PyTorch or CUDA, or no network: of any kind
+                failed.append(f"{source} ({type(error).__name__}: {' '.join(str(error).split())[:100]})")
     if wanted in ("fa3", "fa4"):
-        raise UserError(f"ATTENTION={wanted} needs a Hopper GPU (fa4: or Blackwell), bf16 and its package; cannot be "
-                        f"loaded: {', '.join(failed) or 'here'}")
+        raise UserError(f"ATTENTION={wanted} needs bf16, a Hopper GPU (fa4: or Blackwell) and its package: "
+                        f"{', '.join(failed) or 'not here'}")
     if wanted == "cudnn" and not on_cuda:
         raise UserError("ATTENTION=cudnn needs CUDA")
     name = "cudnn" if on_cuda and wanted != "flash" and torch.backends.cudnn.is_available() else "flash"
     if failed and notes is not None:
-        notes.append(f"warning: attention by {name}, because FlashAttention cannot be loaded: {', '.join(failed)}")
+        notes.append(f"warning: attention by {name}: no FlashAttention from {', '.join(failed)}")
     first = SDPBackend.CUDNN_ATTENTION if name == "cudnn" else SDPBackend.FLASH_ATTENTION
     return name, functools.partial(attend_sdpa, first=first) if on_cuda else attend_sdpa
 
@@ -853,14 +846,14 @@ class Runtime:
                 self.in_flight.popleft().synchronize()
 
     def attention_kernels(self, cfg: Hyperparameters) -> str:
-        """The attention back end and, where PyTorch takes another kernel of its own instead, that one's name."""
+        """The attention back end and, where PyTorch chooses another of its kernels instead, that one's name."""
         text, first = self.attention, getattr(self.attend, "keywords", {}).get("first")
-        for use, queries, keys in (("training", *2 * [cfg.train_seq_len]),
-                                   ("scoring", cfg.eval_stride or cfg.window, cfg.window)) if first else ():
-            q, k, v = (torch.empty(1, length, heads, cfg.head_dim, device=self.device, dtype=self.dtype,
-                                   requires_grad=use == "training") for length, heads in
-                       ((queries, cfg.num_heads), (keys, cfg.num_kv_heads), (keys, cfg.num_kv_heads)))
-            runs = SDPBackend(call_sdpa(torch._fused_sdp_choice, q, k, v, cfg.attention_window, first))
+        lengths = {"training": [cfg.train_seq_len] * 2, "scoring": [cfg.eval_stride or cfg.window, cfg.window]}
+        for use, (queries, keys) in lengths.items() if first else ():
+            shapes = (queries, cfg.num_heads), (keys, cfg.num_kv_heads), (keys, cfg.num_kv_heads)
+            qkv = [torch.empty(1, *shape, cfg.head_dim, device=self.device, dtype=self.dtype,
+                               requires_grad=use == "training") for shape in shapes]
+            runs = SDPBackend(call_sdpa(torch._fused_sdp_choice, *qkv, cfg.attention_window, first))
             text += "" if runs == first else f",{use}:{runs.name.lower().removesuffix('_attention')}"
         return text
 
@@ -2294,6 +2287,7 @@ def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
     if rt.rank == 0:
         packed |= {"settings": resumable_settings(cfg), "elapsed_s": state.watch.elapsed()}
         write_atomically(checkpoint_path(rt), torch_bytes(packed))
+    rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
 
 
 def torch_bytes(value) -> bytes:

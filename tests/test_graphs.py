@@ -1,4 +1,4 @@
-"""How many graphs a run compiles, and where. TorchDynamo traces them, a stand-in takes the place of what makes kernels."""
+"""How many graphs a run compiles, and where. TorchDynamo traces them; nothing is made of them here."""
 import collections
 import functools
 import sys
@@ -14,8 +14,7 @@ DOCUMENTS = {"TTT_MODE": "lora", "TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS"
 @pytest.fixture
 def graphs(run, monkeypatch):
     """Runs with COMPILE=1 and counts graphs by the function that was waiting for them, `evaluate` by the name of the
-    evaluation. Training's clock runs in `train_step` outside of `warm_up`; the one of evaluation from `measure_pace` on.
-    """
+    evaluation. Training's clock runs in `train_step` outside of `warm_up`, that of evaluation from `measure_pace` on."""
     found = []
 
     def backend(graph, inputs):
@@ -47,7 +46,8 @@ def graphs(run, monkeypatch):
     ({"TTT_FREEZE_BLOCKS": 1, "ATTENTION_WINDOW": 8}, {"legal_ttt": 2, "learn": 1}),  # the first window, the others
     ({"HASH_EMBED_BUCKETS": 64, "COMPLEMENT_ALPHA": 0.5}, {"legal_ttt": 2, "learn": 1}),
     ({"TTT_MODE": "lora", "MTP_NUM_HEADS": 1}, {"legal_ttt": 2, "learn": 1}),
-    (DOCUMENTS, {"legal_ttt": 2}), ({**DOCUMENTS, "TTT_EPOCHS": 3}, {"legal_ttt": 2})],  # the first chunk, all longer ones
+    (DOCUMENTS, {"legal_ttt": 2}),  # a document's first chunk, all longer ones
+    ({**DOCUMENTS, "TTT_EPOCHS": 3}, {"legal_ttt": 2})],
     ids=["weights", "frozen blocks", "hashed embedding", "lora", "documents", "documents, epochs"])
 def test_one_graph_for_each_use(graphs, variables, adapting):
     """Without rounding and with it, before training's clock; plain scores in the first validation; sliding ones as the
