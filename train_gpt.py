@@ -639,7 +639,7 @@ FLASH_ATTENTION = {  # where it may come from: (ATTENTION, compute capabilities 
 
 def load_flash_attention(source: str):
     """FlashAttention of a package or, by the package `kernels`, of the Hugging Face hub. Raises whatever they raise."""
-    if source == "flash_attn.cute":  # takes the place of PyTorch's flash kernel; the function is new in torch 2.11
+    if source == "flash_attn.cute":  # takes the place of PyTorch's flash kernel; torch 2.9 has no such function
         torch.nn.attention.activate_flash_attention_impl("FA4")
         return functools.partial(attend_sdpa, first=SDPBackend.FLASH_ATTENTION)
     module = (importlib.import_module("kernels").get_kernel(source, version=1) if "/" in source else

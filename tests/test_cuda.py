@@ -79,7 +79,7 @@ def test_flash_attention_4_takes_the_place_of_the_flash_kernel(gpu):
         name, attend = tg.pick_attention(wanted, CUDA, torch.bfloat16, notes)
         assert name == "fa4" and attend.keywords == {"first": SDPBackend.FLASH_ATTENTION}
     assert activated == ["FA4"] * 2 and notes == []
-    gpu.patch.delattr(torch.nn.attention, "activate_flash_attention_impl")  # before torch 2.11
+    gpu.patch.delattr(torch.nn.attention, "activate_flash_attention_impl")  # as in torch 2.9
     assert tg.pick_attention("auto", CUDA, torch.bfloat16, notes)[0] == "cudnn" and "AttributeError" in notes[0]
 
 
