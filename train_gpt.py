@@ -544,9 +544,6 @@ class RunLog:
             self.broken = True
         self.fresh.discard(kind)
 
-    def progress(self, total: int, what: str) -> Progress:
-        return Progress(self, total, what)
-
 
 class Progress:
     """A progress bar on a terminal (with the package tqdm), and one line in the log after some seconds."""
@@ -2350,6 +2347,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
     if cfg.warmup_steps and not cfg.resume:
         warm_up(cfg, rt, state, data, loss_fn)
+    rt.synchronize()  # the device has done with the warm-up
     state.watch = Stopwatch()
     if cfg.resume:
         load_checkpoint(cfg, rt, state)
@@ -3427,7 +3425,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     start_s, scored, clock = time.perf_counter(), Scored(val, rt), clock or EvalClock(0.0, rt)
     temperature, hook, rows = (cfg.ttt_temp, adapter.hook, adapter.rows) if adapter else (1.0, None, 0)
     clock.begin(plan, cfg.ttt_epochs if adapter else 0, in_step=not rows)
-    bar = rt.log.progress(sum(len(chunk.batches) for chunk in plan), name)
+    bar = Progress(rt.log, sum(len(chunk.batches) for chunk in plan), name)
     for i, chunk in enumerate(plan):
         epochs = clock.affordable_epochs(chunk.train_tokens, i)
         if chunk.resets:

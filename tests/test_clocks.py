@@ -60,7 +60,8 @@ def test_the_first_step_s_compilation_does_not_hasten_the_warm_down(run, clock):
 
 
 @pytest.mark.parametrize("limit, pace, steps", [(7, 3.0, 3), (9, 3.0, 3), (20, 1.0, 20), (2, 5.0, 1)])
-@pytest.mark.parametrize("variables", [{}, {"VAL_LOSS_EVERY": 2, "CHECKPOINT_EVERY": 3}], ids=["alone", "paused"])
+@pytest.mark.parametrize("variables", [{}, {"VAL_LOSS_EVERY": 2, "CHECKPOINT_EVERY": 3}, {"WARMUP_STEPS": 3}],
+                         ids=["alone", "paused", "warm-up"])
 def test_with_a_queue_before_a_device_training_ends_within_one_step(run, clock, variables, limit, pace, steps):
     """The host is ahead of the device by a step: no step begins after the limit all the same, and the pauses for
     validation and checkpoints hold nothing that training has queued."""
