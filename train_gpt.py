@@ -53,6 +53,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import datetime
 import difflib
 import functools
 import glob
@@ -69,6 +70,7 @@ import resource
 import struct
 import sys
 import time
+import traceback
 import uuid
 import zlib
 from dataclasses import dataclass
@@ -80,6 +82,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 # ------------------------------------------------------------------------------------------------ CONFIG
@@ -105,7 +108,7 @@ class Hyperparameters:
     device: str = env_field("auto", "where to compute", choices="auto cpu cuda")
     dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
     compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
-    attention: str = env_field("auto", "attention kernel; auto: the best there is", choices="auto fa3 cudnn flash math")
+    attention: str = env_field("auto", "attention kernel; auto: the best here", choices="auto fa4 fa3 cudnn flash math")
     kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far tested in Triton's "
                              "interpreter only, never on a GPU; auto: torch for now", choices="auto torch triton")
     # Data
@@ -545,9 +548,6 @@ class RunLog:
             self.broken = True
         self.fresh.discard(kind)
 
-    def progress(self, total: int, what: str) -> Progress:
-        return Progress(self, total, what)
-
 
 class Progress:
     """A progress bar on a terminal (with the package tqdm), and one line in the log after some seconds."""
@@ -586,9 +586,12 @@ class Stopwatch:
         return self.now() - self.start
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self, synchronize=lambda: None):
+        """`synchronize` waits for the device, so that its queued work counts where it was queued."""
+        synchronize()
         before = self.now()
         yield
+        synchronize()
         self.start += self.now() - before
 
 
@@ -612,40 +615,66 @@ def causal_mask(queries: int, keys: int, device, window: int = 0) -> Tensor:
     return mask.triu(keys - queries - window) if window else mask
 
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
-    """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
+def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDPBackend | None):
+    """Call F.scaled_dot_product_attention, or a function of its arguments. `first`: the kernel PyTorch tries first; the
+    others stay allowed, because none takes every shape, type and mask. None: PyTorch's own order."""
     causal = True if q.size(1) == k.size(1) and not window else False  # a plain bool, for graphs of any length too
     mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if q.is_cuda and not causal:  # the flash kernel takes no mask, and the one that does takes no grouped heads
+    if q.is_cuda and not causal:  # the flash kernel takes no mask, and the memory-efficient one no grouped heads
         k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1))
-    return y.transpose(1, 2)
+    with sdpa_kernel([first, *SDPA_KERNELS], set_priority=True) if first else contextlib.nullcontext():
+        return function(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1))
 
 
-def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype):
-    """(name, function) of the attention back end: FlashAttention 3, cuDNN or flash SDPA, math - in that order. Raises
-    UserError where the wanted one cannot run."""
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, first: SDPBackend | None = None) -> Tensor:
+    """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
+    return call_sdpa(F.scaled_dot_product_attention, q, k, v, window, first).transpose(1, 2)
+
+
+SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+FLASH_ATTENTION = {  # where it may come from: (ATTENTION, compute capabilities that have its kernels)
+    "flash_attn_interface": ("fa3", (9,)), "kernels-community/flash-attn3": ("fa3", (9,)),
+    "flash_attn.cute": ("fa4", (9, 10))}
+
+
+def load_flash_attention(source: str):
+    """FlashAttention of a package or, by the package `kernels`, of the Hugging Face hub. Raises whatever they raise."""
+    if source == "flash_attn.cute":  # takes the place of PyTorch's flash kernel; torch 2.9 has no such function
+        torch.nn.attention.activate_flash_attention_impl("FA4")
+        return functools.partial(attend_sdpa, first=SDPBackend.FLASH_ATTENTION)
+    module = (importlib.import_module("kernels").get_kernel(source, version=1) if "/" in source else
+              importlib.import_module(source))
+
+    def attend_fa3(q, k, v, window=0):
+        out = module.flash_attn_func(q, k, v, causal=True, window_size=(window, 0) if window else (-1, -1))
+        return out[0] if isinstance(out, tuple) else out
+    return attend_fa3
+
+
+def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, notes: list[str] | None = None):
+    """(name, function) of the attention back end: FlashAttention 3 or 4, cuDNN or flash SDPA, math - in that order.
+    What could not be loaded goes to `notes`, in one line. Raises UserError where the wanted one cannot run."""
     if wanted == "math":
         return "math", attend_math
-    if wanted in ("auto", "fa3") and device.type == "cuda" and dtype == torch.bfloat16:
-        with contextlib.suppress(ImportError, OSError):  # OSError: a library for another PyTorch or CUDA
-            from flash_attn_interface import flash_attn_func
-            if torch.cuda.get_device_capability(device)[0] == 9:  # its kernels are Hopper's
-                def attend_fa3(q, k, v, window=0):
-                    out = flash_attn_func(q, k, v, causal=True, window_size=(window, 0) if window else (-1, -1))
-                    return out[0] if isinstance(out, tuple) else out
-                return "fa3", attend_fa3
-    if wanted == "fa3":
-        raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the package flash_attn_interface")
-    if wanted == "cudnn" and device.type == "cpu":
+    on_cuda, failed = device.type == "cuda", []
+    major = torch.cuda.get_device_capability(device)[0] if on_cuda and dtype == torch.bfloat16 else 0
+    for source, (name, majors) in FLASH_ATTENTION.items():
+        if wanted in ("auto", name) and major in majors:
+            try:
+                return name, load_flash_attention(source)
+            except Exception as error:  # a library for another PyTorch or CUDA, or no network: of any kind
+                failed.append(f"{source} ({type(error).__name__}: {' '.join(str(error).split())[:100]})")
+    if wanted in ("fa3", "fa4"):
+        raise UserError(f"ATTENTION={wanted} needs bf16, a Hopper GPU (fa4: or Blackwell) and its package: "
+                        f"{', '.join(failed) or 'not here'}")
+    if wanted == "cudnn" and not on_cuda:
         raise UserError("ATTENTION=cudnn needs CUDA")
-    name = "cudnn" if device.type == "cuda" and wanted != "flash" and torch.backends.cudnn.is_available() else "flash"
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
-        torch.backends.cuda.enable_flash_sdp(name == "flash")
-        torch.backends.cuda.enable_math_sdp(dtype == torch.float32)  # the fused kernels are for half precision only
-    return name, attend_sdpa
+    name = "cudnn" if on_cuda and wanted != "flash" and torch.backends.cudnn.is_available() else "flash"
+    if failed and notes is not None:
+        notes.append(f"warning: attention by {name}: no FlashAttention from {', '.join(failed)}")
+    first = SDPBackend.CUDNN_ATTENTION if name == "cudnn" else SDPBackend.FLASH_ATTENTION
+    return name, functools.partial(attend_sdpa, first=first) if on_cuda else attend_sdpa
 
 
 def pick_kernels(wanted: str, device: torch.device) -> str:
@@ -708,6 +737,7 @@ class Runtime:
     log: RunLog
     groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
     kernels: str = "torch"
+    notes: list[str] = dataclasses.field(default_factory=list)  # for the log, which opens later
     in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # end-of-step events
 
     @classmethod
@@ -716,14 +746,14 @@ class Runtime:
         rank, world_size, local_rank = read_ranks(os.environ)
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda was asked for, but this PyTorch sees no CUDA device")
-        on_cuda, groups = cfg.device != "cpu" and torch.cuda.is_available(), {}
+        on_cuda, groups, notes = cfg.device != "cpu" and torch.cuda.is_available(), {}, []
         device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         dtype = torch.bfloat16 if cfg.dtype == "bf16" or cfg.dtype == "auto" and on_cuda else torch.float32
         compiles = cfg.compile == "1" or cfg.compile == "auto" and on_cuda
-        attention, attend = pick_attention(cfg.attention, device, dtype)
+        attention, attend = pick_attention(cfg.attention, device, dtype, notes)
         kernels = pick_kernels(cfg.kernels, device)
         if compiles:
             require_compiler(device)
@@ -733,16 +763,27 @@ class Runtime:
             dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
             groups["cpu"] = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
         rt = cls(rank, world_size, device, dtype, compiles, attention, attend, "", Path(cfg.artifact_dir), None, groups,
-                 kernels)
+                 kernels, notes)
         run_id = rt.broadcast_object(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
         log = RunLog(rt.folder, run_id, active=rank == 0, append=cfg.resume)
         return dataclasses.replace(rt, run_id=run_id, log=log)
 
-    def close(self) -> None:
-        """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive."""
+    def close(self, failed: bool = False) -> None:
+        """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive. If
+        this rank `failed`, at once: an orderly end would wait for ranks that wait for this one."""
         self.groups.clear()
         if self.world_size > 1:
-            dist.destroy_process_group()
+            (dist.distributed_c10d._abort_process_group if failed else dist.destroy_process_group)()
+
+    def allow_wait(self, seconds: float) -> None:
+        """Ranks that wait longer than this for another one's part of a collective fail. Not for `agree` and
+        `broadcast_object`: others may wait for rank 0 as long as it packs."""
+        if self.world_size > 1 and self.on_cuda:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
 
     def compiled(self, function, grows: bool = False):
         """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first argument `grows`,
@@ -760,7 +801,7 @@ class Runtime:
         return call
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
+        if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -796,16 +837,29 @@ class Runtime:
             handle.wait()
         return tensor
 
-    def keep_pace(self) -> None:
-        """Wait until the device is at most one step behind: then the clock is right and the queue never runs empty."""
-        if self.device.type == "cuda":
+    def keep_pace(self, behind: int = 1) -> None:
+        """Wait until the device is at most so many steps behind. One: its queue never runs empty, and the clock is a
+        step late; none: the clock is right."""
+        if self.on_cuda:
             self.in_flight.append(torch.cuda.Event())
             self.in_flight[-1].record()
-            if len(self.in_flight) > 1:
+            while len(self.in_flight) > behind:
                 self.in_flight.popleft().synchronize()
 
+    def attention_kernels(self, cfg: Hyperparameters) -> str:
+        """The attention back end and, where PyTorch chooses another of its kernels instead, that one's name."""
+        text, first = self.attention, getattr(self.attend, "keywords", {}).get("first")
+        lengths = {"training": [cfg.train_seq_len] * 2, "scoring": [cfg.eval_stride or cfg.window, cfg.window]}
+        for use, (queries, keys) in lengths.items() if first else ():
+            shapes = (queries, cfg.num_heads), (keys, cfg.num_kv_heads), (keys, cfg.num_kv_heads)
+            qkv = [torch.empty(1, *shape, cfg.head_dim, device=self.device, dtype=self.dtype,
+                               requires_grad=use == "training") for shape in shapes]
+            runs = SDPBackend(call_sdpa(torch._fused_sdp_choice, *qkv, cfg.attention_window, first))
+            text += "" if runs == first else f",{use}:{runs.name.lower().removesuffix('_attention')}"
+        return text
+
     def peak_memory_line(self) -> str:
-        if self.device.type == "cuda":
+        if self.on_cuda:
             peak = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
             return "peak memory allocated: {} MiB reserved: {} MiB".format(*(b // 2 ** 20 for b in peak))
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
@@ -827,7 +881,7 @@ class Runtime:
 
     def forward_tokens(self, cfg: Hyperparameters) -> int:
         """Maximum tokens of a forward pass: what fills a GPU, or what fits into a CPU's caches."""
-        return cfg.micro_batch_tokens or (98_304 if self.device.type == "cuda" else 4096)
+        return cfg.micro_batch_tokens or (98_304 if self.on_cuda else 4096)
 
     def share_of(self, count: int) -> range:
         """Indices of this rank's contiguous part of `count` items."""
@@ -2236,6 +2290,7 @@ def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
     if rt.rank == 0:
         packed |= {"settings": resumable_settings(cfg), "elapsed_s": state.watch.elapsed()}
         write_atomically(checkpoint_path(rt), torch_bytes(packed))
+    rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
 
 
 def torch_bytes(value) -> bytes:
@@ -2292,32 +2347,36 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     """Train until the step limit or the clock ends it; the model is left with the averaged weights.
 
     `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
-    training time. Raises UserError when the loss is no longer finite.
+    training time. No step begins after the limit. Raises UserError when the loss is no longer finite.
     """
     state = TrainState.initial(model, cfg, rt)
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
     if cfg.warmup_steps and not cfg.resume:
         warm_up(cfg, rt, state, data, loss_fn)
+    rt.synchronize()  # the device has done with the warm-up
     state.watch = Stopwatch()
     if cfg.resume:
         load_checkpoint(cfg, rt, state)
     model.train()
+    rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
+    elapsed = rt.agree(state.watch.elapsed())
     out_of_time = False
     while True:
-        elapsed = rt.agree(state.watch.elapsed())
         done = out_of_time or state.step >= cfg.iterations
         if done or state.due(cfg.val_loss_every):
-            with state.watch.paused():
+            with state.watch.paused(rt.synchronize):
                 result = validate("validation", score_fn)
             log_losses(cfg, rt, state, elapsed, "validation", {"val_loss": result.loss, "val_bpb": result.bpb})
         if done:
             break
-        plan = plan_step(cfg, state.step, elapsed, state.pace(elapsed))
+        pace = state.pace(elapsed)
+        plan = plan_step(cfg, state.step, elapsed, pace)
         announce(rt, state, plan, cfg)
         loss = train_step(state, data, plan, loss_fn)
         state.step += 1
         state.averager.update(state.step, plan)
-        rt.keep_pace()
+        ends = state.step == cfg.iterations or cfg.train_seconds and elapsed + 3 * pace >= cfg.train_seconds
+        rt.keep_pace(behind=0 if ends or not pace else 1)
         elapsed = rt.agree(state.watch.elapsed())
         state.first_step_s = state.first_step_s or elapsed
         out_of_time = bool(cfg.train_seconds) and elapsed >= cfg.train_seconds
@@ -2328,10 +2387,11 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
             if not math.isfinite(loss):
                 raise UserError(f"training diverged: loss {loss} at step {state.step}; lower MATRIX_LR or SCALAR_LR")
         if state.due(cfg.checkpoint_every):
-            with state.watch.paused():
+            with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
     if state.step < cfg.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{state.step}/{cfg.iterations}")
+    rt.allow_wait(600.0)  # compiling, calibrating and scoring take one rank longer than another
     rt.log(rt.peak_memory_line())
     rt.log(state.averager.apply())
     return state
@@ -2965,8 +3025,7 @@ def clip_rows_(grads: list[Tensor], most: float, rows: int) -> None:
     """Clip each row's gradient, over all tensors together, to the norm `most`, in place."""
     norms = torch.stack([grad.reshape(rows, -1).norm(dim=1) for grad in grads]).norm(dim=0)
     factor = (most / (norms + 1e-6)).clamp(max=1)
-    for grad in grads:
-        grad.mul_(factor.view([-1, 1, 1][:grad.dim()]))
+    torch._foreach_mul_(grads, [factor.view([-1, 1, 1][:grad.dim()]) for grad in grads])
 
 
 class Adapter:
@@ -3169,8 +3228,8 @@ class Windows:
         """Batches of at most `size` windows. The first window of a text scores all it reads, in a batch of its own."""
         alone = int(len(self.low) > 0 and self.high[0] - self.low[0] > self.keep)
         whole = [dataclasses.replace(self.part(0, 1), keep=self.length)] * alone
-        parts = [self.part(i, i + size) for i in range(alone, len(self.low), size)]
-        return whole + [part.filled(size) if fixed else part for part in parts]
+        parts = whole + [self.part(i, i + size) for i in range(alone, len(self.low), size)]
+        return [part.filled(size) if fixed else part for part in parts]
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs [n, length]; target ids, target numbers and which of them to score, [n, keep] each."""
@@ -3372,7 +3431,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     start_s, scored, clock = time.perf_counter(), Scored(val, rt), clock or EvalClock(0.0, rt)
     temperature, hook, rows = (cfg.ttt_temp, adapter.hook, adapter.rows) if adapter else (1.0, None, 0)
     clock.begin(plan, cfg.ttt_epochs if adapter else 0, in_step=not rows)
-    bar = rt.log.progress(sum(len(chunk.batches) for chunk in plan), name)
+    bar = Progress(rt.log, sum(len(chunk.batches) for chunk in plan), name)
     for i, chunk in enumerate(plan):
         epochs = clock.affordable_epochs(chunk.train_tokens, i)
         if chunk.resets:
@@ -3506,7 +3565,7 @@ def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, da
         f"val_loader:shards pattern={cfg.val_files} tokens:{len(val.tokens) - 1}",
         f"model_params:{count(model)}",
         f"XSA:last_{cfg.xsa_last_n} active_layers:{[i for i, b in enumerate(model.blocks) if b.attn.exclusive]}",
-        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention} "
+        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention_kernels(cfg)} "
         f"kernels:{rt.kernels}",
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}"]
     lines += [] if data is None else [
@@ -3518,7 +3577,7 @@ def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, da
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} iterations:{cfg.iterations} "
         f"warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
         f"seed:{cfg.seed}"]
-    for line in lines:
+    for line in [*lines, *rt.notes]:
         rt.log(line)
 
 
@@ -3743,7 +3802,7 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{config_table()}" if asked else f"error: no argument {arguments[0]} (settings are "
               "environment variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    rank, rt = 0, None
+    rank, rt, failed = 0, None, True
     try:
         rank = read_ranks(process_environment())[0]
         cfg = settings_from(process_environment())
@@ -3755,15 +3814,21 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
                             "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
         rt.agree(0.0)  # no rank leaves before the first has written its last file
+        failed = False
     except UserError as error:
         return end_with(error, rank)
     except KeyboardInterrupt:
         print("interrupted; RESUME=1 with the RUN_ID of a training run goes on from its last checkpoint",
               file=sys.stderr)
         return 130
+    except Exception:
+        if rt is None or rt.world_size == 1:
+            raise
+        traceback.print_exc()  # before the process group ends: that may take this process with it
+        return 1
     finally:
         if rt is not None:
-            rt.close()
+            rt.close(failed)
     return 0
 
 

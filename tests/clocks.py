@@ -2,6 +2,7 @@
 import time
 from types import SimpleNamespace
 
+import torch
 import train_gpt as tg
 
 
@@ -32,3 +33,37 @@ class FakeTime:
             return original(*args, **kwargs)
         self.patch.setattr(owner, name, timed)
         return calls
+
+
+class FakeDevice:
+    """A CUDA device that works through its queue beside a FakeTime: each call of owner.name queues `cost` seconds of
+    work, or cost(number of calls before), and takes the host none."""
+
+    def __init__(self, clock, owner, name, cost):
+        self.clock, self.ready, self.backlog, patch = clock, 0.0, [], clock.patch
+        original = getattr(owner, name)
+
+        def queued(*args, **kwargs):
+            self.backlog.append(max(self.ready - clock.now, 0.0))  # seconds of work still to do
+            self.ready = max(self.ready, clock.now) + (cost(len(self.backlog) - 1) if callable(cost) else cost)
+            return original(*args, **kwargs)
+        patch.setattr(owner, name, queued)
+        patch.setattr(tg.Runtime, "on_cuda", property(lambda rt: True))
+        patch.setattr(torch.cuda, "Event", lambda: FakeEvent(self))
+        patch.setattr(torch.cuda, "synchronize", lambda device: self.wait(self.ready))
+        for memory in ("max_memory_allocated", "max_memory_reserved"):
+            patch.setattr(torch.cuda, memory, lambda device: 0)
+
+    def wait(self, until):
+        self.clock.now = max(self.clock.now, until)
+
+
+class FakeEvent:
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.at = self.device.ready
+
+    def synchronize(self):
+        self.device.wait(self.at)

@@ -42,6 +42,13 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture(autouse=True)
+def full_precision():
+    """A run in this process on a GPU allows TF32; what a later test compares in fp32 is not to be held to it."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Shards and a tokenizer made from Python's own documentation, as data/prepare.py writes them."""

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import train_gpt as tg
-from clocks import FakeTime
+from clocks import FakeDevice, FakeTime
 
 BRIEF = {"TTT_ENABLED": 0, "EVAL_STRIDE": 0, "EVAL_MAX_SECONDS": 0}
 
@@ -57,6 +57,37 @@ def test_the_first_step_s_compilation_does_not_hasten_the_warm_down(run, clock):
     assert len(scales) == 41
     wanted = {1: 1.0, 2: 1.0, **{step: min(1.0, (140 - (100 + step - 2)) / 20) for step in range(3, 42)}}
     assert scales == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("limit, pace, steps", [(7, 3.0, 3), (9, 3.0, 3), (20, 1.0, 20), (2, 5.0, 1)])
+@pytest.mark.parametrize("variables", [{}, {"VAL_LOSS_EVERY": 2, "CHECKPOINT_EVERY": 3}, {"WARMUP_STEPS": 3}],
+                         ids=["alone", "paused", "warm-up"])
+def test_with_a_queue_before_a_device_training_ends_within_one_step(run, clock, variables, limit, pace, steps):
+    """The host is ahead of the device by a step: no step begins after the limit all the same, and the pauses for
+    validation and checkpoints hold nothing that training has queued."""
+    FakeDevice(clock, tg.Optimisers, "step", pace)
+    clock.charge(tg.GPT, "nll", 50.0)
+    clock.charge(tg, "write_atomically", 50.0)
+    done = run(MAX_WALLCLOCK_SECONDS=limit, ITERATIONS=100, TRAIN_LOG_EVERY=0, **BRIEF, **variables)
+    assert (done.code, done.summary["steps"], done.summary["seconds"]["train"]) == (0, steps, steps * pace), done.err
+
+
+def test_the_device_s_queue_is_emptied_at_the_end_only(run, clock):
+    """Later steps take longer than the mean so far: three steps before the limit the clock is right."""
+    device = FakeDevice(clock, tg.Optimisers, "step", lambda n: 1.0 + 0.01 * n)
+    done = run(MAX_WALLCLOCK_SECONDS=40, ITERATIONS=100, TRAIN_LOG_EVERY=0, **BRIEF)
+    assert 40 <= done.summary["seconds"]["train"] < 41.4
+    begun = [waiting > 0 for waiting in device.backlog]  # behind a step that still ran
+    assert len(begun) > 30 and all(begun[3:-3])
+
+
+def test_one_exchange_of_the_clock_a_step(run, clock, monkeypatch):
+    clock.charge(tg.Optimisers, "step", 1.0)
+    asked = clock.charge(tg.Runtime, "agree", 0.0)
+    assert run(MAX_WALLCLOCK_SECONDS=7, ITERATIONS=100, **BRIEF).summary["steps"] == 7
+    several = len(asked)
+    assert run(MAX_WALLCLOCK_SECONDS=17, ITERATIONS=100, **BRIEF).summary["steps"] == 17
+    assert len(asked) - several == several + 10
 
 
 @pytest.mark.parametrize("variables, steps", [

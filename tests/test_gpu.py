@@ -40,7 +40,7 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("queries, keys", [(96, 96), (16, 96)], ids=["square", "last queries"])
-@pytest.mark.parametrize("wanted", ["fa3", "cudnn", "flash"])
+@pytest.mark.parametrize("wanted", ["fa4", "fa3", "cudnn", "flash"])
 def test_attention_back_ends_agree_with_the_written_out_one(device, wanted, queries, keys):
     torch.manual_seed(0)
     try:
