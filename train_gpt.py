@@ -685,8 +685,9 @@ def pick_kernels(wanted: str, device: torch.device) -> str:
         interprets = importlib.import_module("triton").knobs.runtime.interpret  # TRITON_INTERPRET, as Triton read it
     except (ImportError, AttributeError):
         raise UserError("KERNELS=triton needs Triton 3.5 or newer, which comes with PyTorch's CUDA build") from None
-    if device.type != "cuda" and not interprets:
-        raise UserError("KERNELS=triton needs a CUDA device (TRITON_INTERPRET=1 tries the kernels out in Python)")
+    if not interprets and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9):
+        raise UserError("KERNELS=triton needs a CUDA device of Hopper's kind or newer (TRITON_INTERPRET=1 tries the "
+                        "kernels out in Python)")
     return "triton"
 
 
@@ -1322,6 +1323,13 @@ def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
 # ------------------------------------------------------------------------------------------------ KERNELS
 CE_CHUNK_ROWS = 1024  # rows of logits in memory at a time: large enough for fast products, small enough for the cache
 CE_CHUNK_LOGITS_CUDA = 2 ** 24  # a GPU has no such cache but needs large products, and a compiled graph few chunks
+LARGEST_CAP = 40.0  # of logits in the Triton kernel: exp(-2 * 40) is a number of fp32 with all its digits
+
+
+def suits_triton(kernels: str, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether Triton should multiply matrices of such rows and columns: its kernels are for tensor cores, which have
+    no fp32, and their memory engine (TMA) copies rows of a multiple of 16 bytes."""
+    return kernels == "triton" and dtype.itemsize == 2 and not any(size % 8 for size in sizes)
 
 
 @functools.cache
@@ -1329,76 +1337,79 @@ def load_kernels() -> None:
     """Define the Triton kernels and register them as torch.ops.golf.*, which torch.compile takes as they are.
 
     Each has its reference, in plain operations, where it is used. They are defined in here because importing this file
-    must not need Triton. Tile sizes and warps are usual ones for bf16 on Hopper, not tuned.
+    must not need Triton. The products are for Hopper: blocks stay on their SM and take tile after tile, TMA moves the
+    tiles and cuts them off at the edges. tests/test_sm90.py compiles all kernels for it; tile sizes are not tuned.
     """
-    global triton, tl, product_tile  # Triton looks up what a kernel calls among the module's globals
+    global triton, tl  # Triton looks up what a kernel calls among the module's globals
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     @triton.jit
     def capped_row(logits, targets, losses, vocab, cap, scale, BLOCK: tl.constexpr):
-        """A row of logits -> its loss, and in its place the gradient times `scale`."""
-        row = tl.program_id(0).to(tl.int64)
-        at = tl.arange(0, BLOCK)
-        inside = at < vocab
-        logit = tl.load(logits + row * vocab + at, mask=inside, other=0.0).to(tl.float32)
-        tanh = 1 - 2 / (tl.exp(2 * logit / cap) + 1)
-        capped = tl.where(inside, cap * tanh, -float("inf"))
-        largest = tl.max(capped, axis=0)
-        exps = tl.exp(capped - largest)
-        partition = tl.sum(exps, axis=0)
-        is_target = at == tl.load(targets + row)
-        tl.store(losses + row, largest + tl.log(partition) - tl.sum(tl.where(is_target, cap * tanh, 0.0), axis=0))
-        grad = (exps / partition - is_target.to(tl.float32)) * (1 - tanh * tanh) * scale
-        tl.store(logits + row * vocab + at, grad.to(logits.dtype.element_ty), mask=inside)
+        """A row of logits -> its loss, and in its place the gradient times `scale`.
+
+        With q = 1 / (exp(2 logit / cap) + 1) the capped logit is cap - 2 cap q: softmax needs no largest logit, as
+        exp(-2 cap q) cannot vanish while cap <= LARGEST_CAP, and the derivative of the cap is 4 q (1 - q)."""
+        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        logits += row * vocab
+        target, partition = tl.load(targets + row), tl.zeros((BLOCK,), tl.float32)
+        reached = tl.load(logits + target).to(tl.float32)  # before the sum, at which all threads wait, and the stores
+        for start in range(0, vocab, BLOCK):
+            logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+            exps = tl.exp(-2 * cap / (tl.exp(2 / cap * logit) + 1))
+            partition += tl.where(start + at < vocab, exps, 0.0)
+        total = tl.sum(partition, axis=0)
+        tl.store(losses + row, tl.log(total) + 2 * cap / (tl.exp(2 / cap * reached) + 1))
+        for start in range(0, vocab, BLOCK):
+            logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+            q = 1 / (tl.exp(2 / cap * logit) + 1)
+            grad = tl.exp(-2 * cap * q) / total - (start + at == target).to(tl.float32)
+            tl.store(logits + start + at, (grad * 4 * q * (1 - q) * scale).to(logits.dtype.element_ty),
+                     mask=start + at < vocab)
 
     @triton.jit
-    def product_tile(a, b, i, j, rows, columns, depth, b_row, b_depth, SIDE: tl.constexpr, DEPTH: tl.constexpr):
-        """fp32 tile (i, j) of a b^T, zero beyond the edges; `a` is contiguous, b has the strides b_row, b_depth."""
-        r, c = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE)
-        tile = tl.zeros((SIDE, SIDE), dtype=tl.float32)
-        for start in range(0, depth, DEPTH):
-            k = start + tl.arange(0, DEPTH)
-            left = tl.load(a + r.to(tl.int64)[:, None] * depth + k[None, :], other=0.0,
-                           mask=(r[:, None] < rows) & (k[None, :] < depth))
-            right = tl.load(b + c[None, :] * b_row + k[:, None] * b_depth, other=0.0,
-                            mask=(c[None, :] < columns) & (k[:, None] < depth))
-            tile = tl.dot(left, right, tile, input_precision="ieee")
-        return r, c, tile
+    def mlp_tiles(a, b, leaky, out, tiles, across, depth, slope, FORWARD: tl.constexpr, SIDE: tl.constexpr,
+                  DEPTH: tl.constexpr):
+        """LeakyReLU²(a b^T) and half its derivative, `leaky`, in the forward pass; 2 leaky (a b) in the backward."""
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FORWARD):
+            r, c = tile // across * SIDE, tile % across * SIDE  # b, the weight, stays in the cache
+            product = tl.zeros((SIDE, SIDE), tl.float32)
+            for k in range(0, depth, DEPTH):
+                product = tl.dot(a.load([r, k]), b.load([c, k]).T if FORWARD else b.load([k, c]), product)
+            halves = product.reshape(SIDE, 2, SIDE // 2).permute(0, 2, 1).split()
+            for half in tl.static_range(2):  # half a tile waits in shared memory, so that two blocks fit on an SM
+                x, column = halves[half], c + half * (SIDE // 2)
+                if FORWARD:
+                    t = tl.where(x > 0, x, x * slope * slope)
+                    leaky.store([r, column], t.to(leaky.dtype))
+                    x = x * t
+                else:
+                    x = 2 * x * leaky.load([r, column]).to(tl.float32)
+                out.store([r, column], x.to(out.dtype))
 
     @triton.jit
-    def mlp_tile(a, b, leaky, out, rows, columns, depth, b_row, b_depth, slope, FORWARD: tl.constexpr,
-                 SIDE: tl.constexpr, DEPTH: tl.constexpr):
-        """Tile of LeakyReLU²(a b^T) in the forward pass, of a b^T times the derivative in the backward pass."""
-        r, c, tile = product_tile(a, b, tl.program_id(1), tl.program_id(0), rows, columns, depth, b_row, b_depth,
-                                  SIDE, DEPTH)  # neighbours share the tall side's rows; the weight stays in the cache
-        at = r.to(tl.int64)[:, None] * columns + c[None, :]
-        inside = (r[:, None] < rows) & (c[None, :] < columns)
-        if FORWARD:
-            t = tl.where(tile > 0, tile, tile * slope * slope)
-            tl.store(leaky + at, t.to(leaky.dtype.element_ty), mask=inside)
-            tile = tile * t
-        else:
-            tile = 2 * tile * tl.load(leaky + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at, tile.to(out.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def symmetric_tile(x, add, out, rows, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
-                       DEPTH: tl.constexpr):
-        """Tile of alpha x x^T + beta add on or above the diagonal, and its mirror image below."""
-        i, j, n = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
-        if i <= j:
-            r, c, tile = product_tile(x + n * rows * depth, x + n * rows * depth, i, j, rows, rows, depth, depth, 1,
-                                      SIDE, DEPTH)
-            at = n * rows * rows + r[:, None] * rows + c[None, :]
-            mirrored = n * rows * rows + c[:, None] * rows + r[None, :]
-            inside = (r[:, None] <= c[None, :]) & (c[None, :] < rows)  # exactly symmetric on the diagonal's tiles too
-            tile = alpha * tile
+    def symmetric_tiles(x, add, out, batch, across, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
+                        DEPTH: tl.constexpr):
+        """Tiles of alpha x x^T + beta add on and above the diagonal, and their mirror images below."""
+        above = across * (across + 1) // 2
+        for tile in tl.range(tl.program_id(0), batch * above, tl.num_programs(0), flatten=True):
+            n, t = tile // above, tile % above
+            j = ((tl.sqrt_rn(8.0 * t + 1) - 1) / 2).to(tl.int32)  # tile t, column by column: (0,0) (0,1) (1,1) (0,2)
+            i = t - j * (j + 1) // 2
+            product = tl.zeros((SIDE, SIDE), tl.float32)
+            for k in range(0, depth, DEPTH):
+                left, right = x.load([n, i * SIDE, k]), x.load([n, j * SIDE, k])
+                product = tl.dot(left.reshape(SIDE, DEPTH), right.reshape(SIDE, DEPTH).T, product)
+            product = alpha * product
             if ADDS:
-                tile += beta * tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
-            tile = tile.to(out.dtype.element_ty)
-            tl.store(out + at, tile, mask=inside)
-            tl.store(out + mirrored, tl.trans(tile), mask=(r[None, :] <= c[:, None]) & (c[:, None] < rows))
+                product += beta * add.load([n, i * SIDE, j * SIDE]).reshape(SIDE, SIDE).to(tl.float32)
+            half, r = product.to(out.dtype), tl.arange(0, SIDE)
+            if i == j:  # exactly symmetric, in whatever order the tensor cores add
+                half = tl.where(r[:, None] <= r[None, :], half, half.T)
+            else:
+                out.store([n, j * SIDE, i * SIDE], half.T.reshape(1, SIDE, SIDE))
+            out.store([n, i * SIDE, j * SIDE], half.reshape(1, SIDE, SIDE))
 
     def register(schema: str, allocate, launch, mutates: tuple = ()) -> None:
         """An operator: `launch` fills what `allocate` returns. Tracing, which has no data, stops at `allocate`."""
@@ -1410,22 +1421,30 @@ def load_kernels() -> None:
         torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
                                 schema=schema.removeprefix(name)).register_fake(allocate)
 
-    side, shape = 128, {"SIDE": 128, "DEPTH": 64, "num_warps": 8}
+    def blocks(x: Tensor, tiles: int) -> tuple:
+        """The grid: two blocks an SM; few in the interpreter, so that each does several tiles there too."""
+        most = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+        return min(tiles, most),
+
+    def tiled(x: Tensor, *block: int):
+        return TensorDescriptor.from_tensor(x.contiguous(), list(block))
 
     def capped_rows(losses, logits, targets, cap, scale):
-        block = triton.next_power_of_2(logits.size(1))
-        capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=block,
-                                 num_warps=min(16, max(4, block // 1024)))
+        capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=1024, num_warps=4)
 
-    def mlp(out, a, b, leaky, slope, forward):
-        grid = triton.cdiv(leaky.size(1), side), triton.cdiv(len(a), side)
-        mlp_tile[grid](a.contiguous(), b, leaky, out, *leaky.shape, a.size(1), *b.stride(), slope, FORWARD=forward,
-                       **shape)
+    def mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
+        down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
+        mlp_tiles[blocks(a, down * across)](
+            tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
+            tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
+            FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
 
-    def symmetric(out, x, add, alpha, beta):
-        x, tiles = x.contiguous(), triton.cdiv(x.size(1), side)
-        symmetric_tile[tiles, tiles, len(x)](x, x if add is None else add.contiguous(), out, *x.shape[1:], alpha, beta,
-                                             ADDS=add is not None, **shape)
+    def symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
+        across = triton.cdiv(x.size(1), side)
+        symmetric_tiles[blocks(x, len(x) * across * (across + 1) // 2)](
+            tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
+            len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
+            num_stages=3)
 
     register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor",
              lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), capped_rows, mutates=("logits",))
@@ -1434,7 +1453,7 @@ def load_kernels() -> None:
              lambda out, x, weight, slope: mlp(out[0], x, weight, out[1], slope, True))
     register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor",
              lambda upstream, weight, leaky: torch.empty_like(leaky),
-             lambda out, upstream, weight, leaky: mlp(out, upstream, weight.t(), leaky, 0.0, False))
+             lambda out, upstream, weight, leaky: mlp(out, upstream, weight, leaky, 0.0, False))
     register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor",
              lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), symmetric)
 
@@ -1509,7 +1528,7 @@ class CappedCrossEntropy(torch.autograd.Function):
         parts = hidden.split(size), targets.unsqueeze(1).split(size)
         weighting = [None] * len(parts[0]) if token_weights is None else token_weights.unsqueeze(1).split(size)
         for rows, target, weights in zip(*parts, weighting):
-            if kernels == "triton" and softcap:
+            if kernels == "triton" and 0 < softcap <= LARGEST_CAP:
                 grad = F.linear(rows, weight)
                 losses = torch.ops.golf.capped_rows(grad, target, softcap, 1 / len(hidden)).unsqueeze(1)
             else:
@@ -1722,7 +1741,8 @@ class Block(nn.Module):
         return out, value
 
     def mlp(self, x: Tensor, weights: LayerWeights) -> Tensor:
-        if self.kernels == "triton" and all(isinstance(weight, Tensor) for weight in weights[4:]):
+        plain = all(isinstance(weight, Tensor) for weight in weights[4:])
+        if plain and suits_triton(self.kernels, x.dtype, *weights.up.shape):
             return FusedMlp.apply(x.flatten(0, 1), weights.up, weights.down, self.slope).view_as(x)
         return project(SquaredLeakyReLU.apply(project(x, weights.up), self.slope), weights.down)
 
@@ -1967,7 +1987,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at 0
 def symmetric_product(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0,
                       kernels: str = "torch") -> Tensor:
     """x x^T, or alpha x x^T + beta add for a symmetric `add`.  # [n, rows, columns] -> [n, rows, rows]"""
-    if kernels == "triton":
+    if suits_triton(kernels, x.dtype, *x.shape[1:]):
         load_kernels()
         return torch.ops.golf.symmetric(x, add, alpha, beta)
     return x @ x.mT if add is None else torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)
