@@ -40,7 +40,7 @@ def randn(*shape, dtype=torch.float32):
 
 
 def assert_near(got, want, dtype):
-    """want: what fp32 makes of the same numbers. bf16 keeps 8 bits, fp16 11, of each result and of what lies between."""
+    """want: what fp32 makes of the same numbers. bf16 keeps 8 bits, fp16 11, of every result on the way."""
     assert got.dtype in (dtype, torch.float32) and got.shape == want.shape
     error = (got.float() - want).norm() / want.norm().clamp(min=1e-12)
     assert error < {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype], error.item()

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import estimate  # noqa: E402
 import plan  # noqa: E402
 import profiles  # noqa: E402
+import roofline  # noqa: E402
 import systems  # noqa: E402
 from shell import UsageError  # noqa: E402
 
@@ -272,3 +273,17 @@ def test_systems(capsys):
     line = next(line for line in lines if line.startswith("pr1092 "))
     assert "1.1252 → 1.1219" in line and "15,916,230" in line and "18.39 MB" in line
     assert systems.main(["x"]) == 2
+
+
+def test_roofline(capsys):
+    """It has the FLOPs of the estimate and Newton-Schulz's; the record is what it prints today."""
+    cfg = tg.Hyperparameters()
+    found = {row.name: row for row in roofline.rows(cfg, gpus=8)}
+    tables = estimate.parameters(cfg)["proj"]  # narrow, and left out
+    want = (sum(estimate.flops_per_token(cfg)) - 6 * tables) * cfg.train_batch_tokens / 8
+    assert sum(row.flops for row in found.values()) - found["Newton-Schulz of this GPU's slices"].flops == want
+    assert all(row.ms() > 0 and row.ms(fused=True) <= row.ms() for row in found.values())
+    assert roofline.main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed in (ROOT / "records" / "gpu_not_run" / "roofline.md").read_text(encoding="utf-8")
+    assert roofline.main(["NUM_LAYERS=x"]) == 2 and capsys.readouterr().err.startswith("error: NUM_LAYERS='x'")
