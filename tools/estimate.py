@@ -5,8 +5,10 @@ Tools put the repository's root on sys.path before they import this.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import types
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -95,18 +97,21 @@ def fits(cfg: tg.Hyperparameters, code_bytes: int = CODE_BYTES) -> str:
 
 
 def table_of_systems(markdown: bool = False) -> str:
-    """What each profile is, what was published of it, and what its artifact is expected to take."""
-    rows = [("profile", "what it is", "published bpb", "bytes", "estimate of the artifact", "fits")]
+    """What each profile is, what was published of it, what its artifact is expected to take, and the largest difference
+    of its arithmetic from the published script's own numbers (records/parity)."""
+    held = json.loads((Path(tg.__file__).parent / "records/parity/held.json").read_text())
+    rows = [("profile", "what it is", "published bpb", "bytes", "estimate of the artifact", "fits",
+             "arithmetic held to")]
     for name in profiles.names():
         profile = profiles.load(name)
         cfg, told = profiles.settings(profile), profile.published
         bpb = told.bpb + ", not valid" * (told.valid is False and bool(told.bpb))
         size = "-" if told.bytes is None else f"{told.bytes:,}"
         rows.append((f"`{name}`" if markdown else name, profile.summary, bpb or "-", size,
-                     f"{artifact_bytes(cfg) / 1e6:.2f} MB", fits(cfg)))
+                     f"{artifact_bytes(cfg) / 1e6:.2f} MB", fits(cfg), held.get(name, "-")))
     if markdown:
         return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ("---",) * len(rows[0]), *rows[1:]])
-    order = (0, 2, 3, 4, 5, 1)  # the long column last
+    order = (0, 2, 3, 4, 5, 6, 1)  # the long column last
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(row[column].ljust(widths[column]) for column in order).rstrip() for row in rows)
 
@@ -166,7 +171,7 @@ def memory_bytes(cfg: tg.Hyperparameters, gpus: int = GPUS) -> dict[str, float]:
     banks = counts["attn"] + counts["mlp"]
     rest = sum(counts.values()) - banks
     snapshots = cfg.lawa_k if cfg.lawa_enabled else int(cfg.swa_enabled)
-    cuda = types.SimpleNamespace(device=torch.device("cuda"))
+    cuda = types.SimpleNamespace(on_cuda=True)
     forward = min(tg.Runtime.forward_tokens(cuda, cfg), cfg.train_batch_tokens / gpus)
     by_muon = cfg.matrix_optimizer == "muon"  # one moment, of a rank's share
     return {"weights in fp32 and bf16": 6.0 * (banks + rest),

@@ -577,9 +577,10 @@ def check_one(folder: Path, tokenizer: Path | None) -> int:
     return int(not all(verdict.agrees for verdict in found))
 
 
-def check_all(folder: Path, tokenizer: Path | None) -> int:
-    """One line per fixture below the folder; the highest exit code."""
-    folders, codes = sorted({path.parent for path in folder.rglob("fixture.json")}), [0]
+def check_all(folder: Path, tokenizer: Path | None, out: Path | None = None) -> int:
+    """One line per fixture below the folder; the highest exit code. `out`: a JSON file for the result of each profile
+    whose fixtures agree, which README's table of systems shows."""
+    folders, codes, held = sorted({path.parent for path in folder.rglob("fixture.json")}), [0], {}
     if not folders:
         raise ours.UserError(f"there is no fixture.json below {folder}")
     for each in folders:
@@ -589,12 +590,17 @@ def check_all(folder: Path, tokenizer: Path | None) -> int:
             codes.append(int(not all(verdict.agrees for verdict in found)))
             line = f"{'FAIL' if codes[-1] else 'ok':<5} {fixture.source}: {summary(found)}"
             line += "; only nats, no bytes" if fixture.notes else ""
+            if not codes[-1]:
+                worst = max(found, key=lambda verdict: verdict.strain)
+                held[fixture.system.profile] = f"{worst.name} {worst.off:.1e}"
         except NotSupportedYet as error:
             line = f"-     {error}"
         except ours.UserError as error:
             line = f"error {error}"
             codes.append(2)
         print(f"{each.relative_to(folder)!s:<40} {line}", flush=True)
+    if out:
+        ours.write_atomically(out, (json.dumps(held, indent=1) + "\n").encode())
     return max(codes)
 
 
@@ -613,9 +619,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="check every fixture below FOLDER")
     parser.add_argument("--tokenizer", type=Path, metavar="MODEL",
                         help=f"SentencePiece model (default: data/{TOKENIZER} in a folder above FOLDER)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --all: write each profile's largest difference")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the sums are small: more threads cost more than they bring
-    return (check_all if args.all else check_one)(args.folder, args.tokenizer)
+    return check_all(args.folder, args.tokenizer, args.out) if args.all else check_one(args.folder, args.tokenizer)
 
 
 if __name__ == "__main__":
