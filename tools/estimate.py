@@ -166,7 +166,7 @@ def memory_bytes(cfg: tg.Hyperparameters, gpus: int = GPUS) -> dict[str, float]:
     banks = counts["attn"] + counts["mlp"]
     rest = sum(counts.values()) - banks
     snapshots = cfg.lawa_k if cfg.lawa_enabled else int(cfg.swa_enabled)
-    cuda = types.SimpleNamespace(device=torch.device("cuda"))
+    cuda = types.SimpleNamespace(device=torch.device("cuda"), on_cuda=True)
     forward = min(tg.Runtime.forward_tokens(cuda, cfg), cfg.train_batch_tokens / gpus)
     by_muon = cfg.matrix_optimizer == "muon"  # one moment, of a rank's share
     return {"weights in fp32 and bf16": 6.0 * (banks + rest),
