@@ -2363,20 +2363,26 @@ def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainDat
     state.unpack(start)
 
 
-def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, validate) -> TrainState:
-    """Train until the step limit or the clock ends it; the model is left with the averaged weights.
-
-    `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
-    training time. No step begins after the limit. Raises UserError when the loss is no longer finite.
-    """
+def begin_training(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, loss_fn) -> TrainState:
+    """The state of the first step, or of the checkpoint with RESUME=1, once every graph is compiled. Its clock runs."""
     state = TrainState.initial(model, cfg, rt)
-    loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
     if cfg.warmup_steps and not cfg.resume:
         warm_up(cfg, rt, state, data, loss_fn)
     rt.synchronize()  # the device has done with the warm-up
     state.watch = Stopwatch()
     if cfg.resume:
         load_checkpoint(cfg, rt, state)
+    return state
+
+
+def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, validate) -> TrainState:
+    """Train until the step limit or the clock ends it; the model is left with the averaged weights.
+
+    `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
+    training time. No step begins after the limit. Raises UserError when the loss is no longer finite.
+    """
+    loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
+    state = begin_training(cfg, rt, model, data, loss_fn)
     model.train()
     rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
     elapsed = rt.agree(state.watch.elapsed())
