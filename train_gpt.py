@@ -130,7 +130,7 @@ class Hyperparameters:
     tied_embed_init_std: float = env_field(0.005, "standard deviation of the initial embedding", lo=0, hi=100)
     rope_base: float = env_field(10_000.0, "base of the rotary frequencies", lo=1, hi=1e9)
     rope_dims: int = env_field(16, "rotated dimensions per head; 0: all", lo=0)
-    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN scales the rotary base up (NTK)", lo=1)
+    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN scales the rotary base up (NTK); 0: none", lo=0)
     logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap); 0: x itself", lo=0, hi=1e4)
     embed_norm: bool = env_field(True, "RMS norm after the embedding; off in PR 1254")
     smear_gate: str = env_field("after", "smear gate, after or before that norm (PR 550)", choices="after before off")
@@ -595,31 +595,51 @@ class Stopwatch:
         self.start += self.now() - before
 
 
-def attend_math(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+class Documents(NamedTuple):
+    """The documents of a flat stream [1, N], which attention does not cross: int32 positions where each begins, then N,
+    repeated at will (a tensor of one size needs one graph), and the most tokens that one has."""
+
+    starts: Tensor
+    longest: int
+
+    def number(self, length: int) -> Tensor:
+        """Which document each position belongs to, from 1.  # int64 [length]"""
+        return torch.searchsorted(self.starts, torch.arange(length, device=self.starts.device), right=True)
+
+    def distance(self, length: int) -> Tensor:
+        """Of each position from the start of its document.  # int64 [length]"""
+        return torch.arange(length, device=self.starts.device) - self.starts[self.number(length) - 1]
+
+
+def attend_math(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Documents | None = None) -> Tensor:
     """Causal attention in plain fp32 operations: the reference of every other back end.
 
     q: [batch, Tq, heads, d]; k, v: [batch, Tk, kv_heads, d]; query i is at position Tk - Tq + i;
-    query head h attends to kv head h // (heads / kv_heads), at its own position and `window` before it (0: all).
-    Returns [batch, Tq, heads, d].
+    query head h attends to kv head h // (heads / kv_heads), at its own position and `window` before it (0: all), inside
+    its own document. Returns [batch, Tq, heads, d].
     """
     group = q.size(2) // k.size(2)
     k, v = (t.repeat_interleave(group, dim=2).float() for t in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k) * q.size(-1) ** -0.5
-    scores = scores.masked_fill(~causal_mask(q.size(1), k.size(1), q.device, window), -math.inf)
+    scores = scores.masked_fill(~causal_mask(q.size(1), k.size(1), q.device, window, documents), -math.inf)
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).to(q.dtype)
 
 
-def causal_mask(queries: int, keys: int, device, window: int = 0) -> Tensor:
+def causal_mask(queries: int, keys: int, device, window: int = 0, documents: Documents | None = None) -> Tensor:
     """True where a query may attend; the last query is at the last key's position.  # [queries, keys]"""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return mask.triu(keys - queries - window) if window else mask
+    mask = mask.triu(keys - queries - window) if window else mask
+    number = None if documents is None else documents.number(keys)
+    return mask if number is None else mask & (number[keys - queries:, None] == number)
 
 
-def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDPBackend | None):
+def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDPBackend | None,
+              documents: Documents | None = None):
     """Call F.scaled_dot_product_attention, or a function of its arguments. `first`: the kernel PyTorch tries first; the
     others stay allowed, because none takes every shape, type and mask. None: PyTorch's own order."""
-    causal = True if q.size(1) == k.size(1) and not window else False  # a plain bool, for graphs of any length too
-    mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window)
+    whole = q.size(1) == k.size(1) and not window and documents is None
+    causal = True if whole else False  # a plain bool, for graphs of any length too
+    mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window, documents)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.is_cuda and not causal:  # the flash kernel takes no mask, and the memory-efficient one no grouped heads
         k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
@@ -627,9 +647,23 @@ def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDP
         return function(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1))
 
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, first: SDPBackend | None = None) -> Tensor:
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Documents | None = None,
+                first: SDPBackend | None = None) -> Tensor:
     """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
-    return call_sdpa(F.scaled_dot_product_attention, q, k, v, window, first).transpose(1, 2)
+    if documents is not None and q.is_cuda and q.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn  # torch 2.10
+        return attend_varlen(varlen_attn, q, k, v, documents, window_size=(window or -1, 0), enable_gqa=True)
+    if documents is not None and not torch.compiler.is_compiling():  # no graph: without the masked part's products
+        bounds = documents.starts.unique().tolist()
+        parts = [[t[:, begin:end] for t in (q, k, v)] for begin, end in zip(bounds, bounds[1:])]
+        return torch.cat([attend_sdpa(*part, window, first=first) for part in parts], dim=1)
+    return call_sdpa(F.scaled_dot_product_attention, q, k, v, window, first, documents).transpose(1, 2)
+
+
+def attend_varlen(function, q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options) -> Tensor:
+    """`attend_math` by a FlashAttention of sequences end to end."""
+    out = function(q[0], k[0], v[0], *[documents.starts] * 2, *[documents.longest] * 2, **options)
+    return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
 
 
 SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
@@ -646,8 +680,11 @@ def load_flash_attention(source: str):
     module = (importlib.import_module("kernels").get_kernel(source, version=1) if "/" in source else
               importlib.import_module(source))
 
-    def attend_fa3(q, k, v, window=0):
-        out = module.flash_attn_func(q, k, v, causal=True, window_size=(window, 0) if window else (-1, -1))
+    def attend_fa3(q, k, v, window=0, documents=None):
+        options = {"causal": True, "window_size": (window, 0) if window else (-1, -1)}
+        if documents is not None:
+            return attend_varlen(module.flash_attn_varlen_func, q, k, v, documents, **options)
+        out = module.flash_attn_func(q, k, v, **options)
         return out[0] if isinstance(out, tuple) else out
     return attend_fa3
 
@@ -1592,18 +1629,28 @@ class RMSNorm(nn.Module):
         return x if self.weight is None else x * self.weight.to(x.dtype)
 
 
-def rope_table(length: int, dims: int, cfg: Hyperparameters, device) -> tuple[Tensor, Tensor]:
+def rope_table(length: int, dims: int, cfg: Hyperparameters, device, longest: int = 0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation angles, in fp32.  # [length, dims/2] each
 
     NTK scaling: the base grows with the longer of training length and window, from ROPE_TRAIN_SEQ_LEN on. (PR 1092
     counts from 1024 while it trains on 2048, which stretches its base to 22,082; ROPE_TRAIN_SEQ_LEN=1024 keeps that.)
+    In a flat stream the window is its `longest` document, and positions count on (PR 1530): only differences matter.
     """
     # sym_max instead of max: one compiled graph serves every length
-    stretch = torch.sym_max(torch.sym_max(length, cfg.train_seq_len) / cfg.rope_train_seq_len, 1.0)
+    reach = torch.sym_max(longest or length, cfg.train_seq_len)
+    stretch = torch.sym_max(reach / cfg.rope_train_seq_len, 1.0) if cfg.rope_train_seq_len else 1.0
     base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
+
+
+class Positions(NamedTuple):
+    """Where the tokens of a forward pass are: their rotation angles, and the documents of a flat stream."""
+
+    cos: Tensor
+    sin: Tensor
+    documents: Documents | None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1642,8 +1689,11 @@ class SmearGate(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], torch.sigmoid(self.gate).to(x.dtype))
+    def forward(self, x: Tensor, distance: Tensor | None) -> Tensor:
+        """`distance` of each position from the start of its document; None: one document a row."""
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        before = before if distance is None else before * (distance > 0).unsqueeze(-1)
+        return torch.lerp(x, before, torch.sigmoid(self.gate).to(x.dtype))
 
 
 class ProjectedEmbedding(nn.Module):
@@ -1686,10 +1736,10 @@ class Attention(nn.Module):
         self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
-    def forward(self, x, weights, rope, value_embedding, first_value, keep: int):
+    def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
         """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
         those of the first layer [batch, T, kv_heads, d]."""
-        (query_w, key_w, value_w, out_w), (cos, sin), recent = weights, rope, x[:, -keep:]
+        (query_w, key_w, value_w, out_w), (cos, sin, documents), recent = weights, positions, x[:, -keep:]
         q = project(recent, query_w).unflatten(-1, (self.heads, -1))
         k = project(x, key_w).unflatten(-1, (self.kv_heads, -1))
         if self.q_gain is not None:
@@ -1703,7 +1753,7 @@ class Attention(nn.Module):
             v = mix[0] * first_value + mix[1] * value
         q = rotate(q, cos[-keep:], sin[-keep:])
         q = q if self.q_gain is None else q * self.q_gain.to(x.dtype)[:, None]
-        y = self.attend(q, rotate(k, cos, sin), v, self.window)                 # [batch, keep, heads, d]
+        y = self.attend(q, rotate(k, cos, sin), v, self.window, documents)      # [batch, keep, heads, d]
         if self.exclusive:
             y = subtract_own_value(y, v[:, -keep:])
         if self.attn_gate is not None:
@@ -1726,13 +1776,13 @@ class Block(nn.Module):
         self.dtg_gate = CastedLinear(cfg.model_dim, 1) if cfg.dtg_enabled else None
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
-    def forward(self, x, x0, weights: LayerWeights, rope, value_embedding, first_value, keep: int):
+    def forward(self, x, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int):
         """Last `keep` positions of the stream after this block, and the attention's values."""
         if self.mixes:
             mix = self.resid_mix.to(x.dtype)
             x = torch.addcmul(mix[0] * x, mix[1], x0)
         add = lambda x, name, y: torch.addcmul(x, getattr(self, name).to(x.dtype), y) if self.mixes else x + y
-        y, value = self.attn(self.attn_norm(x), weights[:4], rope, value_embedding, first_value, keep)
+        y, value = self.attn(self.attn_norm(x), weights[:4], positions, value_embedding, first_value, keep)
         x = x[:, -keep:]
         out = add(x, "attn_scale", y)
         out = add(out, "mlp_scale", self.mlp(self.mlp_norm(out), weights))
@@ -1846,40 +1896,48 @@ class GPT(nn.Module):
         """Rows of the ProjectedEmbedding `name`, in the activation dtype.  # int64 [batch, T] -> [batch, T, width]"""
         return getattr(self, name)(index, self.fake_quantised(f"{name}.embed.weight", qat), self.dtype)
 
-    def embed(self, ids: Tensor, qat: bool, hook=None) -> Tensor:
+    def embed(self, ids: Tensor, qat: bool, hook=None, documents: Documents | None = None) -> Tensor:
         """Token, bigram and trigram embeddings, normalised and smeared.  # [batch, T, dim]"""
+        distance = None if documents is None else documents.distance(ids.size(1))
         table = self.fake_quantised("tok_emb.weight", qat)
         table = table if hook is None else hook("embed", -1, table)
         x = (F.embedding(ids, table) if isinstance(table, Tensor) else table(ids)).to(self.dtype)
         for name, table, factors in (("bigram", self.bigram, BIGRAM_FACTORS),
                                      ("trigram", self.trigram, TRIGRAM_FACTORS)):
             if table is not None:
-                x = x + self.look_up(name, hash_ngrams(ids, factors, table.embed.num_embeddings), qat)
-        x = self.smear(x) if self.cfg.smear_gate == "before" else x
+                index = hash_ngrams(ids, factors, table.embed.num_embeddings)
+                if distance is not None:
+                    index = index.where(distance >= len(factors) - 1, table.embed.num_embeddings - 1)
+                x = x + self.look_up(name, index, qat)
+        x = self.smear(x, distance) if self.cfg.smear_gate == "before" else x
         x = norm(x, eps=self.cfg.norm_eps) if self.cfg.embed_norm else x
-        return self.smear(x) if self.cfg.smear_gate == "after" else x
+        return self.smear(x, distance) if self.cfg.smear_gate == "after" else x
 
-    def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, hook=None) -> Tensor:
+    def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, hook=None,
+               documents: Documents | None = None) -> Tensor:
         """The trunk: normalised final states of the last `keep` positions (all, if None).
 
         ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions only.
+        With `documents`, ids are a flat stream [1, N], and each document is computed as if it were a row by itself.
 
         `hook(kind, layer, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
         input, for instance to add a low-rank term to its output or to record its input. The token table (a function of
         ids) and the output matrix are kinds "embed" and "head", of layer -1.
         """
         cfg, length = self.cfg, ids.size(1)
-        rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device)
+        longest = 0 if documents is None else documents.longest
+        rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device, longest)
+        positions = Positions(*rope, documents)
         shared = None if self.ve_shared is None else self.look_up("ve_shared", ids, qat)
         extra = {layer: shared * scale.to(self.dtype) for layer, scale in zip(cfg.ve_layer_ids, self.ve_layer_scales)}
-        x = x0 = self.embed(ids, qat, hook)
+        x = x0 = self.embed(ids, qat, hook, documents)
         skips, first_value = [], None
         for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat, hook))):
             decoder = layer - cfg.num_layers // 2
             if decoder >= 0 and skips:
                 x = torch.addcmul(x, self.skip_weights[decoder].to(x.dtype), skips.pop())
             kept = keep or length if layer == cfg.num_layers - 1 else length
-            x, value = block(x, x0, weights, rope, extra.get(layer), first_value, kept)
+            x, value = block(x, x0, weights, positions, extra.get(layer), first_value, kept)
             first_value = value if layer == 0 else first_value
             if decoder < 0 and cfg.unet_skips:
                 skips.append(x)
@@ -1900,10 +1958,11 @@ class GPT(nn.Module):
         logits = self.logits(self.hidden(ids, keep=targets.size(1), hook=hook), hook=hook) / temperature
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
-    def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, hook=None, token_weights=None) -> Tensor:
+    def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, hook=None, token_weights=None,
+             documents: Documents | None = None) -> Tensor:
         """Mean cross-entropy in nats per token over [batch, T], of tokens weighted by `token_weights` [batch, T] if
         given; while training, plus MTP_LOSS_WEIGHT times the unweighted mean of the multi-token-prediction heads."""
-        cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, hook=hook)
+        cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, hook=hook, documents=documents)
         weight = self.output_weight(qat, hook)
         if not isinstance(weight, Tensor):  # it is a function then, whose gradient autograd finds
             return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
