@@ -228,7 +228,7 @@ class ShardWriter:
         rows = np.stack([ids] if len(self.kinds) == 1 else [ids, sizes])
         self.counted_bytes += int(rows[1:].sum())
         if rows.max(initial=0) >= MAX_VOCAB:
-            raise UserError(f"one token stands for {rows.max():,} bytes of text; a side-car holds up to {MAX_VOCAB - 1:,}")
+            raise UserError(f"one token stands for {rows.max():,} bytes of text; a side-car holds {MAX_VOCAB - 1:,}")
         while rows.size:
             part = rows[:, : self.buffer.shape[1] - self.filled]
             self.buffer[:, self.filled : self.filled + part.shape[1]] = part
@@ -292,7 +292,8 @@ def sentences(texts: Iterable[str], length: int = 16_384) -> Iterator[str]:
 def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int, symbols: Iterable[str] = ()) -> None:
     """Train a SentencePiece model with exactly `vocab_size` pieces on `texts` and write it to `path`.
 
-    The settings are those of the published tokenizers; `symbols` are pieces of their own. Equal texts in equal order give equal bytes.
+    The settings are those of the published tokenizers; `symbols` are pieces of their own. Equal texts in equal
+    order give equal bytes.
     UserError when the text is empty, or has too little variety (or too much) for that many pieces.
     """
     spm = need("sentencepiece", "sentencepiece")
@@ -1104,8 +1105,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard-tokens", type=whole_number(1, MAX_SHARD_TOKENS), default=SHARD_TOKENS,
                      metavar="N", help="tokens in a shard (default: %(default)s)")
     sub.add_argument("--transform", choices=transforms.TRANSFORMS, default="",
-                     help="caseops: capitals become markers before lower-case words; mp3: each marker is one token with "
-                          "the space before it, too; validation bytes go to a side-car")
+                     help="caseops: capitals become markers before lower-case words; mp3: a marker and the space "
+                          "before it are one token, too; the bytes of validation text go to a side-car")
     sub.add_argument("--limit-documents", type=whole_number(1, 2**62), metavar="N",
                      help="use only the first N documents of FILE...")
 
