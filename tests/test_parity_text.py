@@ -32,7 +32,8 @@ def fixture(model, tmp_path) -> Path:
     tokenizer, stream, sizes, cases = prepare.load_tokenizer(model), [], [], []
     for text in TEXTS[:20]:
         ids = tokenizer.encode(transforms.encode_case(text))
-        heads = [tokenizer.decode(ids[:end]).rstrip("".join(transforms.MARKERS) + "\ufffd") for end in range(len(ids) + 1)]
+        heads = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
+        heads = [head.rstrip("".join(transforms.MARKERS) + "\ufffd") for head in heads]  # what is not whole yet
         counted = np.diff([len(transforms.decode_case(head).encode()) for head in heads]).tolist()
         cases.append({"text": text, "transformed": transforms.encode_case(text), "ids": ids, "bytes": counted})
         stream, sizes = stream + [1, *ids], sizes + [0, *counted]

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import prepare
 import pytest
 import sentencepiece
+import train_gpt as tg
 import transforms
 from hypothesis import example, given, settings, strategies as st
 from test_prepare import fails, note, read_tokens, works
@@ -173,3 +175,30 @@ def test_published_cases(tmp_path):
     for case, (ids, sizes) in zip(cases, transforms.encode(tokenizer, [case["text"] for case in cases], 1)):
         assert transforms.encode_case(case["text"]) == case["transformed"]
         assert (ids.tolist(), sizes.tolist()) == (case["ids"], case["bytes"]), case["text"]
+
+
+# ---- the metric --------------------------------------------------------------------------------------------
+
+def case_data(config, made, folder: Path, **changes):
+    return config(vocab_size=400, tokenizer_path=str(model_of(made)), data_path=str(folder), **changes)
+
+
+@pytest.mark.parametrize("transform", transforms.TRANSFORMS)
+def test_bits_per_byte_count_original_bytes(made, config, rt, transform):
+    folder = made / "datasets" / f"docs_sp400_{transform}"
+    cfg = case_data(config, made, folder)
+    val = tg.ValData.open(cfg, rt)
+    result = tg.evaluate("test", tg.GPT(cfg).nll, val, cfg, rt, tg.plan_evaluation(val, cfg, rt, 32, 16))
+    info = note(made, folder.name)["val"]
+    assert result.bytes == info["text_bytes"] == info["counted_bytes"] and result.tokens == info["tokens"] - 1
+
+
+def test_transformed_text_without_its_sidecar_is_refused(made, config, rt, tmp_path):
+    """PR 2071 counted three bytes for each marker: 1.0066 instead of 1.0964 bits per byte."""
+    folder = made / "datasets" / "docs_sp400_caseops"
+    shutil.copy(folder / "fineweb_val_000000.bin", tmp_path)
+    with pytest.raises(tg.UserError, match="lacks fineweb_val_bytes_.*CaseOps"):
+        tg.ValData.open(case_data(config, made, tmp_path), rt)
+    shutil.copy(made / "datasets" / "docs_sp400_mp3" / "fineweb_val_bytes_000000.bin", tmp_path)
+    with pytest.raises(tg.UserError, match="holds the bytes of .* tokens, but"):
+        tg.ValData.open(case_data(config, made, tmp_path), rt)
