@@ -930,6 +930,7 @@ class Runtime:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BYTES_MARK = "_bytes_"  # in the name of a byte side-car: a shard of how many bytes of text each token of another one is
 SPACE_MARK = "\u2581"   # SentencePiece's visible space
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # CaseOps' pieces, which stand for capitals and no bytes (data/transforms.py)
 
 
 def open_shard(path: str) -> np.ndarray:
@@ -1084,6 +1085,9 @@ class ValData:
         tokens = stream.read(0, len(stream))
         sizes, bos_id = read_sidecars(stream), tokenizer.bos_id()
         if sizes is None:
+            if not any(tokenizer.is_unknown(tokenizer.piece_to_id(mark)) for mark in CASE_MARKS):
+                raise UserError(f"{cfg.data_path} lacks fineweb_val{BYTES_MARK}*.bin: its tokenizer is made for text "
+                                "transformed by CaseOps, whose bytes only they tell; fetch or make the data again")
             sizes = token_bytes(tokenizer, tokens)
             if tokenizer.unk_id() >= 0 and (tokens == tokenizer.unk_id()).any():
                 rt.log(f"warning: {cfg.val_files} has tokens unknown to the tokenizer; they count as decoded")
