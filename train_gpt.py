@@ -104,7 +104,8 @@ class Hyperparameters:
     # Run
     run_id: str = env_field("", "name of the run and its log files; generated when empty", section="Run")
     seed: int = env_field(1337, "seed of the initial weights", lo=0)
-    artifact_dir: str = env_field(".", "folder for logs/, checkpoints/ and the model files", alias="OUT_DIR")
+    artifact_dir: str = env_field(".", "folder for runs/RUN_ID/ and the links to its files", alias="OUT_DIR")
+    profile: str = env_field("", "where the settings come from, for the log only; run.sh gives the profile's name")
     device: str = env_field("auto", "where to compute", choices="auto cpu cuda")
     dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
     compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
@@ -466,7 +467,7 @@ def combination_rules(cfg: Hyperparameters):
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
     yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
-    yield re.fullmatch(r"[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits and . _ + - only"
+    yield re.fullmatch(r"(?!\.)[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits, _ + -, later dots"
 
 
 def settings_by_section() -> dict[str, list[dataclasses.Field]]:
@@ -493,9 +494,9 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
-    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
-    given. Raises UserError."""
+def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
+    """Write a file completely or not at all. An existing file is kept on failure, with `keep` on success, too. Raises
+    UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -503,8 +504,8 @@ def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        if older is not None:
-            os.replace(path, older)
+        if keep:
+            keep_older(path)
         os.replace(spare, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -512,16 +513,48 @@ def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
 
 
+def keep_older(path: Path) -> None:
+    """A file at `path`, unless it is a link, moves to NAME.DATE.SUFFIX."""
+    if path.is_file() and not path.is_symlink():
+        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        path.rename(path.with_name(f"{path.stem}.{date}{path.suffix}"))
+
+
+def link(place: Path, file: Path) -> None:
+    """Make `place` a relative link to `file`, or a copy of it where there are no links. Raises UserError."""
+    spare = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        spare.unlink(missing_ok=True)
+        try:
+            spare.symlink_to(os.path.relpath(file.resolve(), place.parent.resolve()))
+            keep_older(place)  # it is not a run's, whose place has links
+        except OSError:
+            spare.write_bytes(file.read_bytes())
+        os.replace(spare, place)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror}") from None
+
+
 class RunLog:
-    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0. The files
-    are created by the first line, so that a run which is refused leaves none."""
+    """Console and runs/RUN_ID/log.txt for people, events.jsonl beside it for programs; silent on ranks other than 0.
+    The files are created by the first line, so that a run which is refused leaves none."""
 
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
-        self.base, self.active, self.broken = folder / "logs" / run_id, active, False
-        self.fresh = set() if append else {".txt", ".jsonl"}  # not written yet: an older run's file is replaced
+        self.folder, self.base = folder / "runs" / run_id, folder / "logs" / run_id
+        self.active, self.append, self.broken = active, append, False
+        self.fresh = {"log.txt", "events.jsonl"}  # not opened yet
 
-    def path(self, kind: str) -> Path:
-        return self.base.with_name(self.base.name + kind)
+    def link(self, name: str) -> None:
+        """Show a file where this field's tools look for it, in logs/ by the name of its run."""
+        kind = {"log.txt": ".txt", "events.jsonl": ".jsonl"}.get(name, f".{name}")
+        link(self.base.with_name(self.base.name + kind), self.folder / name)
+
+    def write(self, name: str, text: str) -> None:
+        """A whole file beside the log. Raises UserError."""
+        if self.active:
+            write_atomically(self.folder / name, text.encode())
+            self.link(name)
 
     def __call__(self, text: str, event: str = "", console: bool = True, **fields) -> None:
         """One line for people and, with an event name, one JSON object for programs. Raises UserError if a log file
@@ -530,23 +563,25 @@ class RunLog:
             return
         if console:
             print(text, flush=True)
-        self._append(".txt", text)
+        self._append("log.txt", text)
         if event:
-            self._append(".jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
+            self._append("events.jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
-    def _append(self, kind: str, text: str) -> None:
-        path, begins = self.path(kind), kind in self.fresh
+    def _append(self, name: str, text: str) -> None:
+        path, begins = self.folder / name, name in self.fresh
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w" if begins else "a", encoding="utf-8") as f:
+            with open(path, "w" if begins and not self.append else "a", encoding="utf-8") as f:
                 f.write(text + "\n")
+            if begins:
+                self.link(name)
         except OSError as error:
             if begins:
                 raise UserError(f"cannot write logs to {path.parent}: {error.strerror}") from None
             if not self.broken:  # a full disk must not end the run: its model may be saved on another one
                 print(f"warning: log {path} is incomplete: {error.strerror}", file=sys.stderr)
             self.broken = True
-        self.fresh.discard(kind)
+        self.fresh.discard(name)
 
 
 class Progress:
@@ -822,6 +857,11 @@ class Runtime:
     @property
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def run_folder(self) -> Path:
+        """Where all files of this run are."""
+        return self.folder / "runs" / self.run_id
 
     def compiled(self, function, grows: bool = False):
         """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first argument `grows`,
@@ -2356,13 +2396,13 @@ class TrainState:
 
 
 def checkpoint_path(rt: Runtime) -> Path:
-    return rt.folder / "checkpoints" / f"{rt.run_id}.pt"
+    return rt.run_folder / "checkpoint.pt"
 
 
 def resumable_settings(cfg: Hyperparameters) -> str:
     """JSON of the settings a checkpoint must share with the run that resumes from it."""
     free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
-            "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size",
+            "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size", "profile",
             "micro_batch_tokens"}
     late = ("eval_", "ttt_", "hash_embed_", "compress", "artifact_", "gptq_", "size_fit")
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
@@ -2373,6 +2413,7 @@ def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
     if rt.rank == 0:
         packed |= {"settings": resumable_settings(cfg), "elapsed_s": state.watch.elapsed()}
         write_atomically(checkpoint_path(rt), torch_bytes(packed))
+        link(rt.folder / "checkpoints" / f"{rt.run_id}.pt", checkpoint_path(rt))
     rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
 
 
@@ -2385,6 +2426,7 @@ def torch_bytes(value) -> bytes:
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
     """Resume from the checkpoint of RUN_ID. Raises UserError if it is missing, damaged or of other settings."""
     path = checkpoint_path(rt)
+    path = path if path.exists() else rt.folder / "checkpoints" / f"{rt.run_id}.pt"
     try:
         packed = torch.load(path, map_location=rt.device, weights_only=True)
     except FileNotFoundError:
@@ -3632,7 +3674,7 @@ def read_file(path: str) -> bytes:
 
 def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
     """All settings to the log file, those that differ from the defaults to the console as well."""
-    rt.log(str(rt.log.path(".txt")))
+    rt.log(f"{rt.log.base}.txt")
     source = Path(__file__).read_bytes()
     rt.log(f"source:sha256:{hashlib.sha256(source).hexdigest()} python:{sys.version.split()[0]} "
            f"torch:{torch.__version__}")
@@ -3644,6 +3686,8 @@ def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
         rt.log(f"warning: {name}={given[name]} has no effect: {WITHOUT_EFFECT[name]}")
     rt.log("settings other than the defaults: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none"),
            "settings", all=dataclasses.asdict(cfg), changed=changed)
+    lines = [f"{k.upper()}={int(v) if isinstance(v, bool) else v}\n" for k, v in changed.items() if k != "run_id"]
+    rt.log.write("settings.env", f"# {cfg.profile or 'settings'}, as run {rt.run_id} had them\n" + "".join(lines))
 
 
 def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, data: TrainData | None = None) -> None:
@@ -3683,13 +3727,13 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
     def make(settings: Hyperparameters) -> Artifact:
         return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, hessians))
 
-    path, code_bytes, total = rt.folder / "final_model.ptz", submitted_code_bytes(cfg), 0
+    path, code_bytes, total = rt.run_folder / "final_model.ptz", submitted_code_bytes(cfg), 0
     if rt.rank == 0:
         skipped = sum(p.numel() for p in model.mtp_heads.parameters())
         if skipped:
             rt.log(f"export_excluding_mtp_params:{skipped}")
         whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
-        write_atomically(rt.folder / "final_model.pt", whole)
+        write_atomically(path.with_suffix(".pt"), whole)
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
         total = len(artifact.blob) + code_bytes
@@ -3697,10 +3741,9 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
             cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
-        older = place_of_older(rt, path)
-        write_atomically(path, artifact.blob, older)
-        if older is not None:
-            rt.log(f"the artifact of an older run is kept as {older}")
+        write_atomically(path, artifact.blob, keep=not cfg.resume)
+        for file in (path, path.with_suffix(".pt")):
+            link(rt.folder / file.name, file)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -3714,19 +3757,6 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         raise UserError(f"submission of {total:,} bytes is over ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,}; the "
                         "table above shows what took them")
     return path
-
-
-def place_of_older(rt: Runtime, path: Path) -> Path | None:
-    """Where an artifact that another run left at `path` moves: final_model.RUN_ID.ptz. None if there is none."""
-    if not path.is_file():
-        return None
-    digest, run_id = hashlib.sha256(path.read_bytes()).hexdigest(), ""
-    for log in (rt.folder / "logs").glob("*.jsonl"):
-        with contextlib.suppress(OSError):
-            if f'"sha256": "{digest}"' in log.read_text():
-                run_id = log.stem
-    run_id = run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-    return None if run_id == rt.run_id else path.with_name(f"{path.stem}.{run_id}{path.suffix}")
 
 
 def precision_tag(cfg: Hyperparameters) -> str:
@@ -3782,8 +3812,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         traces[key] = {**trace.tables(rt), "seconds": {what: [s for s, _ in laps] for what, laps in clock.laps.items()}}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
-    if rt.rank == 0:
-        write_atomically(rt.log.path(".eval.json"), json.dumps(traces).encode())
+    rt.log.write("eval.json", json.dumps(traces))
     return results
 
 
@@ -3853,8 +3882,6 @@ def report(rt: Runtime, summary: dict) -> None:
     """The short summary for people; then the same as one JSON line and file for programs."""
     spent = ", ".join(f"{phase} {s:.1f}" for phase, s in summary["seconds"].items())
     bpb = lambda key: "off" if summary[key] is None else f"{summary[key]:.4f}"
-    trained = [] if summary["val_bpb_pre_quant"] is None else [str(rt.folder / "final_model.pt")]
-    files = ", ".join([summary["artifact_path"], *trained, str(rt.log.path(".txt"))])
     for line in (
         "-" * 72,
         f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, "
@@ -3863,13 +3890,15 @@ def report(rt: Runtime, summary: dict) -> None:
         f"size            {summary['total_bytes']:,} of {summary['artifact_limit_bytes']:,} bytes: "
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
         f"seconds         {spent}",
-        f"files           {files}, .jsonl, .summary.json, .eval.json",
+        f"files           {summary['artifact_path']}, all else in {rt.run_folder}",
     ):
         rt.log(line)
     text = json.dumps(summary)
-    if rt.rank == 0:
-        write_atomically(rt.log.path(".summary.json"), (text + "\n").encode())
+    rt.log.write("summary.json", text + "\n")
     rt.log(f"summary: {text}")
+    if rt.rank == 0:
+        for name in ("log.txt", "events.jsonl"):
+            rt.log.link(name)  # where there are no links, the copies of the first lines become those of the whole
 
 
 def end_with(error: UserError, rank: int) -> int:

@@ -155,7 +155,8 @@ def test_what_does_not_may_be_changed(run, killed):
                          ids=lambda variables: "+".join(variables))
 def test_another_run_s_checkpoint_is_refused_in_one_line_and_survives(run, variables):
     assert run(**{**BRIEF, "ITERATIONS": 4}).code == 0
-    path = run.folder / "checkpoints/tiny.pt"
+    path = run.folder / "runs/tiny/checkpoint.pt"
+    assert (run.folder / "checkpoints/tiny.pt").samefile(path)
     before, artifact = path.read_bytes(), (run.folder / "final_model.ptz").read_bytes()
     done = run(**{**BRIEF, "RESUME": 1, **variables})
     names = ", ".join(sorted(variables))
@@ -166,7 +167,7 @@ def test_another_run_s_checkpoint_is_refused_in_one_line_and_survives(run, varia
 def test_a_checkpoint_is_no_pickle_of_code(config, rt):
     """Somebody else's checkpoint must not run anything."""
     path = tg.checkpoint_path(rt)
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
 
     class Trap:
         def __reduce__(self):

@@ -1,7 +1,7 @@
 """Shows on a piece of the validation text that the scores of an artifact are legal.
 
     python tools/audit.py final_model.ptz                              # as the repository's train_gpt.py makes them
-    python tools/audit.py final_model.ptz --script runs/train_gpt.py   # as a built one does
+    python tools/audit.py final_model.ptz --script build/train_gpt.py   # as a built one does
     python tools/audit.py final_model.ptz --tokens 20000 --positions 12 --out logs/mine TTT_EPOCHS=1
 
 The script is looked at from outside: its own `final_scores` makes all scores of the piece, and of changed ones, while
