@@ -811,7 +811,7 @@ class Runtime:
     groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
     kernels: str = "torch"
     notes: list[str] = dataclasses.field(default_factory=list)  # for the log, which opens later
-    in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # end-of-step events
+    in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # see keep_pace
 
     @classmethod
     def open(cls, cfg: Hyperparameters) -> Runtime:
@@ -915,14 +915,19 @@ class Runtime:
             handle.wait()
         return tensor
 
-    def keep_pace(self, behind: int = 1) -> None:
+    def keep_pace(self, number: Tensor, behind: int = 1) -> list[float]:
         """Wait until the device is at most so many steps behind. One: its queue never runs empty, and the clock is a
-        step late; none: the clock is right."""
-        if self.on_cuda:
-            self.in_flight.append(torch.cuda.Event())
-            self.in_flight[-1].record()
-            while len(self.in_flight) > behind:
-                self.in_flight.popleft().synchronize()
+        step late; none: the clock is right. Returns each finished step's `number`, which are not waited for."""
+        if not self.on_cuda:
+            return [number.item()]
+        self.in_flight.append((number.to("cpu", non_blocking=True), torch.cuda.Event()))
+        self.in_flight[-1][1].record()
+        finished = []
+        while len(self.in_flight) > behind:
+            number, event = self.in_flight.popleft()
+            event.synchronize()
+            finished.append(number.item())
+        return finished
 
     def attention_kernels(self, cfg: Hyperparameters) -> str:
         """The attention back end and, where PyTorch chooses another of its kernels instead, that one's name."""
@@ -949,6 +954,11 @@ class Runtime:
         box = torch.tensor([value], dtype=torch.float64)
         dist.broadcast(box, src=0, group=self.groups["cpu"])
         return box.item()
+
+    def copy_first(self, tensors) -> None:
+        """Rank 0's values into these tensors of every rank."""
+        for tensor in tensors if self.world_size > 1 else ():
+            dist.broadcast(tensor.detach(), src=0)
 
     def broadcast_object(self, value):
         """Rank 0's value, of any type that can be pickled, on every rank."""
@@ -2120,6 +2130,7 @@ class Muon:
         self.slices = [-(-len(bank) // rt.world_size) for bank in self.banks]
         self.momentum = [bank.new_zeros(n, *bank.shape[1:]) for bank, n in zip(self.banks, self.slices)]
         self.row_memory = [m.new_zeros(*m.shape[:2], 1) for m in self.momentum] if cfg.normuon else []
+        self.skipped = torch.zeros((), dtype=torch.bool, device=rt.device)  # the present step shall change nothing
 
     def launch_reduce(self) -> list[tuple[Tensor, object]]:
         """Start to sum the gradients over ranks: (this rank's shard, handle to wait for) of each bank."""
@@ -2131,13 +2142,15 @@ class Muon:
 
     def launch_update(self, shards: list[Tensor], momentum: float) -> list[tuple[Tensor, object]]:
         """Orthogonalise this rank's slices and start to gather every rank's: (whole update, handle) of each bank."""
-        started = []
+        started, kept = [], torch.where(self.skipped, 1.0, momentum)
         for i, (grad, buffer) in enumerate(zip(shards, self.momentum)):
-            buffer.mul_(momentum).add_(grad)
-            nesterov = grad.add(buffer, alpha=momentum)
+            buffer.mul_(kept).add_(grad.masked_fill_(self.skipped, 0.0))
+            nesterov = grad.add(buffer, alpha=momentum).masked_fill_(self.skipped, 0.0)
             update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels)
             if self.row_memory:
+                before = self.row_memory[i].clone()
                 update = normalise_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
+                self.row_memory[i] = torch.where(self.skipped, before, self.row_memory[i])
             started.append(self.rt.launch_all_gather(update.contiguous()))
         return started
 
@@ -2145,7 +2158,8 @@ class Muon:
         """Decay the banks and add the updates, which are larger for tall matrices."""
         for bank, update in zip(self.banks, updates):
             aspect = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
-            bank.mul_(1 - lr * self.cfg.muon_wd).add_(update[:len(bank)].to(bank.dtype), alpha=-lr * aspect)
+            kept = torch.where(self.skipped, 1.0, 1 - lr * self.cfg.muon_wd)
+            bank.mul_(kept).add_(update[:len(bank)].to(bank.dtype), alpha=-lr * aspect)
 
     def state(self) -> dict:
         """Buffers of whole banks, which any world size can load."""
@@ -2190,12 +2204,15 @@ class Optimisers:
     @torch.no_grad()
     def step(self, plan: StepPlan) -> Tensor:
         """Apply the gradients in `.grad`, whose sum over ranks is the global one, and drop them. They are clipped after
-        they are summed (PR 1092 clips each rank's own). Returns the norm before clipping."""
+        they are summed (PR 1092 clips each rank's own). If they are not finite, nothing else is changed: decided on the
+        device, so that no host waits. Returns the norm before clipping."""
         started = self.muon.launch_reduce()
         grads = self.rt.sum_many_([p.grad for p in self.replicated])
         shards = [self.rt.wait(pair) for pair in started]
         squares = self.rt.sum_(torch.nn.utils.get_total_norm(shards).to(grads[0].device).square())
         norm = (squares + torch.nn.utils.get_total_norm(grads).square()).sqrt()
+        self.muon.skipped = ~norm.isfinite()
+        self.adamw.found_inf = self.muon.skipped.float()
         if self.cfg.grad_clip_norm > 0:
             torch._foreach_mul_([*shards, *grads], (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
         updates = self.muon.launch_update(shards, plan.momentum)
@@ -2356,6 +2373,9 @@ class BigramCounts:
         return data.micro_batches((weights / weights.mean())[mine.start * data.seq_len:mine.stop * data.seq_len])
 
 
+MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
+
+
 @dataclass
 class TrainState:
     """Everything that changes while training: what a checkpoint holds."""
@@ -2368,6 +2388,7 @@ class TrainState:
     step: int = 0
     qat: bool = False
     first_step_s: float = 0.0
+    skipped: int = 0  # steps in a row
 
     @classmethod
     def initial(cls, model: GPT, cfg: Hyperparameters, rt: Runtime) -> TrainState:
@@ -2377,6 +2398,10 @@ class TrainState:
     def pace(self, elapsed_s: float) -> float:
         """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
         return (elapsed_s - self.first_step_s) / (self.step - 1) if self.step > 1 else 0.0
+
+    def ended(self, cfg: Hyperparameters, elapsed_s: float) -> bool:
+        """Whether the step limit or the clock ends training."""
+        return self.step >= cfg.iterations or 0 < cfg.train_seconds <= elapsed_s
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: never) is due now."""
@@ -2423,8 +2448,9 @@ def torch_bytes(value) -> bytes:
     return buffer.getvalue()
 
 
-def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Resume from the checkpoint of RUN_ID. Raises UserError if it is missing, damaged or of other settings."""
+def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
+    """Resume from the checkpoint of RUN_ID. Returns the seconds of training it took. Raises UserError if it is missing,
+    damaged or of other settings."""
     path = checkpoint_path(rt)
     path = path if path.exists() else rt.folder / "checkpoints" / f"{rt.run_id}.pt"
     try:
@@ -2438,12 +2464,13 @@ def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
     if changed:
         raise UserError(f"checkpoint {path} was made with another {', '.join(changed)}")
     state.unpack(packed)
-    state.watch = Stopwatch(packed["elapsed_s"])
     rt.log(f"resume:step:{state.step} from {path}", "resume", step=state.step)
+    return packed["elapsed_s"]
 
 
-def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> Tensor:
-    """One optimiser step on the batch of state.step. Returns this rank's share of the mean loss, to be summed."""
+def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> tuple[Tensor, Tensor]:
+    """One optimiser step on the batch of state.step. Returns this rank's share of the mean loss, to be summed, and the
+    norm of the gradient."""
     total = 0.0
     if state.qat:
         state.model.refresh_scales(plan.hardness)
@@ -2451,8 +2478,19 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> T
         loss = loss_fn(inputs, targets, state.qat, None, weights) / (data.micro_steps * data.rt.world_size)
         loss.backward()
         total = total + loss.detach()
-    state.optimisers.step(plan)
-    return total
+    return total, state.optimisers.step(plan)
+
+
+def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
+    """Look at the norms of the last finished steps' gradients: a step whose norm is not finite was not applied. Raises
+    UserError after MOST_SKIPPED in a row."""
+    for step, norm in enumerate(norms, state.step - len(rt.in_flight) - len(norms) + 1):
+        state.skipped = 0 if math.isfinite(norm) else state.skipped + 1
+        if state.skipped:
+            rt.log(f"warning: step {step} is not applied: the norm of its gradient is {norm}", "skipped", step=step)
+        if state.skipped == MOST_SKIPPED:
+            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, are "
+                            "not finite; lower MATRIX_LR or SCALAR_LR")
 
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
@@ -2471,12 +2509,11 @@ def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainDat
 def begin_training(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, loss_fn) -> TrainState:
     """The state of the first step, or of the checkpoint with RESUME=1, once every graph is compiled. Its clock runs."""
     state = TrainState.initial(model, cfg, rt)
-    if cfg.warmup_steps and not cfg.resume:
+    spent_s = load_checkpoint(cfg, rt, state) if cfg.resume else 0.0
+    if cfg.warmup_steps and not state.ended(cfg, spent_s):
         warm_up(cfg, rt, state, data, loss_fn)
     rt.synchronize()  # the device has done with the warm-up
-    state.watch = Stopwatch()
-    if cfg.resume:
-        load_checkpoint(cfg, rt, state)
+    state.watch = Stopwatch(spent_s)
     return state
 
 
@@ -2484,16 +2521,15 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     """Train until the step limit or the clock ends it; the model is left with the averaged weights.
 
     `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
-    training time. No step begins after the limit. Raises UserError when the loss is no longer finite.
+    training time. No step begins after the limit. Raises UserError when the gradient is no longer finite.
     """
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
     state = begin_training(cfg, rt, model, data, loss_fn)
     model.train()
     rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
     elapsed = rt.agree(state.watch.elapsed())
-    out_of_time = False
     while True:
-        done = out_of_time or state.step >= cfg.iterations
+        done = state.ended(cfg, elapsed)
         if done or state.due(cfg.val_loss_every):
             with state.watch.paused(rt.synchronize):
                 result = validate("validation", score_fn)
@@ -2503,20 +2539,16 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
         announce(rt, state, plan, cfg)
-        loss = train_step(state, data, plan, loss_fn)
+        loss, norm = train_step(state, data, plan, loss_fn)
         state.step += 1
         state.averager.update(state.step, plan)
         ends = state.step == cfg.iterations or cfg.train_seconds and elapsed + 3 * pace >= cfg.train_seconds
-        rt.keep_pace(behind=0 if ends or not pace else 1)
+        count_skipped(rt, state, rt.keep_pace(norm, behind=0 if ends or not pace else 1))
         elapsed = rt.agree(state.watch.elapsed())
         state.first_step_s = state.first_step_s or elapsed
-        out_of_time = bool(cfg.train_seconds) and elapsed >= cfg.train_seconds
-        last = out_of_time or state.step == cfg.iterations
-        if cfg.train_log_every and (state.step <= 10 or last or state.due(cfg.train_log_every)):
+        if cfg.train_log_every and (state.step <= 10 or state.ended(cfg, elapsed) or state.due(cfg.train_log_every)):
             loss = rt.sum_(loss).item()
             log_losses(cfg, rt, state, elapsed, "train", {"train_loss": loss}, lr_scale=plan.lr_scale)
-            if not math.isfinite(loss):
-                raise UserError(f"training diverged: loss {loss} at step {state.step}; lower MATRIX_LR or SCALAR_LR")
         if state.due(cfg.checkpoint_every):
             with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
@@ -3832,6 +3864,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.attend, rt.dtype, specs, rt.kernels).to(rt.device)
+    rt.copy_first(model.parameters())
     log_preamble(cfg, rt, model, val, data)
     tokens = min(cfg.val_batch_size // rt.world_size, rt.forward_tokens(cfg))
     plan = plan_evaluation(val, cfg, rt, cfg.window, max(tokens // cfg.window, 1))

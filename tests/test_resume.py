@@ -104,6 +104,24 @@ def test_the_time_spent_before_counts(run, killed, monkeypatch):
     assert (run.folder / "parts/final_model.ptz").read_bytes() == (run.folder / "whole/final_model.ptz").read_bytes()
 
 
+def test_what_a_resumed_run_compiles_is_not_counted(run, killed, monkeypatch):
+    """It warms up before its clock starts, and from the checkpoint's state on: 12 steps of 1 s, whoever compiles."""
+    settings = {**BRIEF, "ITERATIONS": 1000, "MAX_WALLCLOCK_SECONDS": 12, "WARMUP_STEPS": 2, "EVAL_MAX_SECONDS": 0}
+    done = []
+    for resume in (0, 1):
+        with monkeypatch.context() as patch:
+            FakeTime(patch).charge(tg.Optimisers, "step", lambda n, *_: 1.0 if n else 30.0)
+            if resume:
+                killed(11, ARTIFACT_DIR=run.folder / "1", **settings)
+        with monkeypatch.context() as patch:
+            FakeTime(patch).charge(tg.Optimisers, "step", lambda n, *_: 1.0 if n else 30.0)
+            done.append(run(ARTIFACT_DIR=run.folder / str(resume), RESUME=resume, **settings))
+    for ended in done:
+        assert (ended.code, ended.summary["steps"], ended.summary["seconds"]["train"]) == (0, 12, 12.0), ended.err
+        assert "warmup_step:2/2" in ended.out
+    assert (run.folder / "1/final_model.ptz").read_bytes() == (run.folder / "0/final_model.ptz").read_bytes()
+
+
 # ---- settings
 
 @pytest.fixture
