@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import train_gpt as tg
@@ -263,11 +264,19 @@ def test_refusals(run, variables, said):
     assert not (done.folder / "final_model.ptz").exists()
 
 
-def start(corpus, folder, ranks=1, limit_bytes=None, **variables):
+def on_ranks(corpus, folder, worlds, **variables):
+    """{ranks: events in the log} of a run on so many ranks each, in folder/RANKS."""
+    command = [sys.executable, str(ROOT / "tools" / "forks.py"), *map(str, worlds)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, folder, **variables)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logs = {ranks: next((folder / str(ranks)).rglob("*.jsonl")).read_text() for ranks in worlds}
+    return {ranks: [json.loads(line) for line in log.splitlines()] for ranks, log in logs.items()}
+
+
+def start(corpus, folder, limit_bytes=None, **variables):
     """The script in a process of its own."""
     command = [sys.executable, str(ROOT / "train_gpt.py")]
-    if ranks > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
 
     def prepare():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background inherit a deaf ear
@@ -426,26 +435,33 @@ def test_a_checkpoint_of_other_settings_is_refused(run):
 
 
 def test_world_size_does_not_change_the_mathematics(corpus, tmp_path):
-    """1 process against 2 and 8 ranks (gloo) on the same global batch: training, evaluation and TTT."""
+    """1, 2, 4 and 8 ranks (gloo) on the same global batch: training, artifact, evaluation and TTT."""
     settings = dict(TRAIN_BATCH_TOKENS=768, ITERATIONS=4, WARMDOWN_ITERS=2, TTT_EPOCHS=2, TTT_BATCH_SEQS=5, NORMUON=1)
-    runs = {}
-    for ranks in (1, 2, 8):
-        process = start(corpus, tmp_path / str(ranks), ranks=ranks, **settings)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        log = tmp_path / str(ranks) / "logs/tiny.jsonl"
-        runs[ranks] = [json.loads(line) for line in log.read_text().splitlines()]
+    runs, codes = on_ranks(corpus, tmp_path, (1, 2, 4, 8), **settings), {}
     losses = {ranks: [e.get("train_loss", e.get("loss")) for e in events if e["event"] in ("train", "evaluation")]
               for ranks, events in runs.items()}
     assert len(losses[1]) == 4 + 4
     scores = {ranks: [e for e in events if e["event"] == "evaluation"] for ranks, events in runs.items()}
-    for ranks in (2, 8):
+    for ranks in runs:
+        stored = tg.read_artifact((tmp_path / str(ranks) / "final_model.ptz").read_bytes())[2]
+        codes[ranks] = np.concatenate([s.values.ravel() for s in stored if s.bits]).astype(int)
+    for ranks in (2, 4, 8):
         assert losses[ranks][:4] == pytest.approx(losses[1][:4], rel=1e-5), ranks
         # a code on the edge may fall to the other side after sums in another order: a little more room behind rounding
+        assert (codes[ranks] != codes[1]).mean() < 0.001 and abs(codes[ranks] - codes[1]).max() <= 1
         assert losses[ranks][4:] == pytest.approx(losses[1][4:], rel=2e-4), ranks
         for many, one in zip(scores[ranks], scores[1]):
             assert all(many[key] == one[key] for key in ("name", "tokens", "bytes"))
             assert many["bpb"] == pytest.approx(one["bpb"], rel=2e-4)
+
+
+def test_two_ranks_give_the_bytes_of_one_that_adds_two_micro_batches(corpus, tmp_path):
+    """There is one order to add two gradients in. Clipping is off: its norm adds the squares of shards."""
+    settings = dict(ITERATIONS=4, WARMDOWN_ITERS=2, GRAD_CLIP_NORM=0, NORMUON=1, MICRO_BATCH_TOKENS=128, TTT_ENABLED=0,
+                    EVAL_STRIDE=0)
+    on_ranks(corpus, tmp_path, (1, 2), **settings)
+    one, two = ((tmp_path / f"{ranks}/final_model.ptz").read_bytes() for ranks in (1, 2))
+    assert one == two
 
 
 def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
