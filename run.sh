@@ -162,6 +162,7 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
     gpus=$(count_gpus)
     [ "$gpus" = 0 ] && profile=smoke || profile=default
   fi
+  export PROFILE=$profile  # for the log
   check_profile "profiles/$profile.env"
   scale "$profile"
   choose_data "$profile"
@@ -193,7 +194,7 @@ launcher() {  # sets $launch: Python alone, or what starts this machine's ranks 
   [ "$restarts" = 0 ] || launch+=(--max_restarts="$restarts")
   launch+=(--nproc_per_node="$((ranks > 1 ? ranks : 1))")
 }
-built_size() { "$python" tools/record.py build >/dev/null 2>&1 && wc -c <runs/train_gpt.py || echo 0; }  # 0: unknown
+built_size() { "$python" tools/record.py build >/dev/null 2>&1 && wc -c <build/train_gpt.py || echo 0; }  # 0: unknown
 run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was scored, AUDIT=only: that alone
   ready "$@"
   export CODE_BYTES=${CODE_BYTES:-$(built_size)}  # what is submitted is the built script, not the readable one

@@ -3,15 +3,17 @@
     python data/prepare.py embedded                         Python's own documentation: small, offline
     python data/prepare.py text FILE... --tokenizer MODEL   your own .txt, .jsonl (also .zst compressed), .parquet files
     python data/prepare.py fineweb --vocab-size 8192        the published FineWeb shards of a vocabulary
+    python data/prepare.py check DATASET                    whether a data set is whole, canonical, free of leaks
 
-Every command writes `<out>/datasets/<name>/fineweb_{train,val}_%06d.bin` and `<out>/tokenizers/*.model`,
+Every command but the last writes `<out>/datasets/<name>/fineweb_{train,val}_%06d.bin` and `<out>/tokenizers/*.model`,
 notes in `dataset.json` beside the shards where they come from, and ends by printing the settings that
 `train_gpt.py` needs.
 
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros) followed by the tokens as
 little-endian uint16. A document is the BOS token followed by its pieces; there is no EOS. A tokenizer is a
 SentencePiece model like the published ones: byte-pair pieces, byte fallback, NFKC, pad 0, BOS 1, EOS 2,
-unknown 3.
+unknown 3. Where the text was transformed (`text --transform`, see transforms.py), fineweb_val_bytes_%06d.bin
+tells in the same format how many bytes of original text each validation token stands for.
 """
 from __future__ import annotations
 
@@ -30,16 +32,19 @@ import shutil
 import sys
 import sysconfig
 import warnings
+from array import array
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
+import transforms
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts tokens in an int32
 MAX_VOCAB = 2**16  # tokens are stored as uint16
+OPENING_TOKENS = 128  # of a document, which it is recognised by: more than a heading that pages of a site share
 SHARD_TOKENS = 100_000_000  # as published
 
 SPACE = "\u2581"  # SentencePiece's visible space
@@ -205,38 +210,58 @@ def check_shard(path: Path) -> int:
 class ShardWriter:
     """Collects one split's documents and writes a shard each time `shard_tokens` tokens are there."""
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int):
+    def __init__(self, folder: Path, split: str, shard_tokens: int, sidecar: bool = False):
         self.folder, self.split = folder, split
-        self.buffer = np.empty(shard_tokens, np.uint16)  # untouched pages cost no memory
-        self.filled = 0
+        self.kinds = [split, f"{split}_bytes"] if sidecar else [split]
+        self.buffer = np.empty((len(self.kinds), shard_tokens), np.uint16)  # untouched pages cost no memory
+        self.filled = self.shards = 0
         self.files: dict[str, str] = {}  # name -> sha256
-        self.documents = self.tokens = self.text_bytes = 0
+        self.documents = self.tokens = self.text_bytes = self.counted_bytes = 0
+        self.openings = array("Q")
 
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append one document's token ids [count]."""
+    def add(self, ids: np.ndarray, text_bytes: int, sizes: np.ndarray | None = None) -> None:
+        """Append one document's token ids and, for the side-car, the bytes of text each stands for.  # [count]"""
         self.documents += 1
         self.tokens += ids.size
         self.text_bytes += text_bytes
-        while ids.size:
-            part = ids[: self.buffer.size - self.filled]
-            self.buffer[self.filled : self.filled + part.size] = part
-            self.filled += part.size
-            ids = ids[part.size :]
-            if self.filled == self.buffer.size:
+        self.openings.append(opening(ids))
+        rows = np.stack([ids] if len(self.kinds) == 1 else [ids, sizes])
+        self.counted_bytes += int(rows[1:].sum())
+        if rows.max(initial=0) >= MAX_VOCAB:
+            raise UserError(f"one token stands for {rows.max():,} bytes of text; a side-car holds {MAX_VOCAB - 1:,}")
+        while rows.size:
+            part = rows[:, : self.buffer.shape[1] - self.filled]
+            self.buffer[:, self.filled : self.filled + part.shape[1]] = part
+            self.filled += part.shape[1]
+            rows = rows[:, part.shape[1] :]
+            if self.filled == self.buffer.shape[1]:
                 self.flush()
 
     def flush(self) -> None:
         """Write what is collected as the next shard."""
         if self.filled:
-            path = self.folder / f"fineweb_{self.split}_{len(self.files):06d}.bin"
-            write_shard(path, self.buffer[: self.filled])
-            self.files[path.name] = sha256_file(path)
-            self.filled = 0
+            for kind, row in zip(self.kinds, self.buffer):
+                path = self.folder / f"fineweb_{kind}_{self.shards:06d}.bin"
+                write_shard(path, row[: self.filled])
+                self.files[path.name] = sha256_file(path)
+            self.shards, self.filled = self.shards + 1, 0
 
     def summary(self) -> dict:
         """What `dataset.json` says about this split."""
-        return {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes,
+        counted = {"counted_bytes": self.counted_bytes} if len(self.kinds) > 1 else {}
+        return {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes, **counted,
                 "files": self.files}
+
+
+def opening(ids: np.ndarray) -> int:
+    """A 64-bit hash of a document's first tokens: equal in two documents that are the same, or begin the same."""
+    first = np.ascontiguousarray(ids[:OPENING_TOKENS], "<u2")
+    return int.from_bytes(hashlib.blake2b(first.data, digest_size=8).digest(), "little")
+
+
+def copies(train: array, val: array) -> int:
+    """How many validation documents begin as some training document does, by the openings of both."""
+    return int(np.isin(np.array(val, np.uint64), np.array(train, np.uint64)).sum())
 
 
 # ---- tokenizers --------------------------------------------------------------------------------------------
@@ -264,10 +289,11 @@ def sentences(texts: Iterable[str], length: int = 16_384) -> Iterator[str]:
             yield line[start : start + length]
 
 
-def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> None:
+def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int, symbols: Iterable[str] = ()) -> None:
     """Train a SentencePiece model with exactly `vocab_size` pieces on `texts` and write it to `path`.
 
-    The settings are those of the published tokenizers. Equal texts in equal order give equal bytes.
+    The settings are those of the published tokenizers; `symbols` are pieces of their own. Equal texts in equal
+    order give equal bytes.
     UserError when the text is empty, or has too little variety (or too much) for that many pieces.
     """
     spm = need("sentencepiece", "sentencepiece")
@@ -280,7 +306,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> 
             sentence_iterator=sentences(sample), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
             character_coverage=0.999, required_chars=SPACE, normalization_rule_name="nmt_nfkc",
-            add_dummy_prefix=False, max_sentence_length=1 << 17,
+            add_dummy_prefix=False, max_sentence_length=1 << 17, user_defined_symbols=list(symbols),
             num_threads=1,  # the result must not depend on how threads interleave
             minloglevel=3)
     except (RuntimeError, ValueError, OSError) as e:
@@ -342,32 +368,63 @@ def batches(documents: Iterable[Document], chars: int) -> Iterator[list[Document
         yield batch
 
 
-def encode(tokenizer: Any, documents: Iterable[Document]) -> Iterator[tuple[str, np.ndarray, int]]:
-    """(split, uint16 ids [count] beginning with BOS, UTF-8 bytes of the text) for each document, in order."""
+def encode_texts(tokenizer: Any, texts: list[str], transform: str, with_sizes: bool) -> list[tuple]:
+    """Of each text: its token ids [count] and, if wanted and the text is transformed, the bytes each stands for."""
     threads = cpu_count()
-    for batch in batches(documents, BATCH_CHARS):
-        encoded = tokenizer.encode([text for _, text in batch], add_bos=True, num_threads=threads)
-        for (split, text), ids in zip(batch, encoded):
-            tokens = np.array(ids, np.uint16)
-            if (tokens == tokenizer.unk_id()).any():
-                raise UserError("the tokenizer has no byte fallback and the text has characters it does not "
-                                "know: their bytes could not be counted")
-            yield split, tokens, len(text.encode())
+    if not transform:
+        return [(np.array(ids, np.int64), None) for ids in tokenizer.encode(texts, num_threads=threads)]
+    for text in texts:
+        if transforms.is_encoded_case(text):
+            raise UserError(f"the document that begins {text[:40]!r} is transformed already: give the original text, "
+                            "or leave --transform out")
+    if with_sizes:
+        found = transforms.encode(tokenizer, texts, threads)
+    else:
+        encoded = tokenizer.encode(list(map(transforms.encode_case, texts)), num_threads=threads)
+        found = [(np.array(ids, np.int64), np.zeros(len(ids), np.int64)) for ids in encoded]
+    return [fuse(tokenizer, *pair, text) for pair, text in zip(found, texts)] if transform == "mp3" else found
 
 
-def write_dataset(folder: Path, tokenizer: Any, documents: Iterable[Document], shard_tokens: int) -> dict:
-    """Encode documents into shards in `folder`. Returns {"train": ..., "val": ...}, see ShardWriter.summary.
+def fuse(tokenizer: Any, ids: np.ndarray, sizes: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """transforms.fuse, with a complaint that names the document."""
+    try:
+        return transforms.fuse(tokenizer, ids, sizes)
+    except ValueError as e:
+        raise UserError(f"the document that begins {text[:40]!r}: {e}; take the control character out, or use "
+                        "--transform caseops") from None
+
+
+def encode(tokenizer: Any, documents: Iterable[Document], transform: str = "") -> Iterator[tuple]:
+    """(split, ids [count] beginning with BOS, UTF-8 bytes of the text, for validation text that is transformed the
+    bytes of each token [count]) for each document, in order within each split."""
+    for batch in batches(documents, BATCH_CHARS // 8 if transform else BATCH_CHARS):  # bytes of tokens take much memory
+        for split in ("train", "val"):
+            texts = [text for of, text in batch if of == split]
+            for text, (ids, sizes) in zip(texts, encode_texts(tokenizer, texts, transform, split == "val")):
+                if (ids == tokenizer.unk_id()).any():
+                    raise UserError("the tokenizer has no byte fallback and the text has characters it does not "
+                                    "know: their bytes could not be counted")
+                tokens = np.concatenate(([tokenizer.bos_id()], ids)).astype(np.uint16)
+                yield split, tokens, len(text.encode()), None if sizes is None else np.concatenate(([0], sizes))
+
+
+def write_dataset(folder: Path, tokenizer: Any, documents: Iterable[Document], shard_tokens: int,
+                  transform: str = "") -> tuple[dict, int]:
+    """Encode documents into shards in `folder`. Returns {"train": ..., "val": ...}, see ShardWriter.summary, and how
+    many validation documents are in the training text too.
 
     UserError when one of the two splits stays empty.
     """
-    writers = {split: ShardWriter(folder, split, shard_tokens) for split in ("train", "val")}
-    for split, ids, text_bytes in encode(tokenizer, documents):
-        writers[split].add(ids, text_bytes)
+    writers = {split: ShardWriter(folder, split, shard_tokens, bool(transform) and split == "val")
+               for split in ("train", "val")}
+    for split, ids, text_bytes, sizes in encode(tokenizer, documents, transform):
+        writers[split].add(ids, text_bytes, sizes)
     for split, writer in writers.items():
         writer.flush()
         if not writer.files:
             raise UserError(f"no document is left for the {split} split: give more text")
-    return {split: writer.summary() for split, writer in writers.items()}
+    return ({split: writer.summary() for split, writer in writers.items()},
+            copies(writers["train"].openings, writers["val"].openings))
 
 
 def build_dataset(folder: Path, model: Path, documents: Callable[[str], Iterable[Document]], train_new: bool,
@@ -375,23 +432,47 @@ def build_dataset(folder: Path, model: Path, documents: Callable[[str], Iterable
     """Make the whole of `folder`, and the tokenizer `model` too if `train_new`; neither appears half-made.
 
     documents: called with a word for the progress bar, gives all documents; called once for each pass.
-    facts: where the text comes from. Returns what `dataset.json` holds.
+    facts: where the text comes from, and how it is transformed. Returns what `dataset.json` holds. UserError where
+    files were given as validation text and the training text has documents of them.
     """
+    transform = facts.get("transform", "")
     with atomic_folder(folder) as stage:
         source = stage / "tokenizer.model" if train_new else model
         if train_new:
-            texts = (text for split, text in documents("tokenizer") if split == "train")
-            train_tokenizer(texts, source, vocab_size)
+            texts = (transforms.encode_case(text) if transform else text
+                     for split, text in documents("tokenizer") if split == "train")
+            train_tokenizer(texts, source, vocab_size, transforms.MARKERS if transform else ())
         kept = model if train_new else place_beside(folder, model)
-        info = {**facts, "vocab_size": vocab_size, "tokenizer": tokenizer_note(folder, kept, source),
-                **write_dataset(stage, load_tokenizer(source), documents("encode"), shard_tokens)}
+        splits, copied = write_dataset(stage, load_tokenizer(source), documents("encode"), shard_tokens, transform)
+        if copied and facts.get("val_sources"):
+            raise UserError(leak_line(copied, splits["val"]["documents"]) + ": take them out of the training files")
+        info = {**facts, "vocab_size": vocab_size, "tokenizer": tokenizer_note(folder, kept, source), **splits}
         if train_new or not kept.exists():
             install(source, kept)
         if train_new:
             source.unlink()
         write_json(stage / "dataset.json", info)
     report(folder, model, info)
+    if copied:
+        print(f"note: {leak_line(copied, info['val']['documents'])}")
     return info
+
+
+def leak_line(copied: int, documents: int) -> str:
+    """What is wrong when training text has validation documents."""
+    return (f"{copied:,} of {counted(documents, 'validation document')} {'is' if copied == 1 else 'are'} in the "
+            f"training text too, or begin as one there does for {OPENING_TOKENS} tokens")
+
+
+def require_markers(tokenizer: Any, path: Path, transform: str) -> None:
+    """UserError unless a tokenizer has pieces for the markers of transformed text just where the text has them."""
+    missing = [f"U+{ord(mark):04X}" for mark in transforms.MARKERS
+               if tokenizer.is_unknown(tokenizer.piece_to_id(mark))]
+    if transform and missing:
+        raise UserError(f"{path}: no piece for {', '.join(missing)}, which --transform {transform} writes: use a "
+                        "tokenizer made for it, or --vocab-size to make one")
+    if not transform and not missing:
+        raise UserError(f"{path}: this tokenizer is made for transformed text: add --transform caseops")
 
 
 def place_beside(folder: Path, model: Path) -> Path:
@@ -413,8 +494,9 @@ def report(folder: Path, tokenizer: Path, info: dict) -> None:
     """Print what there is, what one should know about it, and the settings that use it."""
     for split in ("train", "val"):
         part = info[split]
+        shards = sum("_bytes_" not in name for name in part["files"])  # a side-car has no tokens
         print(f"{split:5} {part['tokens']:>13,} tokens {counted(part['documents'], 'document'):>19} "
-              f"{part['text_bytes']:>13,} bytes of text, shards: {len(part['files'])}")
+              f"{part['text_bytes']:>13,} bytes of text, shards: {shards}")
     if info.get("document_cut"):
         print("note: a document was cut in two and its end held out, since no choice of whole ones comes near "
               f"--val-fraction {info['val_fraction']} (a .txt file is one document, and so is a line of a .jsonl file)")
@@ -736,8 +818,9 @@ class TextSource(NamedTuple):
 
 
 def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None, vocab_size: int,
-               shard_tokens: int) -> dict:
-    """Build `<out>/datasets/<name>_sp<V>`, with a new tokenizer when none is given; see build_dataset."""
+               shard_tokens: int, transform: str = "") -> dict:
+    """Build `<out>/datasets/<name>_sp<V>`, with a new tokenizer when none is given; see build_dataset. The name of
+    transformed data ends in `_<transform>`."""
     for path in source.files + source.val_files:
         kind = file_kind(path)
         if not path.is_file():
@@ -748,9 +831,11 @@ def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None,
             with open_parquet(path, source.column):
                 pass  # a missing column or package is told before hours of work on the files before it
     if tokenizer:
-        vocab_size = load_tokenizer(tokenizer).vocab_size()
-    model = tokenizer or out / "tokenizers" / f"{name}_{vocab_size}_bpe.model"
-    folder = out / "datasets" / f"{name}_sp{vocab_size}"
+        loaded = load_tokenizer(tokenizer)
+        vocab_size = loaded.vocab_size()
+        require_markers(loaded, tokenizer, transform)
+    model = tokenizer or out / "tokenizers" / f"{name}_{vocab_size}_bpe{'_caseops' if transform else ''}.model"
+    folder = out / "datasets" / "_".join([name, f"sp{vocab_size}", *filter(None, [transform])])
     if folder.exists() and read_json(folder / "dataset.json").get("kind") != "text":
         raise UserError(f"{folder} was not made by this command, so it stays: choose another --name")
     held = source.choose()
@@ -758,7 +843,8 @@ def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None,
              "val_sources": [path.name for path in source.val_files], "limit_documents": source.limit,
              "column": source.column,
              "document_cut": held is not None and 0 < held.share < 1,
-             "val_fraction": None if source.val_files else source.val_fraction}
+             "val_fraction": None if source.val_files else source.val_fraction,
+             **({"transform": transform} if transform else {})}
     return build_dataset(folder, model, lambda purpose: source.documents(purpose, held), tokenizer is None, vocab_size,
                          shard_tokens, facts)
 
@@ -977,7 +1063,7 @@ def run_text(args: argparse.Namespace) -> None:
     # the default name is the first file's: "my notes.jsonl.zst" -> "my_notes"
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", args.files[0].name.split(".")[0])
     name = args.name or stem.lstrip("_-") or "text"
-    build_text(source, args.out, name, args.tokenizer, args.vocab_size, args.shard_tokens)
+    build_text(source, args.out, name, args.tokenizer, args.vocab_size, args.shard_tokens, args.transform)
 
 
 def run_fineweb(args: argparse.Namespace) -> None:
@@ -1018,6 +1104,9 @@ def build_parser() -> argparse.ArgumentParser:
     held.add_argument("--val-file", type=Path, nargs="+", metavar="FILE", help="or files that are held out")
     sub.add_argument("--shard-tokens", type=whole_number(1, MAX_SHARD_TOKENS), default=SHARD_TOKENS,
                      metavar="N", help="tokens in a shard (default: %(default)s)")
+    sub.add_argument("--transform", choices=transforms.TRANSFORMS, default="",
+                     help="caseops: capitals become markers before lower-case words; mp3: a marker and the space "
+                          "before it are one token, too; the bytes of validation text go to a side-car")
     sub.add_argument("--limit-documents", type=whole_number(1, 2**62), metavar="N",
                      help="use only the first N documents of FILE...")
 

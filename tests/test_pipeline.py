@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,8 +193,8 @@ def test_the_running_score_ends_at_the_score(run):
 def test_what_is_scored_is_what_lies_on_disk(run, monkeypatch):
     """A disk that changes the artifact while it is written: the run must not score what it meant to write."""
     write = tg.write_atomically
-    monkeypatch.setattr(tg, "write_atomically", lambda path, data, *rest: write(
-        path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, *rest))
+    monkeypatch.setattr(tg, "write_atomically", lambda path, data, **more: write(
+        path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, **more))
     done = run(ITERATIONS=1)
     assert done.code == 2 and "damaged" in done.err and "roundtrip" not in done.out
 
@@ -209,7 +210,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(run, monkeypatch):
     opened, broken = open, []
 
     def refusing(path, mode="r", *args, **kwargs):
-        if "logs/tiny." in str(path) and mode == "a" and broken:
+        if "runs/tiny/" in str(path) and mode == "a" and broken:
             raise OSError(28, "No space left on device")
         return opened(path, mode, *args, **kwargs)
     monkeypatch.setattr("builtins.open", refusing)
@@ -297,16 +298,47 @@ def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
     assert all((tmp_path / name).read_bytes() == old for name in ("final_model.pt", "final_model.ptz"))
 
 
-def test_the_artifact_of_another_run_is_kept(run):
-    first = run(RUN_ID="first", ITERATIONS=1, TTT_ENABLED=0)
-    kept = (first.folder / "final_model.ptz").read_bytes()
-    second = run(RUN_ID="second", ITERATIONS=2, TTT_ENABLED=0)
-    assert (first.folder / "final_model.first.ptz").read_bytes() == kept and "kept as" in second.out
-    assert (first.folder / "final_model.ptz").read_bytes() != kept
-    again = run(RUN_ID="second", ITERATIONS=2, TTT_ENABLED=0, CHECKPOINT_EVERY=1)  # its log is new: nobody's file
-    assert re.search(r"kept as \S+final_model\.\d{8}-\d{6}\.ptz", again.out)
-    resumed = run(RUN_ID="second", ITERATIONS=3, TTT_ENABLED=0, RESUME=1)
-    assert resumed.code == 0 and "kept as" not in resumed.out
+OLD_PLACES = {"final_model.ptz": "final_model.ptz", "final_model.pt": "final_model.pt", "logs/{}.txt": "log.txt",
+              "logs/{}.jsonl": "events.jsonl", "logs/{}.summary.json": "summary.json", "logs/{}.eval.json": "eval.json",
+              "logs/{}.settings.env": "settings.env", "checkpoints/{}.pt": "checkpoint.pt"}
+
+
+def test_every_run_is_kept_and_the_newest_one_is_where_tools_look(run):
+    (run.folder / "final_model.ptz").write_bytes(b"somebody's own")
+    for name in ("first", "second"):
+        done = run(RUN_ID=name, SEED=len(name), ITERATIONS=1, TTT_ENABLED=0, CHECKPOINT_EVERY=1, PROFILE="mine")
+        files = done.folder / "runs" / name
+        assert sorted(path.name for path in files.iterdir()) == sorted(OLD_PLACES.values())
+        for place, file in OLD_PLACES.items():
+            place = done.folder / place.format(name)
+            assert place.samefile(files / file) and not os.path.isabs(os.readlink(place))
+        assert done.summary["artifact_path"] == str(files / "final_model.ptz")
+        assert (files / "settings.env").read_text().startswith(f"# mine, as run {name} had them\n")
+        assert f"SEED={len(name)}\n" in (files / "settings.env").read_text()
+    first, second = ((done.folder / "runs" / name / "final_model.ptz").read_bytes() for name in ("first", "second"))
+    assert first != second
+    kept, = done.folder.glob("final_model.2*.ptz")
+    assert kept.read_bytes() == b"somebody's own"
+    run(RUN_ID="second", SEED=7, ITERATIONS=1, TTT_ENABLED=0)  # a name that is used again replaces no artifact
+    kept, = (done.folder / "runs/second").glob("final_model.2*.ptz")
+    assert kept.read_bytes() == second != (done.folder / "final_model.ptz").read_bytes()
+
+
+def test_without_links_the_old_places_have_copies(run, monkeypatch):
+    def none(*args):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(Path, "symlink_to", none)
+    done = run(ITERATIONS=1, TTT_ENABLED=0, CHECKPOINT_EVERY=1)
+    for place, file in OLD_PLACES.items():
+        place = done.folder / place.format("tiny")
+        assert not place.is_symlink() and place.read_bytes() == (done.folder / "runs/tiny" / file).read_bytes()
+
+
+def test_links_lead_to_the_run_where_a_folder_is_a_link_itself(run, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("disk")
+    (run.folder / "logs").symlink_to(elsewhere)
+    done = run(ITERATIONS=1, TTT_ENABLED=0, EVAL_STRIDE=0)
+    assert (elsewhere / "tiny.txt").read_text() == (done.folder / "runs/tiny/log.txt").read_text()
 
 
 def test_a_run_that_cannot_begin_leaves_no_log(run):

@@ -31,7 +31,7 @@ case $line in
   *device_count*) echo "${GPUS:-0}" ;;
   "-c import pyarrow") exit "${LACKS_PYARROW:-0}" ;;
   "-c import xdist") exit "${LACKS_XDIST:-0}" ;;
-  "tools/record.py build") [ -z "${BUILT:-}" ] || { mkdir -p runs && printf '%s' "$BUILT" >runs/train_gpt.py; } ;;
+  "tools/record.py build") [ -z "${BUILT:-}" ] || { mkdir -p build && printf '%s' "$BUILT" >build/train_gpt.py; } ;;
   *find_spec*) [ -z "${REAL_PYTHON:-}" ] || exec "$REAL_PYTHON" "$@"; exit "${LACKS_PACKAGES:-0}" ;;
   *version_info*) exit "${TOO_OLD:-0}" ;;
   *ensurepip*) exit "${LACKS_VENV:-0}" ;;
