@@ -1,11 +1,10 @@
 import hashlib
 import json
+import os
 from operator import attrgetter
 
 import numpy as np
 import prepare
-import os
-
 import pytest
 import torch
 import train_gpt as tg
