@@ -104,7 +104,8 @@ class Hyperparameters:
     # Run
     run_id: str = env_field("", "name of the run and its log files; generated when empty", section="Run")
     seed: int = env_field(1337, "seed of the initial weights", lo=0)
-    artifact_dir: str = env_field(".", "folder for logs/, checkpoints/ and the model files", alias="OUT_DIR")
+    artifact_dir: str = env_field(".", "folder for runs/RUN_ID/ and the links to its files", alias="OUT_DIR")
+    profile: str = env_field("", "where the settings come from, for the log only; run.sh gives the profile's name")
     device: str = env_field("auto", "where to compute", choices="auto cpu cuda")
     dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
     compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
@@ -130,7 +131,7 @@ class Hyperparameters:
     tied_embed_init_std: float = env_field(0.005, "standard deviation of the initial embedding", lo=0, hi=100)
     rope_base: float = env_field(10_000.0, "base of the rotary frequencies", lo=1, hi=1e9)
     rope_dims: int = env_field(16, "rotated dimensions per head; 0: all", lo=0)
-    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN scales the rotary base up (NTK)", lo=1)
+    rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN scales the rotary base up (NTK); 0: none", lo=0)
     logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap); 0: x itself", lo=0, hi=1e4)
     embed_norm: bool = env_field(True, "RMS norm after the embedding; off in PR 1254")
     smear_gate: str = env_field("after", "smear gate, after or before that norm (PR 550)", choices="after before off")
@@ -466,7 +467,7 @@ def combination_rules(cfg: Hyperparameters):
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
     yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
-    yield re.fullmatch(r"[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits and . _ + - only"
+    yield re.fullmatch(r"(?!\.)[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits, _ + -, later dots"
 
 
 def settings_by_section() -> dict[str, list[dataclasses.Field]]:
@@ -493,9 +494,9 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
-    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
-    given. Raises UserError."""
+def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
+    """Write a file completely or not at all. An existing file is kept on failure, with `keep` on success, too. Raises
+    UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -503,8 +504,8 @@ def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        if older is not None:
-            os.replace(path, older)
+        if keep:
+            keep_older(path)
         os.replace(spare, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -512,16 +513,48 @@ def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
 
 
+def keep_older(path: Path) -> None:
+    """A file at `path`, unless it is a link, moves to NAME.DATE.SUFFIX."""
+    if path.is_file() and not path.is_symlink():
+        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        path.rename(path.with_name(f"{path.stem}.{date}{path.suffix}"))
+
+
+def link(place: Path, file: Path) -> None:
+    """Make `place` a relative link to `file`, or a copy of it where there are no links. Raises UserError."""
+    spare = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        spare.unlink(missing_ok=True)
+        try:
+            spare.symlink_to(os.path.relpath(file.resolve(), place.parent.resolve()))
+            keep_older(place)  # it is not a run's, whose place has links
+        except OSError:
+            spare.write_bytes(file.read_bytes())
+        os.replace(spare, place)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror}") from None
+
+
 class RunLog:
-    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0. The files
-    are created by the first line, so that a run which is refused leaves none."""
+    """Console and runs/RUN_ID/log.txt for people, events.jsonl beside it for programs; silent on ranks other than 0.
+    The files are created by the first line, so that a run which is refused leaves none."""
 
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
-        self.base, self.active, self.broken = folder / "logs" / run_id, active, False
-        self.fresh = set() if append else {".txt", ".jsonl"}  # not written yet: an older run's file is replaced
+        self.folder, self.base = folder / "runs" / run_id, folder / "logs" / run_id
+        self.active, self.append, self.broken = active, append, False
+        self.fresh = {"log.txt", "events.jsonl"}  # not opened yet
 
-    def path(self, kind: str) -> Path:
-        return self.base.with_name(self.base.name + kind)
+    def link(self, name: str) -> None:
+        """Show a file where this field's tools look for it, in logs/ by the name of its run."""
+        kind = {"log.txt": ".txt", "events.jsonl": ".jsonl"}.get(name, f".{name}")
+        link(self.base.with_name(self.base.name + kind), self.folder / name)
+
+    def write(self, name: str, text: str) -> None:
+        """A whole file beside the log. Raises UserError."""
+        if self.active:
+            write_atomically(self.folder / name, text.encode())
+            self.link(name)
 
     def __call__(self, text: str, event: str = "", console: bool = True, **fields) -> None:
         """One line for people and, with an event name, one JSON object for programs. Raises UserError if a log file
@@ -530,23 +563,25 @@ class RunLog:
             return
         if console:
             print(text, flush=True)
-        self._append(".txt", text)
+        self._append("log.txt", text)
         if event:
-            self._append(".jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
+            self._append("events.jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
-    def _append(self, kind: str, text: str) -> None:
-        path, begins = self.path(kind), kind in self.fresh
+    def _append(self, name: str, text: str) -> None:
+        path, begins = self.folder / name, name in self.fresh
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w" if begins else "a", encoding="utf-8") as f:
+            with open(path, "w" if begins and not self.append else "a", encoding="utf-8") as f:
                 f.write(text + "\n")
+            if begins:
+                self.link(name)
         except OSError as error:
             if begins:
                 raise UserError(f"cannot write logs to {path.parent}: {error.strerror}") from None
             if not self.broken:  # a full disk must not end the run: its model may be saved on another one
                 print(f"warning: log {path} is incomplete: {error.strerror}", file=sys.stderr)
             self.broken = True
-        self.fresh.discard(kind)
+        self.fresh.discard(name)
 
 
 class Progress:
@@ -595,31 +630,51 @@ class Stopwatch:
         self.start += self.now() - before
 
 
-def attend_math(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+class Documents(NamedTuple):
+    """The documents of a flat stream [1, N], which attention does not cross: int32 positions where each begins, then N,
+    repeated at will (a tensor of one size needs one graph), and the most tokens that one has."""
+
+    starts: Tensor
+    longest: int
+
+    def number(self, length: int) -> Tensor:
+        """Which document each position belongs to, from 1.  # int64 [length]"""
+        return torch.searchsorted(self.starts, torch.arange(length, device=self.starts.device), right=True)
+
+    def distance(self, length: int) -> Tensor:
+        """Of each position from the start of its document.  # int64 [length]"""
+        return torch.arange(length, device=self.starts.device) - self.starts[self.number(length) - 1]
+
+
+def attend_math(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Documents | None = None) -> Tensor:
     """Causal attention in plain fp32 operations: the reference of every other back end.
 
     q: [batch, Tq, heads, d]; k, v: [batch, Tk, kv_heads, d]; query i is at position Tk - Tq + i;
-    query head h attends to kv head h // (heads / kv_heads), at its own position and `window` before it (0: all).
-    Returns [batch, Tq, heads, d].
+    query head h attends to kv head h // (heads / kv_heads), at its own position and `window` before it (0: all), inside
+    its own document. Returns [batch, Tq, heads, d].
     """
     group = q.size(2) // k.size(2)
     k, v = (t.repeat_interleave(group, dim=2).float() for t in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k) * q.size(-1) ** -0.5
-    scores = scores.masked_fill(~causal_mask(q.size(1), k.size(1), q.device, window), -math.inf)
+    scores = scores.masked_fill(~causal_mask(q.size(1), k.size(1), q.device, window, documents), -math.inf)
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).to(q.dtype)
 
 
-def causal_mask(queries: int, keys: int, device, window: int = 0) -> Tensor:
+def causal_mask(queries: int, keys: int, device, window: int = 0, documents: Documents | None = None) -> Tensor:
     """True where a query may attend; the last query is at the last key's position.  # [queries, keys]"""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return mask.triu(keys - queries - window) if window else mask
+    mask = mask.triu(keys - queries - window) if window else mask
+    number = None if documents is None else documents.number(keys)
+    return mask if number is None else mask & (number[keys - queries:, None] == number)
 
 
-def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDPBackend | None):
+def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDPBackend | None,
+              documents: Documents | None = None):
     """Call F.scaled_dot_product_attention, or a function of its arguments. `first`: the kernel PyTorch tries first; the
     others stay allowed, because none takes every shape, type and mask. None: PyTorch's own order."""
-    causal = True if q.size(1) == k.size(1) and not window else False  # a plain bool, for graphs of any length too
-    mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window)
+    whole = q.size(1) == k.size(1) and not window and documents is None
+    causal = True if whole else False  # a plain bool, for graphs of any length too
+    mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window, documents)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.is_cuda and not causal:  # the flash kernel takes no mask, and the memory-efficient one no grouped heads
         k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
@@ -627,9 +682,23 @@ def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDP
         return function(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1))
 
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, first: SDPBackend | None = None) -> Tensor:
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Documents | None = None,
+                first: SDPBackend | None = None) -> Tensor:
     """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
-    return call_sdpa(F.scaled_dot_product_attention, q, k, v, window, first).transpose(1, 2)
+    if documents is not None and q.is_cuda and q.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn  # torch 2.10
+        return attend_varlen(varlen_attn, q, k, v, documents, window_size=(window or -1, 0), enable_gqa=True)
+    if documents is not None and not torch.compiler.is_compiling():  # no graph: without the masked part's products
+        bounds = documents.starts.unique().tolist()
+        parts = [[t[:, begin:end] for t in (q, k, v)] for begin, end in zip(bounds, bounds[1:])]
+        return torch.cat([attend_sdpa(*part, window, first=first) for part in parts], dim=1)
+    return call_sdpa(F.scaled_dot_product_attention, q, k, v, window, first, documents).transpose(1, 2)
+
+
+def attend_varlen(function, q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options) -> Tensor:
+    """`attend_math` by a FlashAttention of sequences end to end."""
+    out = function(q[0], k[0], v[0], *[documents.starts] * 2, *[documents.longest] * 2, **options)
+    return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
 
 
 SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
@@ -646,8 +715,11 @@ def load_flash_attention(source: str):
     module = (importlib.import_module("kernels").get_kernel(source, version=1) if "/" in source else
               importlib.import_module(source))
 
-    def attend_fa3(q, k, v, window=0):
-        out = module.flash_attn_func(q, k, v, causal=True, window_size=(window, 0) if window else (-1, -1))
+    def attend_fa3(q, k, v, window=0, documents=None):
+        options = {"causal": True, "window_size": (window, 0) if window else (-1, -1)}
+        if documents is not None:
+            return attend_varlen(module.flash_attn_varlen_func, q, k, v, documents, **options)
+        out = module.flash_attn_func(q, k, v, **options)
         return out[0] if isinstance(out, tuple) else out
     return attend_fa3
 
@@ -739,7 +811,7 @@ class Runtime:
     groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
     kernels: str = "torch"
     notes: list[str] = dataclasses.field(default_factory=list)  # for the log, which opens later
-    in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # end-of-step events
+    in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # see keep_pace
 
     @classmethod
     def open(cls, cfg: Hyperparameters) -> Runtime:
@@ -785,6 +857,11 @@ class Runtime:
     @property
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def run_folder(self) -> Path:
+        """Where all files of this run are."""
+        return self.folder / "runs" / self.run_id
 
     def compiled(self, function, grows: bool = False):
         """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first argument `grows`,
@@ -838,14 +915,19 @@ class Runtime:
             handle.wait()
         return tensor
 
-    def keep_pace(self, behind: int = 1) -> None:
+    def keep_pace(self, number: Tensor, behind: int = 1) -> list[float]:
         """Wait until the device is at most so many steps behind. One: its queue never runs empty, and the clock is a
-        step late; none: the clock is right."""
-        if self.on_cuda:
-            self.in_flight.append(torch.cuda.Event())
-            self.in_flight[-1].record()
-            while len(self.in_flight) > behind:
-                self.in_flight.popleft().synchronize()
+        step late; none: the clock is right. Returns each finished step's `number`, which are not waited for."""
+        if not self.on_cuda:
+            return [number.item()]
+        self.in_flight.append((number.to("cpu", non_blocking=True), torch.cuda.Event()))
+        self.in_flight[-1][1].record()
+        finished = []
+        while len(self.in_flight) > behind:
+            number, event = self.in_flight.popleft()
+            event.synchronize()
+            finished.append(number.item())
+        return finished
 
     def attention_kernels(self, cfg: Hyperparameters) -> str:
         """The attention back end and, where PyTorch chooses another of its kernels instead, that one's name."""
@@ -872,6 +954,11 @@ class Runtime:
         box = torch.tensor([value], dtype=torch.float64)
         dist.broadcast(box, src=0, group=self.groups["cpu"])
         return box.item()
+
+    def copy_first(self, tensors) -> None:
+        """Rank 0's values into these tensors of every rank."""
+        for tensor in tensors if self.world_size > 1 else ():
+            dist.broadcast(tensor.detach(), src=0)
 
     def broadcast_object(self, value):
         """Rank 0's value, of any type that can be pickled, on every rank."""
@@ -1596,18 +1683,28 @@ class RMSNorm(nn.Module):
         return x if self.weight is None else x * self.weight.to(x.dtype)
 
 
-def rope_table(length: int, dims: int, cfg: Hyperparameters, device) -> tuple[Tensor, Tensor]:
+def rope_table(length: int, dims: int, cfg: Hyperparameters, device, longest: int = 0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation angles, in fp32.  # [length, dims/2] each
 
     NTK scaling: the base grows with the longer of training length and window, from ROPE_TRAIN_SEQ_LEN on. (PR 1092
     counts from 1024 while it trains on 2048, which stretches its base to 22,082; ROPE_TRAIN_SEQ_LEN=1024 keeps that.)
+    In a flat stream the window is its `longest` document, and positions count on (PR 1530): only differences matter.
     """
     # sym_max instead of max: one compiled graph serves every length
-    stretch = torch.sym_max(torch.sym_max(length, cfg.train_seq_len) / cfg.rope_train_seq_len, 1.0)
+    reach = torch.sym_max(longest or length, cfg.train_seq_len)
+    stretch = torch.sym_max(reach / cfg.rope_train_seq_len, 1.0) if cfg.rope_train_seq_len else 1.0
     base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
+
+
+class Positions(NamedTuple):
+    """Where the tokens of a forward pass are: their rotation angles, and the documents of a flat stream."""
+
+    cos: Tensor
+    sin: Tensor
+    documents: Documents | None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1646,8 +1743,11 @@ class SmearGate(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], torch.sigmoid(self.gate).to(x.dtype))
+    def forward(self, x: Tensor, distance: Tensor | None) -> Tensor:
+        """`distance` of each position from the start of its document; None: one document a row."""
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        before = before if distance is None else before * (distance > 0).unsqueeze(-1)
+        return torch.lerp(x, before, torch.sigmoid(self.gate).to(x.dtype))
 
 
 class ProjectedEmbedding(nn.Module):
@@ -1690,10 +1790,10 @@ class Attention(nn.Module):
         self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
-    def forward(self, x, weights, rope, value_embedding, first_value, keep: int):
+    def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
         """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
         those of the first layer [batch, T, kv_heads, d]."""
-        (query_w, key_w, value_w, out_w), (cos, sin), recent = weights, rope, x[:, -keep:]
+        (query_w, key_w, value_w, out_w), (cos, sin, documents), recent = weights, positions, x[:, -keep:]
         q = project(recent, query_w).unflatten(-1, (self.heads, -1))
         k = project(x, key_w).unflatten(-1, (self.kv_heads, -1))
         if self.q_gain is not None:
@@ -1707,7 +1807,7 @@ class Attention(nn.Module):
             v = mix[0] * first_value + mix[1] * value
         q = rotate(q, cos[-keep:], sin[-keep:])
         q = q if self.q_gain is None else q * self.q_gain.to(x.dtype)[:, None]
-        y = self.attend(q, rotate(k, cos, sin), v, self.window)                 # [batch, keep, heads, d]
+        y = self.attend(q, rotate(k, cos, sin), v, self.window, documents)      # [batch, keep, heads, d]
         if self.exclusive:
             y = subtract_own_value(y, v[:, -keep:])
         if self.attn_gate is not None:
@@ -1730,13 +1830,13 @@ class Block(nn.Module):
         self.dtg_gate = CastedLinear(cfg.model_dim, 1) if cfg.dtg_enabled else None
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
-    def forward(self, x, x0, weights: LayerWeights, rope, value_embedding, first_value, keep: int):
+    def forward(self, x, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int):
         """Last `keep` positions of the stream after this block, and the attention's values."""
         if self.mixes:
             mix = self.resid_mix.to(x.dtype)
             x = torch.addcmul(mix[0] * x, mix[1], x0)
         add = lambda x, name, y: torch.addcmul(x, getattr(self, name).to(x.dtype), y) if self.mixes else x + y
-        y, value = self.attn(self.attn_norm(x), weights[:4], rope, value_embedding, first_value, keep)
+        y, value = self.attn(self.attn_norm(x), weights[:4], positions, value_embedding, first_value, keep)
         x = x[:, -keep:]
         out = add(x, "attn_scale", y)
         out = add(out, "mlp_scale", self.mlp(self.mlp_norm(out), weights))
@@ -1850,40 +1950,48 @@ class GPT(nn.Module):
         """Rows of the ProjectedEmbedding `name`, in the activation dtype.  # int64 [batch, T] -> [batch, T, width]"""
         return getattr(self, name)(index, self.fake_quantised(f"{name}.embed.weight", qat), self.dtype)
 
-    def embed(self, ids: Tensor, qat: bool, hook=None) -> Tensor:
+    def embed(self, ids: Tensor, qat: bool, hook=None, documents: Documents | None = None) -> Tensor:
         """Token, bigram and trigram embeddings, normalised and smeared.  # [batch, T, dim]"""
+        distance = None if documents is None else documents.distance(ids.size(1))
         table = self.fake_quantised("tok_emb.weight", qat)
         table = table if hook is None else hook("embed", -1, table)
         x = (F.embedding(ids, table) if isinstance(table, Tensor) else table(ids)).to(self.dtype)
         for name, table, factors in (("bigram", self.bigram, BIGRAM_FACTORS),
                                      ("trigram", self.trigram, TRIGRAM_FACTORS)):
             if table is not None:
-                x = x + self.look_up(name, hash_ngrams(ids, factors, table.embed.num_embeddings), qat)
-        x = self.smear(x) if self.cfg.smear_gate == "before" else x
+                index = hash_ngrams(ids, factors, table.embed.num_embeddings)
+                if distance is not None:
+                    index = index.where(distance >= len(factors) - 1, table.embed.num_embeddings - 1)
+                x = x + self.look_up(name, index, qat)
+        x = self.smear(x, distance) if self.cfg.smear_gate == "before" else x
         x = norm(x, eps=self.cfg.norm_eps) if self.cfg.embed_norm else x
-        return self.smear(x) if self.cfg.smear_gate == "after" else x
+        return self.smear(x, distance) if self.cfg.smear_gate == "after" else x
 
-    def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, hook=None) -> Tensor:
+    def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, hook=None,
+               documents: Documents | None = None) -> Tensor:
         """The trunk: normalised final states of the last `keep` positions (all, if None).
 
         ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions only.
+        With `documents`, ids are a flat stream [1, N], and each document is computed as if it were a row by itself.
 
         `hook(kind, layer, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
         input, for instance to add a low-rank term to its output or to record its input. The token table (a function of
         ids) and the output matrix are kinds "embed" and "head", of layer -1.
         """
         cfg, length = self.cfg, ids.size(1)
-        rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device)
+        longest = 0 if documents is None else documents.longest
+        rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device, longest)
+        positions = Positions(*rope, documents)
         shared = None if self.ve_shared is None else self.look_up("ve_shared", ids, qat)
         extra = {layer: shared * scale.to(self.dtype) for layer, scale in zip(cfg.ve_layer_ids, self.ve_layer_scales)}
-        x = x0 = self.embed(ids, qat, hook)
+        x = x0 = self.embed(ids, qat, hook, documents)
         skips, first_value = [], None
         for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat, hook))):
             decoder = layer - cfg.num_layers // 2
             if decoder >= 0 and skips:
                 x = torch.addcmul(x, self.skip_weights[decoder].to(x.dtype), skips.pop())
             kept = keep or length if layer == cfg.num_layers - 1 else length
-            x, value = block(x, x0, weights, rope, extra.get(layer), first_value, kept)
+            x, value = block(x, x0, weights, positions, extra.get(layer), first_value, kept)
             first_value = value if layer == 0 else first_value
             if decoder < 0 and cfg.unet_skips:
                 skips.append(x)
@@ -1904,10 +2012,11 @@ class GPT(nn.Module):
         logits = self.logits(self.hidden(ids, keep=targets.size(1), hook=hook), hook=hook) / temperature
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
-    def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, hook=None, token_weights=None) -> Tensor:
+    def loss(self, ids: Tensor, targets: Tensor, qat: bool = False, hook=None, token_weights=None,
+             documents: Documents | None = None) -> Tensor:
         """Mean cross-entropy in nats per token over [batch, T], of tokens weighted by `token_weights` [batch, T] if
         given; while training, plus MTP_LOSS_WEIGHT times the unweighted mean of the multi-token-prediction heads."""
-        cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, hook=hook)
+        cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, hook=hook, documents=documents)
         weight = self.output_weight(qat, hook)
         if not isinstance(weight, Tensor):  # it is a function then, whose gradient autograd finds
             return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
@@ -2021,6 +2130,7 @@ class Muon:
         self.slices = [-(-len(bank) // rt.world_size) for bank in self.banks]
         self.momentum = [bank.new_zeros(n, *bank.shape[1:]) for bank, n in zip(self.banks, self.slices)]
         self.row_memory = [m.new_zeros(*m.shape[:2], 1) for m in self.momentum] if cfg.normuon else []
+        self.skipped = torch.zeros((), dtype=torch.bool, device=rt.device)  # the present step shall change nothing
 
     def launch_reduce(self) -> list[tuple[Tensor, object]]:
         """Start to sum the gradients over ranks: (this rank's shard, handle to wait for) of each bank."""
@@ -2032,13 +2142,15 @@ class Muon:
 
     def launch_update(self, shards: list[Tensor], momentum: float) -> list[tuple[Tensor, object]]:
         """Orthogonalise this rank's slices and start to gather every rank's: (whole update, handle) of each bank."""
-        started = []
+        started, kept = [], torch.where(self.skipped, 1.0, momentum)
         for i, (grad, buffer) in enumerate(zip(shards, self.momentum)):
-            buffer.mul_(momentum).add_(grad)
-            nesterov = grad.add(buffer, alpha=momentum)
+            buffer.mul_(kept).add_(grad.masked_fill_(self.skipped, 0.0))
+            nesterov = grad.add(buffer, alpha=momentum).masked_fill_(self.skipped, 0.0)
             update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels)
             if self.row_memory:
+                before = self.row_memory[i].clone()
                 update = normalise_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
+                self.row_memory[i] = torch.where(self.skipped, before, self.row_memory[i])
             started.append(self.rt.launch_all_gather(update.contiguous()))
         return started
 
@@ -2046,7 +2158,8 @@ class Muon:
         """Decay the banks and add the updates, which are larger for tall matrices."""
         for bank, update in zip(self.banks, updates):
             aspect = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
-            bank.mul_(1 - lr * self.cfg.muon_wd).add_(update[:len(bank)].to(bank.dtype), alpha=-lr * aspect)
+            kept = torch.where(self.skipped, 1.0, 1 - lr * self.cfg.muon_wd)
+            bank.mul_(kept).add_(update[:len(bank)].to(bank.dtype), alpha=-lr * aspect)
 
     def state(self) -> dict:
         """Buffers of whole banks, which any world size can load."""
@@ -2091,12 +2204,15 @@ class Optimisers:
     @torch.no_grad()
     def step(self, plan: StepPlan) -> Tensor:
         """Apply the gradients in `.grad`, whose sum over ranks is the global one, and drop them. They are clipped after
-        they are summed (PR 1092 clips each rank's own). Returns the norm before clipping."""
+        they are summed (PR 1092 clips each rank's own). If they are not finite, nothing else is changed: decided on the
+        device, so that no host waits. Returns the norm before clipping."""
         started = self.muon.launch_reduce()
         grads = self.rt.sum_many_([p.grad for p in self.replicated])
         shards = [self.rt.wait(pair) for pair in started]
         squares = self.rt.sum_(torch.nn.utils.get_total_norm(shards).to(grads[0].device).square())
         norm = (squares + torch.nn.utils.get_total_norm(grads).square()).sqrt()
+        self.muon.skipped = ~norm.isfinite()
+        self.adamw.found_inf = self.muon.skipped.float()
         if self.cfg.grad_clip_norm > 0:
             torch._foreach_mul_([*shards, *grads], (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
         updates = self.muon.launch_update(shards, plan.momentum)
@@ -2257,6 +2373,9 @@ class BigramCounts:
         return data.micro_batches((weights / weights.mean())[mine.start * data.seq_len:mine.stop * data.seq_len])
 
 
+MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
+
+
 @dataclass
 class TrainState:
     """Everything that changes while training: what a checkpoint holds."""
@@ -2269,6 +2388,7 @@ class TrainState:
     step: int = 0
     qat: bool = False
     first_step_s: float = 0.0
+    skipped: int = 0  # steps in a row
 
     @classmethod
     def initial(cls, model: GPT, cfg: Hyperparameters, rt: Runtime) -> TrainState:
@@ -2278,6 +2398,10 @@ class TrainState:
     def pace(self, elapsed_s: float) -> float:
         """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
         return (elapsed_s - self.first_step_s) / (self.step - 1) if self.step > 1 else 0.0
+
+    def ended(self, cfg: Hyperparameters, elapsed_s: float) -> bool:
+        """Whether the step limit or the clock ends training."""
+        return self.step >= cfg.iterations or 0 < cfg.train_seconds <= elapsed_s
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: never) is due now."""
@@ -2297,13 +2421,13 @@ class TrainState:
 
 
 def checkpoint_path(rt: Runtime) -> Path:
-    return rt.folder / "checkpoints" / f"{rt.run_id}.pt"
+    return rt.run_folder / "checkpoint.pt"
 
 
 def resumable_settings(cfg: Hyperparameters) -> str:
     """JSON of the settings a checkpoint must share with the run that resumes from it."""
     free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
-            "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size",
+            "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size", "profile",
             "micro_batch_tokens"}
     late = ("eval_", "ttt_", "hash_embed_", "compress", "artifact_", "gptq_", "size_fit")
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
@@ -2314,6 +2438,7 @@ def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
     if rt.rank == 0:
         packed |= {"settings": resumable_settings(cfg), "elapsed_s": state.watch.elapsed()}
         write_atomically(checkpoint_path(rt), torch_bytes(packed))
+        link(rt.folder / "checkpoints" / f"{rt.run_id}.pt", checkpoint_path(rt))
     rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
 
 
@@ -2323,9 +2448,11 @@ def torch_bytes(value) -> bytes:
     return buffer.getvalue()
 
 
-def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Resume from the checkpoint of RUN_ID. Raises UserError if it is missing, damaged or of other settings."""
+def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
+    """Resume from the checkpoint of RUN_ID. Returns the seconds of training it took. Raises UserError if it is missing,
+    damaged or of other settings."""
     path = checkpoint_path(rt)
+    path = path if path.exists() else rt.folder / "checkpoints" / f"{rt.run_id}.pt"
     try:
         packed = torch.load(path, map_location=rt.device, weights_only=True)
     except FileNotFoundError:
@@ -2337,12 +2464,13 @@ def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
     if changed:
         raise UserError(f"checkpoint {path} was made with another {', '.join(changed)}")
     state.unpack(packed)
-    state.watch = Stopwatch(packed["elapsed_s"])
     rt.log(f"resume:step:{state.step} from {path}", "resume", step=state.step)
+    return packed["elapsed_s"]
 
 
-def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> Tensor:
-    """One optimiser step on the batch of state.step. Returns this rank's share of the mean loss, to be summed."""
+def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> tuple[Tensor, Tensor]:
+    """One optimiser step on the batch of state.step. Returns this rank's share of the mean loss, to be summed, and the
+    norm of the gradient."""
     total = 0.0
     if state.qat:
         state.model.refresh_scales(plan.hardness)
@@ -2350,8 +2478,19 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> T
         loss = loss_fn(inputs, targets, state.qat, None, weights) / (data.micro_steps * data.rt.world_size)
         loss.backward()
         total = total + loss.detach()
-    state.optimisers.step(plan)
-    return total
+    return total, state.optimisers.step(plan)
+
+
+def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
+    """Look at the norms of the last finished steps' gradients: a step whose norm is not finite was not applied. Raises
+    UserError after MOST_SKIPPED in a row."""
+    for step, norm in enumerate(norms, state.step - len(rt.in_flight) - len(norms) + 1):
+        state.skipped = 0 if math.isfinite(norm) else state.skipped + 1
+        if state.skipped:
+            rt.log(f"warning: step {step} is not applied: the norm of its gradient is {norm}", "skipped", step=step)
+        if state.skipped == MOST_SKIPPED:
+            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, are "
+                            "not finite; lower MATRIX_LR or SCALAR_LR")
 
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
@@ -2370,12 +2509,11 @@ def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainDat
 def begin_training(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, loss_fn) -> TrainState:
     """The state of the first step, or of the checkpoint with RESUME=1, once every graph is compiled. Its clock runs."""
     state = TrainState.initial(model, cfg, rt)
-    if cfg.warmup_steps and not cfg.resume:
+    spent_s = load_checkpoint(cfg, rt, state) if cfg.resume else 0.0
+    if cfg.warmup_steps and not state.ended(cfg, spent_s):
         warm_up(cfg, rt, state, data, loss_fn)
     rt.synchronize()  # the device has done with the warm-up
-    state.watch = Stopwatch()
-    if cfg.resume:
-        load_checkpoint(cfg, rt, state)
+    state.watch = Stopwatch(spent_s)
     return state
 
 
@@ -2383,16 +2521,15 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     """Train until the step limit or the clock ends it; the model is left with the averaged weights.
 
     `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
-    training time. No step begins after the limit. Raises UserError when the loss is no longer finite.
+    training time. No step begins after the limit. Raises UserError when the gradient is no longer finite.
     """
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
     state = begin_training(cfg, rt, model, data, loss_fn)
     model.train()
     rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
     elapsed = rt.agree(state.watch.elapsed())
-    out_of_time = False
     while True:
-        done = out_of_time or state.step >= cfg.iterations
+        done = state.ended(cfg, elapsed)
         if done or state.due(cfg.val_loss_every):
             with state.watch.paused(rt.synchronize):
                 result = validate("validation", score_fn)
@@ -2402,20 +2539,16 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
         announce(rt, state, plan, cfg)
-        loss = train_step(state, data, plan, loss_fn)
+        loss, norm = train_step(state, data, plan, loss_fn)
         state.step += 1
         state.averager.update(state.step, plan)
         ends = state.step == cfg.iterations or cfg.train_seconds and elapsed + 3 * pace >= cfg.train_seconds
-        rt.keep_pace(behind=0 if ends or not pace else 1)
+        count_skipped(rt, state, rt.keep_pace(norm, behind=0 if ends or not pace else 1))
         elapsed = rt.agree(state.watch.elapsed())
         state.first_step_s = state.first_step_s or elapsed
-        out_of_time = bool(cfg.train_seconds) and elapsed >= cfg.train_seconds
-        last = out_of_time or state.step == cfg.iterations
-        if cfg.train_log_every and (state.step <= 10 or last or state.due(cfg.train_log_every)):
+        if cfg.train_log_every and (state.step <= 10 or state.ended(cfg, elapsed) or state.due(cfg.train_log_every)):
             loss = rt.sum_(loss).item()
             log_losses(cfg, rt, state, elapsed, "train", {"train_loss": loss}, lr_scale=plan.lr_scale)
-            if not math.isfinite(loss):
-                raise UserError(f"training diverged: loss {loss} at step {state.step}; lower MATRIX_LR or SCALAR_LR")
         if state.due(cfg.checkpoint_every):
             with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
@@ -3573,7 +3706,7 @@ def read_file(path: str) -> bytes:
 
 def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
     """All settings to the log file, those that differ from the defaults to the console as well."""
-    rt.log(str(rt.log.path(".txt")))
+    rt.log(f"{rt.log.base}.txt")
     source = Path(__file__).read_bytes()
     rt.log(f"source:sha256:{hashlib.sha256(source).hexdigest()} python:{sys.version.split()[0]} "
            f"torch:{torch.__version__}")
@@ -3585,6 +3718,8 @@ def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
         rt.log(f"warning: {name}={given[name]} has no effect: {WITHOUT_EFFECT[name]}")
     rt.log("settings other than the defaults: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none"),
            "settings", all=dataclasses.asdict(cfg), changed=changed)
+    lines = [f"{k.upper()}={int(v) if isinstance(v, bool) else v}\n" for k, v in changed.items() if k != "run_id"]
+    rt.log.write("settings.env", f"# {cfg.profile or 'settings'}, as run {rt.run_id} had them\n" + "".join(lines))
 
 
 def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, data: TrainData | None = None) -> None:
@@ -3624,13 +3759,13 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
     def make(settings: Hyperparameters) -> Artifact:
         return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, hessians))
 
-    path, code_bytes, total = rt.folder / "final_model.ptz", submitted_code_bytes(cfg), 0
+    path, code_bytes, total = rt.run_folder / "final_model.ptz", submitted_code_bytes(cfg), 0
     if rt.rank == 0:
         skipped = sum(p.numel() for p in model.mtp_heads.parameters())
         if skipped:
             rt.log(f"export_excluding_mtp_params:{skipped}")
         whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
-        write_atomically(rt.folder / "final_model.pt", whole)
+        write_atomically(path.with_suffix(".pt"), whole)
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
         total = len(artifact.blob) + code_bytes
@@ -3638,10 +3773,9 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
             cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
-        older = place_of_older(rt, path)
-        write_atomically(path, artifact.blob, older)
-        if older is not None:
-            rt.log(f"the artifact of an older run is kept as {older}")
+        write_atomically(path, artifact.blob, keep=not cfg.resume)
+        for file in (path, path.with_suffix(".pt")):
+            link(rt.folder / file.name, file)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -3655,19 +3789,6 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         raise UserError(f"submission of {total:,} bytes is over ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,}; the "
                         "table above shows what took them")
     return path
-
-
-def place_of_older(rt: Runtime, path: Path) -> Path | None:
-    """Where an artifact that another run left at `path` moves: final_model.RUN_ID.ptz. None if there is none."""
-    if not path.is_file():
-        return None
-    digest, run_id = hashlib.sha256(path.read_bytes()).hexdigest(), ""
-    for log in (rt.folder / "logs").glob("*.jsonl"):
-        with contextlib.suppress(OSError):
-            if f'"sha256": "{digest}"' in log.read_text():
-                run_id = log.stem
-    run_id = run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-    return None if run_id == rt.run_id else path.with_name(f"{path.stem}.{run_id}{path.suffix}")
 
 
 def precision_tag(cfg: Hyperparameters) -> str:
@@ -3723,8 +3844,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         traces[key] = {**trace.tables(rt), "seconds": {what: [s for s, _ in laps] for what, laps in clock.laps.items()}}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
-    if rt.rank == 0:
-        write_atomically(rt.log.path(".eval.json"), json.dumps(traces).encode())
+    rt.log.write("eval.json", json.dumps(traces))
     return results
 
 
@@ -3744,6 +3864,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.attend, rt.dtype, specs, rt.kernels).to(rt.device)
+    rt.copy_first(model.parameters())
     log_preamble(cfg, rt, model, val, data)
     tokens = min(cfg.val_batch_size // rt.world_size, rt.forward_tokens(cfg))
     plan = plan_evaluation(val, cfg, rt, cfg.window, max(tokens // cfg.window, 1))
@@ -3794,8 +3915,6 @@ def report(rt: Runtime, summary: dict) -> None:
     """The short summary for people; then the same as one JSON line and file for programs."""
     spent = ", ".join(f"{phase} {s:.1f}" for phase, s in summary["seconds"].items())
     bpb = lambda key: "off" if summary[key] is None else f"{summary[key]:.4f}"
-    trained = [] if summary["val_bpb_pre_quant"] is None else [str(rt.folder / "final_model.pt")]
-    files = ", ".join([summary["artifact_path"], *trained, str(rt.log.path(".txt"))])
     for line in (
         "-" * 72,
         f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, "
@@ -3804,13 +3923,15 @@ def report(rt: Runtime, summary: dict) -> None:
         f"size            {summary['total_bytes']:,} of {summary['artifact_limit_bytes']:,} bytes: "
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
         f"seconds         {spent}",
-        f"files           {files}, .jsonl, .summary.json, .eval.json",
+        f"files           {summary['artifact_path']}, all else in {rt.run_folder}",
     ):
         rt.log(line)
     text = json.dumps(summary)
-    if rt.rank == 0:
-        write_atomically(rt.log.path(".summary.json"), (text + "\n").encode())
+    rt.log.write("summary.json", text + "\n")
     rt.log(f"summary: {text}")
+    if rt.rank == 0:
+        for name in ("log.txt", "events.jsonl"):
+            rt.log.link(name)  # where there are no links, the copies of the first lines become those of the whole
 
 
 def end_with(error: UserError, rank: int) -> int:
