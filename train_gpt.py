@@ -983,20 +983,38 @@ SPACE_MARK = "\u2581"   # SentencePiece's visible space
 CASE_MARKS = "\ue001\ue002\ue003\ue004"  # CaseOps' pieces, which stand for capitals and no bytes (data/transforms.py)
 
 
-def open_shard(path: str) -> np.ndarray:
-    """The tokens of a shard, memory-mapped: 256 little-endian int32 of header, then uint16 ids. Raises UserError."""
-    try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=256)
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}") from None
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
-    count = int(header[2])
-    if count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UserError(f"{path} is damaged: {count:,} tokens by its header, "
-                        f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+class Shard:
+    """The tokens of a file: 256 little-endian int32 of header, then uint16 ids. A slice is read when it is taken: of a
+    memory-mapped file that is cut off meanwhile, the system would end the process without a word. Raises UserError."""
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            self.file = open(path, "rb", buffering=0)
+            header, size = np.fromfile(self.file, "<i4", 256), os.path.getsize(path)
+        except OSError as error:
+            raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+        if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+            raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
+        self.count = int(header[2])
+        if self.count <= 0 or size != SHARD_HEADER_BYTES + 2 * self.count:
+            raise UserError(f"{path} is damaged: {self.count:,} tokens by its header, "
+                            f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """uint16 [tokens of the slice]"""
+        start, stop, _ = part.indices(self.count)
+        try:
+            self.file.seek(SHARD_HEADER_BYTES + 2 * start)
+            tokens = np.fromfile(self.file, "<u2", stop - start)
+        except OSError as error:
+            raise UserError(f"cannot read shard {self.path}: {error.strerror}") from None
+        if len(tokens) < stop - start:
+            raise UserError(f"{self.path} has become shorter since the run began; download it again, then RESUME=1")
+        return tokens
 
 
 class TokenStream:
@@ -1011,7 +1029,7 @@ class TokenStream:
                             if BYTES_MARK not in os.path.basename(path))
         if not self.paths:
             raise UserError(f"no shard matches {pattern}; data/prepare.py makes them")
-        self.shards = [open_shard(path) for path in self.paths]
+        self.shards = [Shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.vocab_size = vocab_size
 
@@ -1104,12 +1122,12 @@ def read_sidecars(stream: TokenStream) -> np.ndarray | None:
              for folder, name in map(os.path.split, stream.paths)]
     if not any(map(os.path.lexists, paths)):
         return None
-    sizes = [open_shard(path) for path in paths]
+    sizes = [Shard(path) for path in paths]
     for path, size, shard, of in zip(paths, sizes, stream.shards, stream.paths):
         if len(size) != len(shard):
             raise UserError(f"{path} holds the bytes of {len(size):,} tokens, but {of} has {len(shard):,}; download "
                             "both again")
-    return np.concatenate(sizes).astype(np.int32)
+    return np.concatenate([size[:] for size in sizes]).astype(np.int32)
 
 
 @dataclass(frozen=True)
