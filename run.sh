@@ -23,7 +23,7 @@ bash run.sh sweep ARTIFACT KEY=a,b,c... [KEY=VALUE...]   settings of test-time t
 bash run.sh report [LOG.eval.json] [KEY=VALUE...]    pictures of an evaluation, beside its log (tools/report.py)
 bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
-bash run.sh data SUBCOMMAND...         make or fetch data: embedded, text, fineweb (data/prepare.py)
+bash run.sh data SUBCOMMAND...         make, fetch, check data: embedded, text, fineweb, check (data/prepare.py)
 bash run.sh bench ...                  measure speed and memory (tools/bench.py)
 bash run.sh parity FOLDER              compare with a published system's own numbers (tools/parity.py)
 bash run.sh systems                    the profiles as a table: what was published, estimated size (tools/systems.py)

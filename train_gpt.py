@@ -1293,18 +1293,21 @@ class QuantSpec:
         return 2 ** (self.bits - 1) - 1
 
 
-def upper_quantile(magnitudes: Tensor, share: float) -> Tensor:
-    """Linearly interpolated quantile of each row. For shares near 1: topk instead of a sort.  # [..., rows, 1]"""
-    position = share * (magnitudes.size(-1) - 1)
-    below = math.floor(position)
-    largest = magnitudes.topk(magnitudes.size(-1) - below, dim=-1).values  # [..., rows, few], descending
-    low, high = largest[..., -1:], largest[..., -2:][..., :1]
-    return low + (high - low) * (position - below)
+def upper_quantiles(magnitudes: Tensor, shares: tuple[float, ...]) -> Tensor:
+    """Linearly interpolated quantiles of each row, for shares near 1: one topk, no sort.  # [shares, ..., rows, 1]"""
+    last = magnitudes.size(-1) - 1
+    largest = magnitudes.topk(last + 1 - math.floor(min(shares) * last), dim=-1).values  # [..., rows, few], descending
+
+    def quantile(share: float) -> Tensor:
+        below = last - math.floor(share * last)
+        low, high = largest[..., below, None], largest[..., max(below - 1, 0), None]
+        return low + (high - low) * (share * last % 1)
+    return torch.stack([quantile(share) for share in shares])
 
 
 def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """The one rounding: nearest code, ties to even, clipped.  # float, same shape as weight"""
-    return (weight / scale).round().clamp(-spec.max_code, spec.max_code)
+    return (weight / scale).round_().clamp_(-spec.max_code, spec.max_code)
 
 
 def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -1329,8 +1332,9 @@ def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
     magnitudes = weight.abs()
     if spec.clip == "amax":
         return magnitudes.amax(-1, keepdim=True) / spec.max_code
-    scales = torch.stack([storable(upper_quantile(magnitudes, share) / spec.max_code) for share in PERCENTILES])
-    errors = [(round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True) for scale in scales]
+    scales = storable(upper_quantiles(magnitudes, PERCENTILES) / spec.max_code)
+    errors = [round_to(weight, scale, spec).mul_(scale).sub_(weight).square_().sum(-1, keepdim=True)
+              for scale in scales]
     return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
