@@ -3,20 +3,28 @@
     python tools/launch.py --standalone --nproc_per_node=8 train_gpt.py
 """
 import logging
+import signal
 import sys
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main(arguments: list[str]) -> int:
-    """Start the ranks; takes torchrun's arguments. Returns the exit code of the first rank that failed, or 0."""
+    """Start the ranks; takes torchrun's arguments. Returns the exit code of the first rank that failed, that of
+    a signal that ended the launcher, or 0."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs each rank that it ends
     try:
         run.run(run.parse_args(arguments))
+    except SignalException as stop:  # the ranks have it too
+        return 128 + int(stop.sigval)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code  # ended by a signal, as a shell has it
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        return 128 - failure.exitcode  # as a shell has it
     return 0
 
 
