@@ -518,7 +518,7 @@ def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends the run, which leaves in order; `number` is that of the signal."""
+    """A signal, of this number, ends the run."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -546,10 +546,8 @@ class Signals:
     @contextlib.contextmanager
     def caught(self):
         """Inside, they come here, but for those that the process ignores."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-        for number in before:
-            signal.signal(number, self)
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self) for number in heard}
         try:
             yield
         finally:
@@ -2451,8 +2449,7 @@ def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Copy the state off the device; a thread writes it, and keeps the checkpoint before. Weights that are not finite
-    are not saved."""
+    """Copy the state off the device, for a thread to write. Weights that are not finite are not saved."""
     elapsed_s, path = state.watch.elapsed(), checkpoint_path(rt)
     if not torch.nn.utils.get_total_norm(list(state.model.parameters())).isfinite():
         return rt.log(f"warning: no checkpoint of step {state.step}: its weights are not finite")

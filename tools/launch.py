@@ -14,7 +14,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 def main(arguments: list[str]) -> int:
     """Start the ranks; takes torchrun's arguments. Returns the exit code of the first rank that failed, that of
     a signal that ended the launcher, or 0."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs each rank that it ends
+    for name in ("", ".agent.server.api"):  # they log each rank that they end, and the signal
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     try:
         run.run(run.parse_args(arguments))
     except SignalException as stop:  # the ranks have it too
