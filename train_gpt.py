@@ -3521,23 +3521,26 @@ class EvalClock:
         self.in_step, self.chunks = in_step, len(plan)
         self.planned, self.left_out = epochs * sum(chunk.train_tokens > 0 for chunk in plan), 0
         self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
-        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # laps: (seconds, tokens)
+        self.graphs = set()  # that a lap has used
+        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # (seconds, tokens, compiled?)
 
     def cost(self, what: str) -> float:
-        """Seconds per token. The first lap is left out: it may have compiled."""
-        laps = self.laps[what][1:]
+        """Seconds per token. The first lap of each graph is left out: it may have compiled."""
+        laps = [(seconds, tokens) for seconds, tokens, compiled in self.laps[what] if compiled]
         if laps:
             return sum(seconds for seconds, _ in laps) / sum(tokens for _, tokens in laps)
         share = 1 / self.rt.world_size if self.in_step else 1
         return self.pace if what == "score" else self.cost("score") * self.LEARN_COST * share
 
-    def lap(self, what: str, tokens: int, epochs: int = 1) -> None:
-        """Note the time since the last lap as that of so many epochs over `tokens` tokens."""
+    def lap(self, what: str, graph: bool, tokens: int, epochs: int = 1) -> None:
+        """Note the time since the last lap as that of so many epochs over `tokens` tokens. graph: whether it was the
+        one that is compiled for the first chunks of documents."""
         self.to_do[what] -= tokens
         if tokens * epochs:
             self.rt.synchronize()
             now = self.watch.elapsed()
-            self.laps[what].append((now - self.mark, tokens * epochs))
+            self.laps[what].append((now - self.mark, tokens * epochs, (what, graph) in self.graphs))
+            self.graphs.add((what, graph))
             self.mark = now
 
     def affordable_epochs(self, tokens: int, chunk: int) -> int:
@@ -3631,7 +3634,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             if observe:
                 observe(numbers, values)
             bar.update()
-        clock.lap("score", chunk.reads)
+        clock.lap("score", chunk.resets, chunk.reads)
         if adapter:
             report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
         if epochs and rows:
@@ -3639,7 +3642,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             adapter.learn_rows(nll, counted, epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
-        clock.lap("learn", chunk.train_tokens, epochs)
+        clock.lap("learn", chunk.resets, chunk.train_tokens, epochs)
         nll = rescore = None  # frees the graph of the forward pass
     bar.close()
     clock.end()
@@ -3863,7 +3866,8 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         note = f" stride:{cfg.eval_stride}" if key == "sliding" else ""
         log_score(rt, label, r, note)
         rt.log(f"{label}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
-        traces[key] = {**trace.tables(rt), "seconds": {what: [s for s, _ in laps] for what, laps in clock.laps.items()}}
+        seconds = {what: [lap[0] for lap in laps] for what, laps in clock.laps.items()}
+        traces[key] = {**trace.tables(rt), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
     rt.log.write("eval.json", json.dumps(traces))
