@@ -3742,7 +3742,7 @@ def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
     for name in sorted(name for name in WITHOUT_EFFECT if given.get(name, "0") not in ("", "0")):
         rt.log(f"warning: {name}={given[name]} has no effect: {WITHOUT_EFFECT[name]}")
     rt.log("settings other than the defaults: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none"),
-           "settings", all=dataclasses.asdict(cfg), changed=changed)
+           "settings", all=dataclasses.asdict(cfg), changed=changed, pid=os.getpid(), host=os.uname().nodename)
     lines = [f"{k.upper()}={int(v) if isinstance(v, bool) else v}\n" for k, v in changed.items() if k != "run_id"]
     rt.log.write("settings.env", f"# {cfg.profile or 'settings'}, as run {rt.run_id} had them\n" + "".join(lines))
 
@@ -3993,6 +3993,8 @@ def main(arguments: list[str]) -> int:
         rt.agree(0.0)  # no rank leaves before the first has written its last file
         failed = False
     except UserError as error:
+        if rt is not None and not rt.log.fresh:  # the log has begun
+            rt.log(f"error: {error}", "failed", console=False, why=str(error))
         return end_with(error, rank)
     except KeyboardInterrupt:
         print("interrupted; RESUME=1 with the RUN_ID of a training run goes on from its last checkpoint",
