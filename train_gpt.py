@@ -1235,7 +1235,7 @@ def dataset_facts(folder: str | Path) -> DatasetFacts:
                             str(tokenizer.get("sha256", "")))
     except (FileNotFoundError, NotADirectoryError):
         return DatasetFacts()
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"cannot understand {path}: {error}") from None
 
 
@@ -1286,7 +1286,7 @@ def open_tokenizer(cfg: Hyperparameters):
         size = tokenizer.vocab_size()
     except OSError as error:
         raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror} (TOKENIZER_PATH)") from None
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the latter: its message is no UTF-8
         pass
     if size == 0:
         raise UserError(f"{cfg.tokenizer_path} is not a SentencePiece model")
