@@ -44,11 +44,14 @@ def spy(q, k, v, causal, window_size):
 def test_flash_attention_3_from_its_own_package_or_from_the_hub(gpu, wanted):
     asked = []
     gpu()
-    package = types.SimpleNamespace(flash_attn_func=spy)
+    documents = tg.Documents(torch.tensor([0, 2, 3]), 2)
+    package = types.SimpleNamespace(flash_attn_func=spy, flash_attn_varlen_func=lambda q, k, v, *places, **options: (
+        torch.tensor([places[0].equal(places[1]) and options["causal"], *places[2:]]), "log-sum-exp"))
     gpu.install("kernels", get_kernel=lambda *a, **k: asked.append((a, k)) or package)
     name, attend = tg.pick_attention(wanted, CUDA, torch.bfloat16)
     assert name == "fa3" and asked == [(("kernels-community/flash-attn3",), {"version": 1})]
     assert attend(1, 2, 3) == ("attended", True, (-1, -1)) and attend(1, 2, 3, 5) == ("attended", True, (5, 0))
+    assert attend(*torch.ones(3, 1, 3, 1, 1), documents=documents).tolist() == [[1, 2, 2]]
     gpu.install("flash_attn_interface", flash_attn_func=spy)
     assert tg.pick_attention(wanted, CUDA, torch.bfloat16)[0] == "fa3" and len(asked) == 1
 

@@ -39,7 +39,7 @@ def distance(a, b):
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
-@pytest.mark.parametrize("queries, keys", [(96, 96), (16, 96)], ids=["square", "last queries"])
+@pytest.mark.parametrize("queries, keys", [(96, 96), (16, 96), (96, 0)], ids=["square", "last queries", "documents"])
 @pytest.mark.parametrize("wanted", ["fa4", "fa3", "cudnn", "flash"])
 def test_attention_back_ends_agree_with_the_written_out_one(device, wanted, queries, keys):
     torch.manual_seed(0)
@@ -47,11 +47,13 @@ def test_attention_back_ends_agree_with_the_written_out_one(device, wanted, quer
         _, attend = tg.pick_attention(wanted, device, torch.bfloat16)
     except tg.UserError as error:
         pytest.skip(str(error))
-    shapes = ((queries, 4), (keys, 2), (keys, 2))
-    tensors = [torch.randn(3, t, h, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for t, h in shapes]
-    upstream = torch.randn(3, queries, 4, 64, device=device)
+    shapes, rows = ((queries, 4), (keys or queries, 2), (keys or queries, 2)), 3 if keys else 1
+    bounds = torch.tensor([0, 1, 40, 96, 96], dtype=torch.int32, device=device)
+    more = {} if keys else {"documents": tg.Documents(bounds, 56)}
+    tensors = [torch.randn(rows, t, h, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for t, h in shapes]
+    upstream = torch.randn(rows, queries, 4, 64, device=device)
     wide = [t.detach().float().requires_grad_() for t in tensors]
-    out, exact = attend(*tensors), tg.attend_math(*wide)
+    out, exact = attend(*tensors, **more), tg.attend_math(*wide, **more)
     assert out.dtype == torch.bfloat16 and distance(out, exact) < 0.01
     grads, exact = (torch.autograd.grad(y, xs, upstream.to(y.dtype)) for y, xs in ((out, tensors), (exact, wide)))
     for got, want in zip(grads, exact):

@@ -133,7 +133,7 @@ def test_what_a_resumed_run_compiles_is_not_counted(run, killed, monkeypatch):
 # ---- files
 
 def checkpoint(done, kind=""):
-    return done.folder / f"checkpoints/tiny{kind}.pt"
+    return done.folder / f"runs/tiny/checkpoint{kind}.pt"
 
 
 def step_in(path):
@@ -167,7 +167,7 @@ def test_a_checkpoint_is_written_while_training_goes_on_with_what_it_was(run, mo
         return step(*args)
 
     def slow(path, *args):
-        assert path.suffix != ".pt" or path.parent.name != "checkpoints" or seventh.wait(60)
+        assert path.name != "checkpoint.pt" or seventh.wait(60)
         return write(path, *args)
     whole = run(**BRIEF, ARTIFACT_DIR=run.folder / "whole")
     monkeypatch.setattr(tg.Optimisers, "step", counted)
@@ -175,7 +175,7 @@ def test_a_checkpoint_is_written_while_training_goes_on_with_what_it_was(run, mo
     done = run(**BRIEF)
     assert done.code == 0 and step_in(checkpoint(done)) == 12 and step_in(checkpoint(done, ".before")) == 8
     for kind in ("", ".before"):
-        got, wanted = (torch.load(folder / f"checkpoints/tiny{kind}.pt", weights_only=True)["model"]
+        got, wanted = (torch.load(folder / f"runs/tiny/checkpoint{kind}.pt", weights_only=True)["model"]
                        for folder in (run.folder, run.folder / "whole"))
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
@@ -185,7 +185,7 @@ def test_a_full_disk_does_not_end_training(run, monkeypatch):
     write, tried = tg.write_atomically, []
 
     def full(path, *args):
-        if path.parent.name == "checkpoints":
+        if path.name == "checkpoint.pt":
             tried.append(1)
             if len(tried) < 3:
                 raise tg.UserError(f"cannot write {path} (7 bytes): No space left on device")
@@ -231,13 +231,13 @@ def test_from_a_damaged_checkpoint_to_the_one_before(run, killed, kind):
     done = killed(11, **BRIEF)
     assert [step_in(checkpoint(done, which)) for which in ("", ".before")] == [8, 4]
     damage(checkpoint(done), kind)
-    (done.folder / "checkpoints/.tiny.pt.77.tmp").write_bytes(b"killed while it was written")
+    (done.folder / "runs/tiny/.checkpoint.pt.77.tmp").write_bytes(b"killed while it was written")
     again = run(**BRIEF, RESUME=1)
     assert again.code == 0 and "resume:step:4 from" in again.out, again.err
     assert f"warning: checkpoint {checkpoint(done)} is damaged; going on from the one before\n" in again.out
     assert (done.folder / "final_model.ptz").read_bytes() == (whole.folder / "whole/final_model.ptz").read_bytes()
-    assert sorted(path.name for path in (done.folder / "checkpoints").glob("*tiny*.*t*")
-                  if path.suffix != ".json") == ["tiny.before.pt", "tiny.pt"]
+    assert sorted(path.name for path in (done.folder / "runs/tiny").iterdir() if "checkpoint" in path.name) == [
+        "checkpoint.before.pt", "checkpoint.export.json", "checkpoint.pt"]
 
 
 def test_no_checkpoint_that_is_whole(run, killed):
@@ -279,11 +279,11 @@ def stop_in(patch, phase):
 
 @pytest.mark.parametrize("phase, exported", [
     ("calibrate", 0), ("post_average", 0), ("round_model", 0), ("final_model.pt", 0), ("final_model.ptz", 0),
-    ("tiny.export.json", 0), ("final_int6_roundtrip", 1), ("legal_ttt", 1), ("tiny.eval.json", 1),
-    ("tiny.summary.json", 1)])
+    ("checkpoint.export.json", 0), ("final_int6_roundtrip", 1), ("legal_ttt", 1), ("eval.json", 1),
+    ("summary.json", 1)])
 def test_a_run_stopped_after_training_goes_on_from_there(run, monkeypatch, phase, exported):
     whole = run(**WHOLE)
-    names = ("final_model.pt", "final_model.ptz")
+    names = ("runs/tiny/final_model.pt", "runs/tiny/final_model.ptz")
     files = [(run.folder / name).read_bytes() for name in names]
     for name in names:
         (run.folder / name).unlink()
@@ -317,7 +317,7 @@ def test_a_finished_artifact_is_used_if_it_is_the_one(run, monkeypatch, variable
     assert (again.code, len(taken), len(made)) == (0, steps, exports), again.err
 
 
-@pytest.mark.parametrize("name", ["final_model.pt", "tiny.eval.json", "tiny.summary.json", "tiny.export.json"])
+@pytest.mark.parametrize("name", ["final_model.pt", "eval.json", "summary.json", "checkpoint.export.json"])
 def test_what_a_run_can_do_without_is_missed_at_its_end(run, monkeypatch, name):
     write = tg.write_atomically
 
@@ -336,13 +336,13 @@ def test_an_artifact_that_does_not_fit_goes_elsewhere(run, monkeypatch, tmp_path
     monkeypatch.setattr(tg.tempfile, "tempdir", str(spare))
 
     def full(path, *args):
-        if path == run.folder / "final_model.ptz":
+        if path == run.folder / "runs/tiny/final_model.ptz":
             raise tg.UserError(f"cannot write {path}: No space left on device")
         write(path, *args)
     monkeypatch.setattr(tg, "write_atomically", full)
     done = run(**BRIEF)
     assert done.code == 0 and done.summary["artifact_path"] == str(spare / "tiny.ptz")
-    assert f"not written     cannot write {run.folder / 'final_model.ptz'}: No space left on device; the artifact is " \
+    assert f"not written     cannot write {run.folder / 'runs/tiny/final_model.ptz'}: No space left on device; the artifact is " \
            f"{spare / 'tiny.ptz'}\n" in done.out
 
 
@@ -420,7 +420,7 @@ def test_a_signal_that_the_process_ignores_stays_ignored(run, signalled):
 
 def test_a_second_run_of_the_same_name_is_refused(run, corpus):
     done = run(**BRIEF)
-    path, text = done.folder / "logs/tiny.txt", (done.folder / "logs/tiny.txt").read_text()
+    path, text = done.folder / "runs/tiny/log.txt", (done.folder / "logs/tiny.txt").read_text()
     with open(path) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         for resume in (0, 1):
@@ -471,7 +471,7 @@ def test_under_torchrun_one_line_tells_why(corpus, tmp_path, act, restarts, code
     done = subprocess.run(command, text=True, capture_output=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
     assert (done.returncode, done.stderr) == (code, said)
-    assert "resume:step:4" in done.stdout if restarts else code in (2, 137) or step_in(tmp_path / "checkpoints/tiny.pt") == 6
+    assert "resume:step:4" in done.stdout if restarts else code in (2, 137) or step_in(tmp_path / "runs/tiny/checkpoint.pt") == 6
 
 
 # ---- settings
@@ -526,7 +526,8 @@ def test_what_does_not_may_be_changed(run, killed):
                          ids=lambda variables: "+".join(variables))
 def test_another_run_s_checkpoint_is_refused_in_one_line_and_survives(run, variables):
     assert run(**{**BRIEF, "ITERATIONS": 4}).code == 0
-    path = run.folder / "checkpoints/tiny.pt"
+    path = run.folder / "runs/tiny/checkpoint.pt"
+    assert (run.folder / "checkpoints/tiny.pt").samefile(path)
     before, artifact = path.read_bytes(), (run.folder / "final_model.ptz").read_bytes()
     done = run(**{**BRIEF, "RESUME": 1, **variables})
     names = ", ".join(sorted(variables))
@@ -537,7 +538,7 @@ def test_another_run_s_checkpoint_is_refused_in_one_line_and_survives(run, varia
 def test_a_checkpoint_is_no_pickle_of_code(config, rt):
     """Somebody else's checkpoint must not run anything."""
     path = tg.checkpoint_path(rt)
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
 
     class Trap:
         def __reduce__(self):
