@@ -181,7 +181,7 @@ def stop(lab: Lab, count: int) -> Tally:
         before = run.printed()
         taken = max(steps_in(before, r"^step:(\d+)/\d+ train_loss"), default=0)
         fault = lab.go_on(place)
-        resumed = max(steps_in((place / "out").read_text()[len(before):], r"^resume:step:(\d+)"), default=0)
+        resumed = max(steps_in((place / "out").read_text()[len(before):], r"^resume:.*step[: ](\d+)"), default=0)
         if run.code != 128 + signal.SIGTERM:
             fault = f"exit code {run.code}, not {128 + signal.SIGTERM}: {benchlib.last_line(before)}"
         elif resumed != taken:
