@@ -20,6 +20,7 @@ bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text tha
 bash run.sh inspect ARTIFACT [--plot FILE.png] [KEY=VALUE...]     where its bytes are (tools/inspect_artifact.py)
 bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS] [KEY=VALUE...]   text from it (tools/sample.py)
 bash run.sh sweep ARTIFACT KEY=a,b,c... [KEY=VALUE...]   settings of test-time training as a table (tools/ttt_bench.py)
+bash run.sh runs [KEY=VALUE...]        every run that is kept: settings, scores, state (tools/runs.py)
 bash run.sh report [LOG.eval.json] [KEY=VALUE...]    pictures of an evaluation, beside its log (tools/report.py)
 bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
@@ -249,7 +250,7 @@ case $command in
       pip_install data/requirements.txt
     fi
     tool data/prepare.py "$@" ;;
-  bench | parity | plan | record | report | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
+  bench | parity | plan | record | report | runs | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     artifact=1

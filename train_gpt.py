@@ -3597,23 +3597,26 @@ class EvalClock:
         self.in_step, self.chunks = in_step, len(plan)
         self.planned, self.left_out = epochs * sum(chunk.train_tokens > 0 for chunk in plan), 0
         self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
-        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # laps: (seconds, tokens)
+        self.graphs = set()  # that a lap has used
+        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # (seconds, tokens, compiled?)
 
     def cost(self, what: str) -> float:
-        """Seconds per token. The first lap is left out: it may have compiled."""
-        laps = self.laps[what][1:]
+        """Seconds per token. The first lap of each graph is left out: it may have compiled."""
+        laps = [(seconds, tokens) for seconds, tokens, compiled in self.laps[what] if compiled]
         if laps:
             return sum(seconds for seconds, _ in laps) / sum(tokens for _, tokens in laps)
         share = 1 / self.rt.world_size if self.in_step else 1
         return self.pace if what == "score" else self.cost("score") * self.LEARN_COST * share
 
-    def lap(self, what: str, tokens: int, epochs: int = 1) -> None:
-        """Note the time since the last lap as that of so many epochs over `tokens` tokens."""
+    def lap(self, what: str, graph: bool, tokens: int, epochs: int = 1) -> None:
+        """Note the time since the last lap as that of so many epochs over `tokens` tokens. graph: whether it was the
+        one that is compiled for the first chunks of documents."""
         self.to_do[what] -= tokens
         if tokens * epochs:
             self.rt.synchronize()
             now = self.watch.elapsed()
-            self.laps[what].append((now - self.mark, tokens * epochs))
+            self.laps[what].append((now - self.mark, tokens * epochs, (what, graph) in self.graphs))
+            self.graphs.add((what, graph))
             self.mark = now
 
     def affordable_epochs(self, tokens: int, chunk: int) -> int:
@@ -3707,7 +3710,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             if observe:
                 observe(numbers, values)
             bar.update()
-        clock.lap("score", chunk.reads)
+        clock.lap("score", chunk.resets, chunk.reads)
         if adapter:
             report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
         if epochs and rows:
@@ -3715,7 +3718,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             adapter.learn_rows(nll, counted, epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
-        clock.lap("learn", chunk.train_tokens, epochs)
+        clock.lap("learn", chunk.resets, chunk.train_tokens, epochs)
         nll = rescore = None  # frees the graph of the forward pass
     bar.close()
     clock.end()
@@ -3815,7 +3818,7 @@ def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
     for name in sorted(name for name in WITHOUT_EFFECT if given.get(name, "0") not in ("", "0")):
         rt.log(f"warning: {name}={given[name]} has no effect: {WITHOUT_EFFECT[name]}")
     rt.log("settings other than the defaults: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none"),
-           "settings", all=dataclasses.asdict(cfg), changed=changed)
+           "settings", all=dataclasses.asdict(cfg), changed=changed, pid=os.getpid(), host=os.uname().nodename)
     lines = [f"{k.upper()}={int(v) if isinstance(v, bool) else v}\n" for k, v in changed.items() if k != "run_id"]
     rt.log.write("settings.env", f"# {cfg.profile or 'settings'}, as run {rt.run_id} had them\n" + "".join(lines))
 
@@ -3939,7 +3942,8 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         note = f" stride:{cfg.eval_stride}" if key == "sliding" else ""
         log_score(rt, label, r, note)
         rt.log(f"{label}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
-        traces[key] = {**trace.tables(rt), "seconds": {what: [s for s, _ in laps] for what, laps in clock.laps.items()}}
+        seconds = {what: [lap[0] for lap in laps] for what, laps in clock.laps.items()}
+        traces[key] = {**trace.tables(rt), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
     rt.log.write("eval.json", json.dumps(traces))
@@ -4065,6 +4069,8 @@ def main(arguments: list[str]) -> int:
         rt.agree(0.0)  # no rank leaves before the first has written its last file
         failed = False
     except UserError as error:
+        if rt is not None and not rt.log.fresh:  # the log has begun
+            rt.log(f"error: {error}", "failed", console=False, why=str(error))
         return end_with(error, rank)
     except KeyboardInterrupt:
         print("interrupted; RESUME=1 with the RUN_ID of a training run goes on from its last checkpoint",
