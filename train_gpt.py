@@ -138,8 +138,18 @@ class Hyperparameters:
     rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN scales the rotary base up (NTK); 0: none", lo=0)
     logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap); 0: x itself", lo=0, hi=1e4)
     embed_norm: bool = env_field(True, "RMS norm after the embedding; off in PR 1254")
-    smear_gate: str = env_field("after", "smear gate, after or before that norm (PR 550)", choices="after before off")
+    smear_gate: str = env_field("after", "smear gate, after or before that norm (PR 550), or window: from GATE_WINDOW "
+                                "channels, before it and not into BOS (PR 1855)", choices="after before window off")
+    gate_window: int = env_field(12, "first channels that SMEAR_GATE=window and SPARSE_ATTN_GATE read", lo=1)
     unet_skips: bool = env_field(True, "skip connections from the first half of the layers to the second")
+    skip_gates: bool = env_field(False, "learned gates between the stream and its skips", alias="SKIP_GATES_ENABLED")
+    num_loops: int = env_field(0, "further passes through a loop of layers, with the same weights", lo=0, hi=16)
+    loop_start: int = env_field(3, "first layer of that loop (from 0)", lo=0)
+    loop_end: int = env_field(5, "last layer of that loop", lo=0)
+    parallel_start_layer: int = env_field(0, "from this layer on attention and MLP work in parallel; 0: nowhere", lo=0)
+    parallel_form: str = env_field("lanes", "each reads a stream of its own (PR 1204, 1855), or joint: both read the "
+                                   "same (GPT-J; PR 1493)", choices="lanes joint")
+    parallel_final_lane: str = env_field("mean", "which of the two streams is the last state", choices="mean attn mlp")
     residual_mix: bool = env_field(True, "learned scales of attention and MLP, and mixing in of the embedding")
     norm_weights: bool = env_field(False, "learned weights of the RMS norms (PR 1254)")
     norm_eps: float = env_field(0.0, "epsilon of the RMS norms; 0: that of the activation type", lo=0, hi=1)
@@ -158,6 +168,9 @@ class Hyperparameters:
     ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, comma-separated")
     ve_last_n: int = env_field(-1, "instead: the last n layers; -1: off", lo=-1, alias="VALUE_EMBED_LAYERS")
     gated_attention: bool = env_field(False, "a learned gate on each head's output")
+    sparse_attn_gate: bool = env_field(False, "another that reads GATE_WINDOW channels only (PR 1787), half open at "
+                                       "first", alias="SPARSE_ATTN_GATE_ENABLED")
+    sparse_attn_gate_scale: float = env_field(1.0, "its steepness", lo=0, hi=1000)
     value_residual: bool = env_field(False, "mix the first layer's values into every later layer")
     dtg_enabled: bool = env_field(False, "a learned gate on each block's update")
     mtp_num_heads: int = env_field(0, "extra heads that predict tokens further ahead; training only", lo=0, hi=16)
@@ -172,11 +185,14 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = env_field(0.92, "its initial value", lo=0, hi=0.9999)
     muon_momentum_warmup_steps: int = env_field(1500, "steps from the initial value to MUON_MOMENTUM", lo=0)
     muon_backend_steps: int = env_field(5, "Newton-Schulz iterations", lo=1, hi=20)
+    polar_express: bool = env_field(False, "their own coefficients for each of the first five (Polar Express)")
+    muon_row_normalize: bool = env_field(False, "rows of unit length before them (MuonEq-R, PR 1285)")
     muon_wd: float = env_field(0.04, "weight decay of the banks", lo=0, hi=10)
     normuon: bool = env_field(False, "normalise the rows of Muon's update (NorMuon, PR 173); off in PR 1092")
     muon_beta2: float = env_field(0.95, "decay of those row norms; used with NORMUON=1 only", lo=0, hi=0.9999)
     matrix_optimizer: str = env_field("muon", "what trains the banks", choices="muon adamw")
     adam_wd: float = env_field(0.04, "the same of AdamW, but for output heads", lo=0, hi=10, alias="WEIGHT_DECAY")
+    embed_wd: float = env_field(-1.0, "instead, of the tables; -1: ADAM_WD", lo=-1, hi=10)
     beta1: float = env_field(0.9, "AdamW's first beta", lo=0, hi=0.9999)
     beta2: float = env_field(0.95, "AdamW's second beta", lo=0, hi=0.99999)
     adam_eps: float = env_field(1e-8, "AdamW's epsilon", lo=0, hi=1)
@@ -192,6 +208,8 @@ class Hyperparameters:
     warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: off", lo=0, hi=1)
     warmdown_shape: str = env_field("linear", "how it falls", choices="linear cosine")
     min_lr: float = env_field(0.0, "with WARMDOWN_FRAC: lowest learning-rate scale", lo=0, hi=1)
+    enable_looping_at: float = env_field(0.35, "the model loops (NUM_LOOPS) from this fraction of the budget on", lo=0,
+                                         hi=0.99)
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
     val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
@@ -199,7 +217,8 @@ class Hyperparameters:
     resume: bool = env_field(False, "continue from the checkpoint of RUN_ID")
     # Averaging
     ema_enabled: bool = env_field(True, "export an exponential moving average of the weights", section="Averaging")
-    ema_decay: float = env_field(0.997, "its decay per step; lower in the first steps", lo=0, hi=0.99999)
+    ema_decay: float = env_field(0.997, "its decay per step", lo=0, hi=0.99999)
+    ema_ramp: bool = env_field(True, "lower in the first steps; off as published")
     swa_enabled: bool = env_field(False, "export the mean of snapshots instead (collected, never used, in PR 1092)")
     swa_every: int = env_field(50, "steps between snapshots", lo=1)
     swa_start_frac: float = env_field(0.2, "snapshots start when the learning-rate scale falls below", lo=0, hi=1.01)
@@ -293,6 +312,11 @@ class Hyperparameters:
         return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
 
     @property
+    def table_wd(self) -> float:
+        """Weight decay of the embedding tables."""
+        return self.embed_wd if self.embed_wd >= 0 else self.adam_wd
+
+    @property
     def train_seconds(self) -> float:
         """Seconds for training steps: the time limit less what calibration takes of it. 0: no limit."""
         limit = self.max_wallclock_seconds
@@ -310,6 +334,16 @@ class Hyperparameters:
     def window(self) -> int:
         """Tokens of an evaluation window."""
         return self.eval_seq_len or self.train_seq_len
+
+    def visits(self, looped: bool) -> list[int]:
+        """The layers in the order in which they are applied; `looped`: those of the loop again and again."""
+        layers, again = list(range(self.num_layers)), self.num_loops if looped else 0
+        end = self.loop_end + 1
+        return layers[:end] + layers[self.loop_start:end] * again + layers[end:]
+
+    @property
+    def two_lanes(self) -> bool:
+        return self.parallel_start_layer > 0 and self.parallel_form == "lanes"
 
     @property
     def seq_stages(self) -> tuple[tuple[int, float], ...]:
@@ -471,6 +505,13 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.ve_last_n <= cfg.num_layers, "{ve_last_n} is more than {num_layers}"
     ids, layers = cfg.ve_layer_ids, set(range(cfg.num_layers))
     yield len(layers.intersection(ids)) == len(ids), "{ve_layers} names a layer twice or outside 0..{last}"
+    yield cfg.gate_window <= cfg.model_dim, "{gate_window} is more than {model_dim}"
+    if cfg.num_loops:
+        yield cfg.loop_start <= cfg.loop_end < cfg.num_layers, "{loop_start} to {loop_end} is no range in 0..{last}"
+        yield not cfg.two_lanes or cfg.loop_end < cfg.parallel_start_layer, (
+            "{loop_end} is in the parallel part, {parallel_start_layer}: a loop cannot join two lanes")
+    yield cfg.parallel_start_layer < cfg.num_layers, "{parallel_start_layer} is outside 0..{last}"
+    yield not (cfg.two_lanes and cfg.dtg_enabled), "{dtg_enabled} gates one stream; {parallel_form} has two"
     yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
     yield cfg.attention_window != 1, "{attention_window} is too short to attend; use 0 or at least 2"
     yield cfg.attention_window <= min(*lengths, cfg.window), (
@@ -1003,6 +1044,7 @@ class Runtime:
 
 # ------------------------------------------------------------------------------------------------ DATA
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+BOS_ID = 1  # SentencePiece's token for the beginning of a document, unless it is told otherwise
 BYTES_MARK = "_bytes_"  # in the name of a byte side-car: a shard of how many bytes of text each token of another one is
 SPACE_MARK = "\u2581"   # SentencePiece's visible space
 CASE_MARKS = "\ue001\ue002\ue003\ue004"  # CaseOps' pieces, which stand for capitals and no bytes (data/transforms.py)
@@ -1221,6 +1263,8 @@ class ValData:
         if cfg.ttt_enabled and cfg.ttt_reset == "document" and not (tokens[:-1] == bos_id).any():
             why = f"no BOS (token {bos_id}) in {cfg.val_files}" if bos_id >= 0 else f"{cfg.tokenizer_path} has no BOS"
             raise UserError(f"TTT_RESET=document splits the text at BOS tokens: {why}")
+        if cfg.smear_gate == "window" and bos_id not in (BOS_ID, -1):
+            raise UserError(f"SMEAR_GATE=window knows BOS as token {BOS_ID}; in {cfg.tokenizer_path} it is {bos_id}")
         return cls(*(torch.from_numpy(array).to(rt.device) for array in (tokens, sizes)), digest, bos_id)
 
     def take(self, index) -> ValData:
@@ -1248,7 +1292,7 @@ def dataset_facts(folder: str | Path) -> DatasetFacts:
                             str(tokenizer.get("sha256", "")))
     except (FileNotFoundError, NotADirectoryError):
         return DatasetFacts()
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"cannot understand {path}: {error}") from None
 
 
@@ -1299,7 +1343,7 @@ def open_tokenizer(cfg: Hyperparameters):
         size = tokenizer.vocab_size()
     except OSError as error:
         raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror} (TOKENIZER_PATH)") from None
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the latter: its message is no UTF-8
         pass
     if size == 0:
         raise UserError(f"{cfg.tokenizer_path} is not a SentencePiece model")
@@ -1732,6 +1776,7 @@ class CappedCrossEntropy(torch.autograd.Function):
 BIGRAM_FACTORS, BIGRAM_SCALE = (36313, 27191), 0.05            # PR 1092: factors of the token and its predecessors,
 TRIGRAM_FACTORS, TRIGRAM_SCALE = (36313, 27191, 51497), 0.03   # and the initial scale of the table's output
 VALUE_SCALE = 0.1
+LANE_KEEPS = 1.1  # PR 1855: what a lane keeps of itself at first
 
 
 class CastedLinear(nn.Linear):
@@ -1822,11 +1867,25 @@ class SmearGate(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, distance: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor, distance: Tensor | None) -> Tensor:
         """`distance` of each position from the start of its document; None: one document a row."""
         before = F.pad(x, (0, 0, 1, 0))[:, :-1]
         before = before if distance is None else before * (distance > 0).unsqueeze(-1)
         return torch.lerp(x, before, torch.sigmoid(self.gate).to(x.dtype))
+
+
+class WindowSmearGate(nn.Module):
+    """Add to each position a share of its predecessor, which its first channels decide (PR 1667); initially none. BOS
+    gets nothing of the document before it (PR 1851), but a long document's cut in a flat stream counts for nothing."""
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.gate = CastedLinear(window, 1, bias=False)
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, ids: Tensor, distance: Tensor | None) -> Tensor:
+        share = self.scale.to(x.dtype) * torch.sigmoid(self.gate(x[..., :self.gate.in_features]))
+        return torch.addcmul(x, share * (ids != BOS_ID).unsqueeze(-1), F.pad(x, (0, 0, 1, 0))[:, :-1])
 
 
 class ProjectedEmbedding(nn.Module):
@@ -1867,6 +1926,8 @@ class Attention(nn.Module):
         self.window, self.eps = cfg.attention_window, cfg.norm_eps
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)) if cfg.qk_norm else None
         self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
+        sparse = CastedLinear(cfg.gate_window, cfg.num_heads, bias=False) if cfg.sparse_attn_gate else None
+        self.sparse_gate, self.sparse_scale = sparse, cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
     def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
@@ -1891,6 +1952,9 @@ class Attention(nn.Module):
             y = subtract_own_value(y, v[:, -keep:])
         if self.attn_gate is not None:
             y = y * torch.sigmoid(self.attn_gate(recent)).unsqueeze(-1)
+        if self.sparse_gate is not None:
+            channels = recent[..., :self.sparse_gate.in_features]
+            y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
         return project(y.flatten(2), out_w), value
 
 
@@ -1905,23 +1969,35 @@ class Block(nn.Module):
         if cfg.residual_mix:
             self.attn_scale, self.mlp_scale = nn.Parameter(ones), nn.Parameter(ones.clone())
             self.resid_mix = nn.Parameter(torch.stack((ones, torch.zeros(cfg.model_dim))))
-        self.mixes = cfg.residual_mix
+        self.mixes, self.joint = cfg.residual_mix, 0 < cfg.parallel_start_layer <= layer and not cfg.two_lanes
         self.dtg_gate = CastedLinear(cfg.model_dim, 1) if cfg.dtg_enabled else None
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
-    def forward(self, x, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int):
-        """Last `keep` positions of the stream after this block, and the attention's values."""
+    def forward(self, x, lane, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int,
+                keeps=None, takes=None):
+        """Last `keep` positions of the stream after this block and of the MLP's lane, and the attention's values.
+
+        Where the MLP has no `lane`, it reads what attention has written or, in the joint form, what attention reads. In
+        two lanes (PR 1204) each keeps a share of itself, keeps [lane], and takes of both outputs, takes [output, lane].
+        """
+        before = x[:, -keep:]
         if self.mixes:
             mix = self.resid_mix.to(x.dtype)
             x = torch.addcmul(mix[0] * x, mix[1], x0)
         add = lambda x, name, y: torch.addcmul(x, getattr(self, name).to(x.dtype), y) if self.mixes else x + y
         y, value = self.attn(self.attn_norm(x), weights[:4], positions, value_embedding, first_value, keep)
         x = x[:, -keep:]
+        if lane is not None:
+            lane = lane[:, -keep:]
+            z = self.mlp(self.mlp_norm(lane), weights)
+            y, z = (y * self.attn_scale.to(x.dtype), z * self.mlp_scale.to(x.dtype)) if self.mixes else (y, z)
+            x, lane = (keeps[i] * old + takes[0, i] * y + takes[1, i] * z for i, old in enumerate((before, lane)))
+            return x, lane, value
         out = add(x, "attn_scale", y)
-        out = add(out, "mlp_scale", self.mlp(self.mlp_norm(out), weights))
+        out = add(out, "mlp_scale", self.mlp(self.mlp_norm(x if self.joint else out), weights))
         if self.dtg_gate is not None:
             out = x + torch.sigmoid(self.dtg_gate(x.detach())) * (out - x)
-        return out, value
+        return out, None, value
 
     def mlp(self, x: Tensor, weights: LayerWeights) -> Tensor:
         plain = all(isinstance(weight, Tensor) for weight in weights[4:])
@@ -1954,8 +2030,13 @@ class GPT(nn.Module):
         table = lambda rows, *args: ProjectedEmbedding(rows, *args) if rows else None
         self.bigram = table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
         self.trigram = table(cfg.trigram_vocab_size, cfg.trigram_dim, dim, TRIGRAM_SCALE)
-        self.smear = None if cfg.smear_gate == "off" else SmearGate(dim)
-        self.skip_weights = nn.Parameter(torch.ones(layers // 2 if cfg.unet_skips else 0, dim))
+        self.looped = True  # as it is scored; training starts without
+        gate = {"off": lambda: None, "window": lambda: WindowSmearGate(cfg.gate_window)}
+        self.smear = gate.get(cfg.smear_gate, lambda: SmearGate(dim))()
+        self.skip_weights = nn.Parameter(torch.ones(len(cfg.visits(True)) // 2 if cfg.unet_skips else 0, dim))
+        self.skip_gates = nn.Parameter(torch.zeros_like(self.skip_weights)) if cfg.skip_gates else None
+        self.lane_keeps = nn.Parameter(torch.full((layers, 2), LANE_KEEPS)) if cfg.two_lanes else None
+        self.lane_takes = nn.Parameter(torch.ones(layers, 2, 2)) if cfg.two_lanes else None
         self.qo_bank = nn.Parameter(torch.empty(2 * layers, dim, dim))
         self.kv_bank = nn.Parameter(torch.empty(2 * layers, kv_dim, dim))
         self.mlp_up_bank = nn.Parameter(torch.empty(layers, cfg.mlp_dim, dim))
@@ -1994,10 +2075,13 @@ class GPT(nn.Module):
                 if table.proj is not None:
                     nn.init.orthogonal_(table.proj.weight)
         for block in self.blocks:
-            for gate, bias in ((block.attn.attn_gate, 4.0), (block.dtg_gate, 2.0)):
+            for gate, bias in ((block.attn.attn_gate, 4.0), (block.dtg_gate, 2.0), (block.attn.sparse_gate, 0.0)):
                 if gate is not None:
                     gate.weight.zero_()
-                    gate.bias.fill_(bias)
+                    if gate.bias is not None:
+                        gate.bias.fill_(bias)
+        if self.cfg.smear_gate == "window":
+            self.smear.gate.weight.zero_()
 
     @torch.no_grad()
     def refresh_scales(self, hardness: float = 1.0) -> None:
@@ -2016,14 +2100,19 @@ class GPT(nn.Module):
             return weight
         return fake_quantise(weight, self.qat_scales[name], self.qat_specs[name], self.hardness)
 
+    def layer_of(self, visit: int) -> int:
+        """The layer of a visit; -1 of -1, by which a hook knows what belongs to no layer."""
+        return -1 if visit < 0 else self.cfg.visits(self.looped)[visit]
+
     def layer_weights(self, qat: bool, hook=None) -> list[LayerWeights]:
-        """Per layer, its slices of the banks in the activation dtype. One rounding and one cast per bank, and `unbind`
-        rather than indexing: the gradient of a bank is then one stack, not a sum of mostly empty banks."""
+        """Per visit, its layer's slices of the banks in the activation dtype. One rounding and one cast per bank, and
+        `unbind` rather than indexing: the gradient of a bank is then one stack, not a sum of mostly empty banks."""
         qo, kv, up, down = (self.fake_quantised(name, qat).to(self.dtype).unbind()
                             for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"))
-        layers, hook = self.cfg.num_layers, hook or (lambda kind, layer, weight: weight)
-        return [LayerWeights(*(hook(kind, layer, weight) for kind, weight in zip(LayerWeights._fields, weights)))
-                for layer, weights in enumerate(zip(qo, kv, kv[layers:], qo[layers:], up, down))]
+        layers, hook = self.cfg.num_layers, hook or (lambda kind, visit, weight: weight)
+        slices = list(zip(qo, kv, kv[layers:], qo[layers:], up, down))
+        return [LayerWeights(*(hook(kind, visit, weight) for kind, weight in zip(LayerWeights._fields, slices[layer])))
+                for visit, layer in enumerate(self.cfg.visits(self.looped))]
 
     def look_up(self, name: str, index: Tensor, qat: bool) -> Tensor:
         """Rows of the ProjectedEmbedding `name`, in the activation dtype.  # int64 [batch, T] -> [batch, T, width]"""
@@ -2042,9 +2131,16 @@ class GPT(nn.Module):
                 if distance is not None:
                     index = index.where(distance >= len(factors) - 1, table.embed.num_embeddings - 1)
                 x = x + self.look_up(name, index, qat)
-        x = self.smear(x, distance) if self.cfg.smear_gate == "before" else x
+        x = self.smear(x, ids, distance) if self.cfg.smear_gate in ("before", "window") else x
         x = norm(x, eps=self.cfg.norm_eps) if self.cfg.embed_norm else x
-        return self.smear(x, distance) if self.cfg.smear_gate == "after" else x
+        return self.smear(x, ids, distance) if self.cfg.smear_gate == "after" else x
+
+    def merge_skip(self, x: Tensor, skip: Tensor, place: int) -> Tensor:
+        """The stream with a skip connection's state of the first half, at a place of the second.  # [batch, T, dim]"""
+        weight = self.skip_weights[place].to(x.dtype)
+        if self.skip_gates is None:
+            return torch.addcmul(x, weight, skip)
+        return torch.lerp(weight * skip, x, torch.sigmoid(self.skip_gates[place].to(x.dtype)))
 
     def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, hook=None,
                documents: Documents | None = None) -> Tensor:
@@ -2053,9 +2149,10 @@ class GPT(nn.Module):
         ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions only.
         With `documents`, ids are a flat stream [1, N], and each document is computed as if it were a row by itself.
 
-        `hook(kind, layer, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
-        input, for instance to add a low-rank term to its output or to record its input. The token table (a function of
-        ids) and the output matrix are kinds "embed" and "head", of layer -1.
+        `hook(kind, visit, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
+        input, for instance to add a low-rank term to its output or to record its input. A visit is a place in the order
+        of layers, of which a loop has several for a layer. The token table (a function of ids) and the output matrix
+        are kinds "embed" and "head", of visit -1.
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
@@ -2064,16 +2161,22 @@ class GPT(nn.Module):
         shared = None if self.ve_shared is None else self.look_up("ve_shared", ids, qat)
         extra = {layer: shared * scale.to(self.dtype) for layer, scale in zip(cfg.ve_layer_ids, self.ve_layer_scales)}
         x = x0 = self.embed(ids, qat, hook, documents)
-        skips, first_value = [], None
-        for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat, hook))):
-            decoder = layer - cfg.num_layers // 2
-            if decoder >= 0 and skips:
-                x = torch.addcmul(x, self.skip_weights[decoder].to(x.dtype), skips.pop())
-            kept = keep or length if layer == cfg.num_layers - 1 else length
-            x, value = block(x, x0, weights, positions, extra.get(layer), first_value, kept)
-            first_value = value if layer == 0 else first_value
-            if decoder < 0 and cfg.unet_skips:
+        skips, first_value, lane, order = [], None, None, cfg.visits(self.looped)
+        for visit, (layer, weights) in enumerate(zip(order, self.layer_weights(qat, hook))):
+            place, lanes = visit - len(order) // 2, ()
+            if place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
+                lane, lanes = x if lane is None else lane, (self.lane_keeps[layer], self.lane_takes[layer])
+                lanes = [weight.to(x.dtype) for weight in lanes]
+            if place >= 0 and skips:
+                x = self.merge_skip(x, skips.pop(), place)
+            kept = keep or length if visit == len(order) - 1 else length
+            x, lane, value = self.blocks[layer](x, lane, x0, weights, positions, extra.get(layer), first_value, kept,
+                                                *lanes)
+            first_value = value if visit == 0 else first_value
+            if place < 0 and cfg.unet_skips:
                 skips.append(x)
+        if lane is not None:
+            x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[cfg.parallel_final_lane]
         return self.final_norm(x)
 
     def output_weight(self, qat: bool = False, hook=None):
@@ -2128,18 +2231,18 @@ FAMILIES = (
            "attn_clip_widen"),
     Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp_clip_sigmas",
            "mlp_clip_widen"),
-    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "adam_wd", "embed_bits", "embed_clip_sigmas",
+    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "table_wd", "embed_bits", "embed_clip_sigmas",
            "embed_clip_widen"),
-    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "adam_wd", "bigram_bits",
+    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "table_wd", "bigram_bits",
            "embed_clip_sigmas", "embed_clip_widen"),
-    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "adam_wd", "ve_bits", "embed_clip_sigmas",
+    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "table_wd", "ve_bits", "embed_clip_sigmas",
            "embed_clip_widen"),
     Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas",
            "embed_clip_widen"),
     Family("mtp", r"mtp_heads\.\d+\.weight", "adamw", "head_lr", exported=False),
     Family("proj", r"(bigram|trigram|ve_shared)\.proj\.weight", "adamw", "scalar_lr", "adam_wd"),
-    Family("control", r"skip_weights|final_norm\.weight|smear\.gate|(bigram|trigram|ve_shared)\.scale|"
-           r"ve_layer_scales\.\d+|blocks\.\d+\..+", "adamw", "scalar_lr", "adam_wd"),
+    Family("control", r"skip_(weights|gates)|lane_(keeps|takes)|final_norm\.weight|smear\..+|"
+           r"(bigram|trigram|ve_shared)\.scale|ve_layer_scales\.\d+|blocks\.\d+\..+", "adamw", "scalar_lr", "adam_wd"),
 )
 
 
@@ -2173,7 +2276,13 @@ def parameter_shapes(cfg: Hyperparameters) -> dict[str, tuple[int, ...]]:
 
 
 # ------------------------------------------------------------------------------------------------ OPTIMISERS
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at 0, so five steps do; ends only near 1
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),)  # Keller Jordan's quintic: steep at 0, so five do; ends only near 1
+POLAR_EXPRESS = (  # Amsel et al., arXiv 2505.16932: the best quintic for what the one before it leaves
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 
 def symmetric_product(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0,
@@ -2185,13 +2294,15 @@ def symmetric_product(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, 
     return x @ x.mT if add is None else torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)
 
 
-def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kernels: str = "torch") -> Tensor:
-    """Push the singular values of each matrix towards 1.  # [n, rows, columns], any dtype -> same shape in `dtype`"""
-    a, b, c = NEWTON_SCHULZ
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kernels: str = "torch",
+                  coefficients=NEWTON_SCHULZ) -> Tensor:
+    """Push the singular values of each matrix towards 1; steps after the last coefficients repeat them.
+    # [n, rows, columns], any dtype -> same shape in `dtype`"""
     tall = matrices.size(-2) > matrices.size(-1)
     x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for step in range(steps):
+        a, b, c = coefficients[min(step, len(coefficients) - 1)]
         gram = symmetric_product(x, kernels=kernels)
         x = torch.baddbmm(x, symmetric_product(gram, gram, c, b, kernels), x, beta=a)
     return x.mT if tall else x
@@ -2225,7 +2336,10 @@ class Muon:
         for i, (grad, buffer) in enumerate(zip(shards, self.momentum)):
             buffer.mul_(kept).add_(grad.masked_fill_(self.skipped, 0.0))
             nesterov = grad.add(buffer, alpha=momentum).masked_fill_(self.skipped, 0.0)
-            update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels)
+            if self.cfg.muon_row_normalize:
+                nesterov = F.normalize(nesterov, dim=-1, eps=1e-7)
+            update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels,
+                                   POLAR_EXPRESS if self.cfg.polar_express else NEWTON_SCHULZ)
             if self.row_memory:
                 before = self.row_memory[i].clone()
                 update = normalise_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
@@ -2321,6 +2435,7 @@ class StepPlan:
     qat: bool
     snapshot: bool         # SWA takes one after this step
     seq_len: int = 0       # of the training sequences; 0: TRAIN_SEQ_LEN
+    looped: bool = True    # the loop of layers is on
     hardness: float = 1.0  # of soft-rounding QAT: from 0 at its start to 1, the export's rounding, in its last tenth
 
 
@@ -2334,8 +2449,20 @@ def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) 
                     momentum=(1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum,
                     qat=qat is not None,
                     snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
-                    seq_len=next(length for length, until in cfg.seq_stages if spent <= until),
+                    **stage(cfg, spent),
                     hardness=min(max((qat or 0.0) / 0.9, 0.0), 1.0))
+
+
+def stage(cfg: Hyperparameters, spent: float) -> dict:
+    """What changes the shapes of a training step, at a share of the budget: fields of StepPlan."""
+    return {"seq_len": next(length for length, until in cfg.seq_stages if spent <= until),
+            "looped": not cfg.num_loops or spent >= cfg.enable_looping_at}
+
+
+def stage_shares(cfg: Hyperparameters) -> list[float]:
+    """A share of the budget in each stage of a run."""
+    begins = {0.0, *(math.nextafter(until, 2.0) for _, until in cfg.seq_stages[:-1])}
+    return sorted(begins | {cfg.enable_looping_at} if cfg.num_loops else begins)
 
 
 def qat_progress(cfg: Hyperparameters, step: int, scale: float, spent: float) -> float | None:
@@ -2393,7 +2520,8 @@ class Averager:
         """Take in the weights after step number `step` (counted from 1)."""
         cfg = self.cfg
         if self.ema:  # the first steps get a short memory: with 0.997 alone a short run averages its start
-            torch._foreach_lerp_(self.ema, self.params, 1 - min(cfg.ema_decay, (1 + step) / (10 + step)))
+            ramp = (1 + step) / (10 + step) if cfg.ema_ramp else 1.0
+            torch._foreach_lerp_(self.ema, self.params, 1 - min(cfg.ema_decay, ramp))
         if cfg.lawa_enabled:
             if step % cfg.lawa_freq == 0:
                 self.snapshots = [*self.snapshots, self.copy_params()][-cfg.lawa_k:]
@@ -2589,12 +2717,14 @@ def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
     """Compile every graph training will need before the clock starts, by steps that are then undone."""
     may_round = cfg.qat_enabled or cfg.late_qat and (cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0)
-    graphs = [(qat, length) for qat in (False, True)[:1 + may_round] for length in dict(cfg.seq_stages)]
+    stages = [stage(cfg, share) for share in stage_shares(cfg)]
+    graphs = [(qat, parts) for qat in (False, True)[:1 + may_round] for parts in stages]
     steps, start = max(cfg.warmup_steps, len(graphs)), copy.deepcopy(state.pack())
     rt.log(f"warm-up: {steps} steps, before the clock starts")
     for i in range(steps):
-        state.qat, length = graphs[i * len(graphs) // steps]
-        train_step(state, data, dataclasses.replace(plan_step(cfg, 0, 0.0, 0.0), seq_len=length), loss_fn)
+        state.qat, parts = graphs[i * len(graphs) // steps]
+        state.model.looped = parts["looped"]
+        train_step(state, data, dataclasses.replace(plan_step(cfg, 0, 0.0, 0.0), **parts), loss_fn)
         if steps <= 20 or (i + 1) % 10 == 0 or i + 1 == steps:
             rt.log(f"warmup_step:{i + 1}/{steps}")
     state.unpack(start)
@@ -2647,6 +2777,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         if state.due(cfg.checkpoint_every):
             with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
+    model.looped = True
     if state.step < cfg.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{state.step}/{cfg.iterations}")
     rt.allow_wait(600.0)  # compiling, calibrating and scoring take one rank longer than another
@@ -2669,6 +2800,9 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
     if plan.seq_len != state.seq_len:
         state.seq_len, state.seq_step = plan.seq_len, state.step
         rt.log(f"train_seq_len:{plan.seq_len} step:{state.step}", "train_seq_len", step=state.step)
+    if plan.looped and not state.model.looped:
+        rt.log(f"layer_loop:enabled step:{state.step} layers:{cfg.visits(True)}", "layer_loop", step=state.step)
+    state.model.looped = plan.looped
     if plan.qat and not state.qat:
         state.qat = True
         rt.log(f"late_qat:enabled step:{state.step} scale:{plan.lr_scale:.4f}", "late_qat", step=state.step)
@@ -2694,19 +2828,21 @@ class HessianSums:
     GPTQ, from one pass over the text. Query, key and value share their input; the head's is the final state."""
 
     def __init__(self, model: GPT):
-        cfg, device = model.cfg, model.qo_bank.device
+        cfg, device, self.layer_of = model.cfg, model.qo_bank.device, model.layer_of
         widths = {"query": cfg.model_dim, "out": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
         self.layers = range(cfg.num_layers)
         self.head = "tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"
         self.sums = {(kind, i): torch.zeros(n, n, device=device) for kind, n in widths.items() for i in self.layers}
         self.sums["head", -1] = torch.zeros(cfg.model_dim, cfg.model_dim, device=device)
 
-    def __call__(self, kind: str, layer: int, weight: Tensor):
+    def __call__(self, kind: str, visit: int, weight: Tensor):
+        place = kind, self.layer_of(visit)
+
         def project_and_sum(x: Tensor) -> Tensor:
             rows = x.flatten(0, -2).float()
-            self.sums[kind, layer].addmm_(rows.t(), rows)
+            self.sums[place].addmm_(rows.t(), rows)
             return F.linear(x, weight)
-        return project_and_sum if (kind, layer) in self.sums else weight
+        return project_and_sum if place in self.sums else weight
 
     def by_parameter(self, rt: Runtime) -> dict[str, Tensor]:
         """Sums over all ranks, in the layout of the parameters.  # [matrices, columns, columns]"""
@@ -3317,7 +3453,7 @@ class Adapter:
             "adam": lambda: torch.optim.AdamW(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=cfg.ttt_adam_eps,
                                               weight_decay=cfg.ttt_weight_decay, fused=True)}[optimiser]()
 
-    def hook(self, kind: str, layer: int, matrix: Tensor):
+    def hook(self, kind: str, visit: int, matrix: Tensor):
         if kind == "embed" and self.table is not None:
             return lambda ids: F.embedding(ids, matrix) + F.embedding(hash_pairs(ids, len(self.table)), self.table)
         return matrix
@@ -3379,7 +3515,7 @@ class SgdAdapter(Adapter):
     filter by parameter name froze hardly anything, because the matrices are in banks.)"""
 
     def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
-        self.frozen = min(cfg.ttt_freeze_blocks, model.cfg.num_layers)
+        self.frozen, self.layer_of = min(cfg.ttt_freeze_blocks, model.cfg.num_layers), model.layer_of
         fixed = tuple(f"blocks.{i}." for i in range(self.frozen))
         settings = {"mlp_down_bank": (cfg.ttt_proj_lr_mult, 3.0), "mlp_up_bank": (cfg.ttt_fc_lr_mult, 0.5)}
         rates = {name: given if given >= 0 else published if cfg.ttt_optimizer == "adamw" else 1.0
@@ -3390,25 +3526,26 @@ class SgdAdapter(Adapter):
         if not self.frozen and self.table is None:
             self.hook = None  # reuses the graphs compiled for scoring without adaptation
 
-    def hook(self, kind: str, layer: int, matrix: Tensor):
+    def hook(self, kind: str, visit: int, matrix: Tensor):
         """A frozen block's slices of the banks get no gradient."""
-        return matrix.detach() if 0 <= layer < self.frozen else super().hook(kind, layer, matrix)
+        return matrix.detach() if 0 <= self.layer_of(visit) < self.frozen else super().hook(kind, visit, matrix)
 
 
 class LoraAdapter(Adapter):
     """Trains low-rank additions to frozen matrices (LoRA; the record of 2026-03-17, PR 550): one set for the stream, or
-    one for each of the documents side by side."""
+    one for each of the documents side by side. Each visit of a looped layer has its own."""
 
     def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
         rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
         self.scale, self.pairs, self.initial, trained = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
         generator = torch.Generator().manual_seed(cfg.seed)
 
-        def add(kind: str, layer: int, matrix: Tensor) -> Tensor:
+        def add(kind: str, visit: int, matrix: Tensor) -> Tensor:
+            layer = model.layer_of(visit)
             if kind in cfg.lora_kinds and (layer < 0 or layer in cfg.lora_layer_ids):
                 a = torch.empty(rank, matrix.size(1)).uniform_(-1, 1, generator=generator) * matrix.size(1) ** -0.5
                 initial = [t.to(matrix.device) for t in (a, torch.zeros(matrix.size(0), rank))]
-                pair = self.pairs[kind, layer] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in initial]
+                pair = self.pairs[kind, visit] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in initial]
                 self.initial += initial
                 trained.extend((cfg.lora_layer_rates.get(layer, 1.0), t) for t in pair)
             return matrix
@@ -3416,9 +3553,9 @@ class LoraAdapter(Adapter):
         model.output_weight(False, add)
         super().__init__(model, cfg, rt, trained, cfg.ttt_lora_lr, cfg.ttt_lora_optimizer, rows)
 
-    def hook(self, kind: str, layer: int, matrix: Tensor):
-        pair = self.pairs.get((kind, layer))
-        return LowRank(matrix, *pair, self.scale) if pair else super().hook(kind, layer, matrix)
+    def hook(self, kind: str, visit: int, matrix: Tensor):
+        pair = self.pairs.get((kind, visit))
+        return LowRank(matrix, *pair, self.scale) if pair else super().hook(kind, visit, matrix)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -44,6 +44,8 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts tokens in an int32
 MAX_VOCAB = 2**16  # tokens are stored as uint16
+MAX_SHARDS = 10**6  # a shard's number has six digits
+MAX_PATH = 200  # characters of a path in a manifest
 BOS = 1  # of the published tokenizers
 OPENING_TOKENS = 128  # of a document, which it is recognised by: more than a heading that pages of a site share
 SHARD_TOKENS = 100_000_000  # as published
@@ -166,7 +168,7 @@ def read_json(path: Path) -> dict:
     """The object in `path`, or {} when there is none that can be read."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -894,10 +896,12 @@ class Published(NamedTuple):
 
 
 def local_path(path: str) -> str:
-    """A tokenizer's path out of a manifest. Others write manifests: it must not lead to any other place."""
-    parts = PurePosixPath(path).parts
+    """A tokenizer's path out of a manifest. Others write manifests: it must lead to no other place, and to no shard."""
+    parts, suffix = PurePosixPath(path).parts, PurePosixPath(path).suffix
     if not parts or parts[0] not in ("tokenizers", "datasets") or ".." in parts or "\\" in path:
         raise UserError(f"bad manifest: {path!r} is not a path below tokenizers/ or datasets/")
+    if suffix not in (".model", ".vocab") or len(path) > MAX_PATH or not path.isprintable():
+        raise UserError(f"bad manifest: {path[:MAX_PATH]!r} is not the name of a tokenizer's file")
     return path
 
 
@@ -917,10 +921,13 @@ def read_manifest(manifest: object, variant: str, train_shards: int) -> Publishe
         tokenizer = tokenizers[entry["tokenizer_name"]]
         paths = [local_path(tokenizer[key]) for key in ("model_path", "vocab_path") if tokenizer.get(key)]
         vocab_size = int(entry["vocab_size"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise UserError(f"bad manifest: {type(e).__name__} {first_line(e)}") from None
     if not tokenizer.get("model_path"):
         raise UserError(f"variant {variant!r} has no SentencePiece model, and train_gpt.py reads no other tokenizer")
+    if vocab_size < 2 or not (0 < files["val"] <= MAX_SHARDS and 0 <= files["train"] <= MAX_SHARDS):
+        raise UserError(f"bad manifest: {vocab_size:,} tokens in the vocabulary, {files['train']:,} training and "
+                        f"{files['val']:,} validation shards")
     if vocab_size > MAX_VOCAB:
         raise UserError(f"variant {variant!r} has {vocab_size:,} tokens; train_gpt.py reads ids below {MAX_VOCAB:,}")
     if train_shards > files["train"]:
@@ -982,7 +989,7 @@ def fetch_manifest(hub: Hub, stage: Path) -> object:
     print(f"asking {hub.repo_id} what it has", flush=True)  # without a network the library tries for a while
     try:
         return json.loads(hub.fetch("manifest.json", stage).read_bytes())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"bad manifest: not JSON ({first_line(e)})") from None
 
 

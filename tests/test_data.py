@@ -321,3 +321,29 @@ def test_tokenizer_of_another_size(config):
 def test_validation_shorter_than_a_window(config, rt):
     with pytest.raises(tg.UserError, match="fewer than one window"):
         tg.ValData.open(config(eval_seq_len=4096), rt)
+
+
+@pytest.mark.parametrize("text", [b"[" * 200_000, b'{"a":' * 100_000, b'{"tokenizer": {"name": 3}}', b"\xff", b"[]"])
+def test_a_note_that_is_none_is_one_line(tmp_path, text):
+    (tmp_path / "dataset.json").write_bytes(text)
+    with pytest.raises(tg.UserError, match="cannot understand .*dataset.json"):
+        tg.dataset_facts(tmp_path)
+
+
+def test_mutated_tokenizers_are_refused_or_read(corpus, config, tmp_path):
+    """SentencePiece's own message may be no UTF-8 (a byte piece with a foreign byte in its name)."""
+    path = tmp_path / "mutated.model"
+    whole, random = corpus.tokenizer_path.read_bytes(), np.random.default_rng(0)
+    spelt = whole.find(b"<0x41>")
+    mutants = [whole[:spelt + 2] + b"\xff\xff\xff" + whole[spelt + 5:], b"", whole[:100]]
+    for _ in range(60):
+        blob = bytearray(whole)
+        blob[random.integers(len(blob))] ^= 1 << random.integers(8)
+        mutants.append(bytes(blob))
+    for blob in mutants:
+        path.write_bytes(blob)
+        try:
+            tokenizer, _ = tg.open_tokenizer(config(tokenizer_path=str(path)))
+            assert len(tg.token_bytes(tokenizer, corpus.val)) == len(corpus.val)
+        except tg.UserError as error:
+            assert "mutated.model" in str(error)

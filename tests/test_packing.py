@@ -129,3 +129,12 @@ def test_ranks_and_documents_that_do_not_fit_are_refused(config, rt, tmp_path, c
     prepare.write_shard(folder / "fineweb_train_000000.bin", tokens)
     with pytest.raises(tg.UserError, match="PACK=documents: no document begins in .*token 1"):
         tg.TrainData.open(config(pack="documents", data_path=str(folder)), rt)
+
+
+def test_a_run_s_stages_are_the_lengths_and_the_loop_at_their_shares(config):
+    """PR 2014's four shapes; what has no loop is never without it, so it needs no second graph."""
+    grows = {"train_seq_schedule": "8:0.1,16:0.7,32:1", "enable_looping_at": 0.35}
+    stages = lambda cfg: [tuple(tg.stage(cfg, share).values()) for share in tg.stage_shares(cfg)]
+    assert stages(config(num_loops=1, loop_start=1, loop_end=1, **grows)) == [(8, False), (16, False), (16, True),
+                                                                              (32, True)]
+    assert stages(config(**grows)) == [(8, True), (16, True), (32, True)] and stages(config()) == [(32, True)]

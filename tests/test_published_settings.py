@@ -10,8 +10,14 @@ from conftest import make_runtime, scrambled
 
 PLAIN = {"attention_window": 12, "qk_norm": False, "logit_softcap": 0.0, "embed_norm": False, "smear_gate": "off",
          "unet_skips": False, "residual_mix": False, "norm_weights": True, "norm_eps": 1e-6, "ln_scale": False}
+LOOP = {"num_loops": 2, "loop_start": 0, "loop_end": 1}
+PR1855 = {**LOOP, "parallel_start_layer": 2, "skip_gates": True, "sparse_attn_gate": True, "sparse_attn_gate_scale": 0.5,
+          "smear_gate": "window", "rope_train_seq_len": 0, "leaky_slope": 0.3, "mlp_mult": 4.0, "qk_gain_init": 5.0}
 ONE_BY_ONE = {**{name: {name: value} for name, value in PLAIN.items() if name != "ln_scale"},
-              "smear before": {"smear_gate": "before"}, "all of PR 1254": PLAIN, "last layers": {"ve_last_n": 1}}
+              "smear before": {"smear_gate": "before"}, "smear window": {"smear_gate": "window"},
+              "skip gates": {"skip_gates": True}, "sparse gate": {"sparse_attn_gate": True}, "loop": LOOP,
+              "joint": {"parallel_start_layer": 1, "parallel_form": "joint"}, "lanes": {"parallel_start_layer": 2},
+              "all of PR 1855": PR1855, "all of PR 1254": PLAIN, "last layers": {"ve_last_n": 1}}
 
 
 def batch_of(cfg, rows=2):
@@ -81,7 +87,13 @@ def test_a_whole_run_knows_of_all_of_them(run, mode):
     ({"ATTENTION_WINDOW": "64", "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "64", "TTT_ENABLED": "0"},
      "ATTENTION_WINDOW=64 is longer than"), ({"PRUNE_FRAC": "1"}, "PRUNE_FRAC=1 is out of range"),
     ({"VALUE_EMBED_LAYERS": "12"}, "VE_LAST_N=12 is more than NUM_LAYERS=11"),
-    ({"SMEAR_GATE": "1"}, "SMEAR_GATE='1' is not one of after, before, off"),
+    ({"SMEAR_GATE": "1"}, "SMEAR_GATE='1' is not one of after, before, window, off"),
+    ({"NUM_LOOPS": "1", "LOOP_START": "3", "LOOP_END": "2"}, "LOOP_START=3 to LOOP_END=2 is no range in 0..10"),
+    ({"NUM_LOOPS": "1", "LOOP_END": "11"}, "LOOP_START=3 to LOOP_END=11 is no range in 0..10"),
+    ({"NUM_LOOPS": "1", "PARALLEL_START_LAYER": "5"}, "LOOP_END=5 is in the parallel part, PARALLEL_START_LAYER=5: a"),
+    ({"PARALLEL_START_LAYER": "11"}, "PARALLEL_START_LAYER=11 is outside 0..10"),
+    ({"PARALLEL_START_LAYER": "7", "DTG_ENABLED": "1"}, "DTG_ENABLED=True gates one stream; PARALLEL_FORM='lanes' has"),
+    ({"GATE_WINDOW": "600"}, "GATE_WINDOW=600 is more than MODEL_DIM=512"),
     ({"MATRIX_OPTIMIZER": "sgd"}, "is not one of muon, adamw"), ({"ADAM_WD": "0.1", "WEIGHT_DECAY": "0.2"}, "different")])
 def test_bad_input_is_one_line(variables, said):
     with pytest.raises(tg.UserError, match=said) as refused:
