@@ -20,10 +20,11 @@ bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text tha
 bash run.sh inspect ARTIFACT [--plot FILE.png] [KEY=VALUE...]     where its bytes are (tools/inspect_artifact.py)
 bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS] [KEY=VALUE...]   text from it (tools/sample.py)
 bash run.sh sweep ARTIFACT KEY=a,b,c... [KEY=VALUE...]   settings of test-time training as a table (tools/ttt_bench.py)
+bash run.sh runs [KEY=VALUE...]        every run that is kept: settings, scores, state (tools/runs.py)
 bash run.sh report [LOG.eval.json] [KEY=VALUE...]    pictures of an evaluation, beside its log (tools/report.py)
 bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
-bash run.sh data SUBCOMMAND...         make or fetch data: embedded, text, fineweb (data/prepare.py)
+bash run.sh data SUBCOMMAND...         make, fetch, check data: embedded, text, fineweb, check (data/prepare.py)
 bash run.sh bench ...                  measure speed and memory (tools/bench.py)
 bash run.sh parity FOLDER              compare with a published system's own numbers (tools/parity.py)
 bash run.sh systems                    the profiles as a table: what was published, estimated size (tools/systems.py)
@@ -33,8 +34,9 @@ bash run.sh settings                   every KEY with its default, range and mea
 bash run.sh help                       this text
 
 KEY=VALUE arguments override environment variables, which override the profile. SCALE=tiny shrinks the profile to a run of
-half a minute on two CPU cores, with every feature on (tools/scale.py). inspect, sample, sweep, report, record, data, bench,
-parity and plan say more with --help. The profiles:
+half a minute on two CPU cores, with every feature on (tools/scale.py). NNODES, NODE_RANK and RDZV_ENDPOINT=HOST:PORT run on
+several machines; NPROC_PER_NODE is the number of processes on each, MAX_RESTARTS how often failed ones are started again.
+inspect, sample, sweep, report, record, data, bench, parity and plan say more with --help. The profiles:
 EOF
   for file in profiles/*.env; do
     printf '  %-23s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
@@ -161,6 +163,7 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
     gpus=$(count_gpus)
     [ "$gpus" = 0 ] && profile=smoke || profile=default
   fi
+  export PROFILE=$profile  # for the log
   check_profile "profiles/$profile.env"
   scale "$profile"
   choose_data "$profile"
@@ -168,17 +171,38 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
-built_size() { "$python" tools/record.py build >/dev/null 2>&1 && wc -c <runs/train_gpt.py || echo 0; }  # 0: unknown
+launcher() {  # sets $launch: Python alone, or what starts this machine's ranks and finds those of the others
+  local nodes=${NNODES:-1} node=${NODE_RANK:-} ranks=${NPROC_PER_NODE:-$gpus} restarts=${MAX_RESTARTS:-0} pair
+  [ "$node" ] || [ "$nodes" != 1 ] || node=0
+  for pair in "NNODES=$nodes" "NODE_RANK=$node" "NPROC_PER_NODE=$ranks" "MAX_RESTARTS=$restarts"; do
+    [[ $pair =~ =(0|[1-9][0-9]{0,5})$ ]] || die "$pair is not a whole number"
+  done
+  [ "$node" -lt "$nodes" ] || die "NODE_RANK=$node does not exist in NNODES=$nodes: machines are numbered from 0"
+  [ "$gpus" = 0 ] || [ "$ranks" -le "$gpus" ] || die "NPROC_PER_NODE=$ranks, but this machine has $gpus GPU"
+  [ "$nodes" = 1 ] || [[ ${RDZV_ENDPOINT:-} =~ ^[^[:space:]]+:[1-9][0-9]*$ ]] ||
+    die "RDZV_ENDPOINT=${RDZV_ENDPOINT:-} is not HOST:PORT of the machine with NODE_RANK=0, where $nodes machines meet"
+  launch=("$python")
+  [ "$nodes" -gt 1 ] || [ "$ranks" -gt 1 ] || [ "$restarts" -gt 0 ] || return 0
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
+  export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}  # or a lost machine is a page of C++ stack frames
+  launch+=(tools/launch.py)
+  if [ "$nodes" = 1 ]; then
+    launch+=(--standalone)
+  else
+    launch+=(--nnodes="$nodes" --node_rank="$node" --rdzv_backend=c10d --rdzv_endpoint="$RDZV_ENDPOINT")
+    note "machine $node of 0 to $((nodes - 1)) meets the others at $RDZV_ENDPOINT"
+  fi
+  [ "$restarts" = 0 ] || launch+=(--max_restarts="$restarts")
+  launch+=(--nproc_per_node="$((ranks > 1 ? ranks : 1))")
+}
+built_size() { "$python" tools/record.py build >/dev/null 2>&1 && wc -c <build/train_gpt.py || echo 0; }  # 0: unknown
 run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was scored, AUDIT=only: that alone
   ready "$@"
   export CODE_BYTES=${CODE_BYTES:-$(built_size)}  # what is submitted is the built script, not the readable one
-  local launch=("$python") audit=${AUDIT:-0} of=${EVAL_ARTIFACT:-}
+  local launch audit=${AUDIT:-0} of=${EVAL_ARTIFACT:-}
+  launcher
   [[ $audit =~ ^(0|1|only)$ ]] || die "AUDIT=$audit is not one of 0, 1, only"
   [ "$audit" != only ] || [ "$of" ] || die "AUDIT=only looks at an artifact: bash run.sh audit ARTIFACT"
-  if [ "$gpus" -gt 1 ]; then
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # torchrun would say 1; rank 0 packs the weights on the CPU
-    launch+=(tools/launch.py --standalone --nproc_per_node="$gpus")
-  fi
   [ "$audit$scaled" != 0 ] || exec "${launch[@]}" train_gpt.py
   if [ "$audit" != only ]; then
     export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}  # the audit's files go beside the log, the table into it
@@ -226,7 +250,7 @@ case $command in
       pip_install data/requirements.txt
     fi
     tool data/prepare.py "$@" ;;
-  bench | parity | plan | record | report | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
+  bench | parity | plan | record | report | runs | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     artifact=1

@@ -104,7 +104,8 @@ class Hyperparameters:
     # Run
     run_id: str = env_field("", "name of the run and its log files; generated when empty", section="Run")
     seed: int = env_field(1337, "seed of the initial weights", lo=0)
-    artifact_dir: str = env_field(".", "folder for logs/, checkpoints/ and the model files", alias="OUT_DIR")
+    artifact_dir: str = env_field(".", "folder for runs/RUN_ID/ and the links to its files", alias="OUT_DIR")
+    profile: str = env_field("", "where the settings come from, for the log only; run.sh gives the profile's name")
     device: str = env_field("auto", "where to compute", choices="auto cpu cuda")
     dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
     compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
@@ -507,7 +508,7 @@ def combination_rules(cfg: Hyperparameters):
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
     yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
-    yield re.fullmatch(r"[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits and . _ + - only"
+    yield re.fullmatch(r"(?!\.)[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits, _ + -, later dots"
 
 
 def settings_by_section() -> dict[str, list[dataclasses.Field]]:
@@ -534,9 +535,9 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
-    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
-    given. Raises UserError."""
+def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
+    """Write a file completely or not at all. An existing file is kept on failure, with `keep` on success, too. Raises
+    UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -544,8 +545,8 @@ def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        if older is not None:
-            os.replace(path, older)
+        if keep:
+            keep_older(path)
         os.replace(spare, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -553,16 +554,48 @@ def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
 
 
+def keep_older(path: Path) -> None:
+    """A file at `path`, unless it is a link, moves to NAME.DATE.SUFFIX."""
+    if path.is_file() and not path.is_symlink():
+        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        path.rename(path.with_name(f"{path.stem}.{date}{path.suffix}"))
+
+
+def link(place: Path, file: Path) -> None:
+    """Make `place` a relative link to `file`, or a copy of it where there are no links. Raises UserError."""
+    spare = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        spare.unlink(missing_ok=True)
+        try:
+            spare.symlink_to(os.path.relpath(file.resolve(), place.parent.resolve()))
+            keep_older(place)  # it is not a run's, whose place has links
+        except OSError:
+            spare.write_bytes(file.read_bytes())
+        os.replace(spare, place)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror}") from None
+
+
 class RunLog:
-    """Console and logs/RUN_ID.txt for people, logs/RUN_ID.jsonl for programs; silent on ranks other than 0. The files
-    are created by the first line, so that a run which is refused leaves none."""
+    """Console and runs/RUN_ID/log.txt for people, events.jsonl beside it for programs; silent on ranks other than 0.
+    The files are created by the first line, so that a run which is refused leaves none."""
 
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
-        self.base, self.active, self.broken = folder / "logs" / run_id, active, False
-        self.fresh = set() if append else {".txt", ".jsonl"}  # not written yet: an older run's file is replaced
+        self.folder, self.base = folder / "runs" / run_id, folder / "logs" / run_id
+        self.active, self.append, self.broken = active, append, False
+        self.fresh = {"log.txt", "events.jsonl"}  # not opened yet
 
-    def path(self, kind: str) -> Path:
-        return self.base.with_name(self.base.name + kind)
+    def link(self, name: str) -> None:
+        """Show a file where this field's tools look for it, in logs/ by the name of its run."""
+        kind = {"log.txt": ".txt", "events.jsonl": ".jsonl"}.get(name, f".{name}")
+        link(self.base.with_name(self.base.name + kind), self.folder / name)
+
+    def write(self, name: str, text: str) -> None:
+        """A whole file beside the log. Raises UserError."""
+        if self.active:
+            write_atomically(self.folder / name, text.encode())
+            self.link(name)
 
     def __call__(self, text: str, event: str = "", console: bool = True, **fields) -> None:
         """One line for people and, with an event name, one JSON object for programs. Raises UserError if a log file
@@ -571,23 +604,25 @@ class RunLog:
             return
         if console:
             print(text, flush=True)
-        self._append(".txt", text)
+        self._append("log.txt", text)
         if event:
-            self._append(".jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
+            self._append("events.jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
-    def _append(self, kind: str, text: str) -> None:
-        path, begins = self.path(kind), kind in self.fresh
+    def _append(self, name: str, text: str) -> None:
+        path, begins = self.folder / name, name in self.fresh
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w" if begins else "a", encoding="utf-8") as f:
+            with open(path, "w" if begins and not self.append else "a", encoding="utf-8") as f:
                 f.write(text + "\n")
+            if begins:
+                self.link(name)
         except OSError as error:
             if begins:
                 raise UserError(f"cannot write logs to {path.parent}: {error.strerror}") from None
             if not self.broken:  # a full disk must not end the run: its model may be saved on another one
                 print(f"warning: log {path} is incomplete: {error.strerror}", file=sys.stderr)
             self.broken = True
-        self.fresh.discard(kind)
+        self.fresh.discard(name)
 
 
 class Progress:
@@ -817,7 +852,7 @@ class Runtime:
     groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
     kernels: str = "torch"
     notes: list[str] = dataclasses.field(default_factory=list)  # for the log, which opens later
-    in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # end-of-step events
+    in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # see keep_pace
 
     @classmethod
     def open(cls, cfg: Hyperparameters) -> Runtime:
@@ -863,6 +898,11 @@ class Runtime:
     @property
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def run_folder(self) -> Path:
+        """Where all files of this run are."""
+        return self.folder / "runs" / self.run_id
 
     def compiled(self, function, grows: bool = False):
         """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first argument `grows`,
@@ -916,14 +956,19 @@ class Runtime:
             handle.wait()
         return tensor
 
-    def keep_pace(self, behind: int = 1) -> None:
+    def keep_pace(self, number: Tensor, behind: int = 1) -> list[float]:
         """Wait until the device is at most so many steps behind. One: its queue never runs empty, and the clock is a
-        step late; none: the clock is right."""
-        if self.on_cuda:
-            self.in_flight.append(torch.cuda.Event())
-            self.in_flight[-1].record()
-            while len(self.in_flight) > behind:
-                self.in_flight.popleft().synchronize()
+        step late; none: the clock is right. Returns each finished step's `number`, which are not waited for."""
+        if not self.on_cuda:
+            return [number.item()]
+        self.in_flight.append((number.to("cpu", non_blocking=True), torch.cuda.Event()))
+        self.in_flight[-1][1].record()
+        finished = []
+        while len(self.in_flight) > behind:
+            number, event = self.in_flight.popleft()
+            event.synchronize()
+            finished.append(number.item())
+        return finished
 
     def attention_kernels(self, cfg: Hyperparameters) -> str:
         """The attention back end and, where PyTorch chooses another of its kernels instead, that one's name."""
@@ -951,6 +996,11 @@ class Runtime:
         dist.broadcast(box, src=0, group=self.groups["cpu"])
         return box.item()
 
+    def copy_first(self, tensors) -> None:
+        """Rank 0's values into these tensors of every rank."""
+        for tensor in tensors if self.world_size > 1 else ():
+            dist.broadcast(tensor.detach(), src=0)
+
     def broadcast_object(self, value):
         """Rank 0's value, of any type that can be pickled, on every rank."""
         box = [value]
@@ -972,22 +1022,41 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS_ID = 1  # SentencePiece's token for the beginning of a document, unless it is told otherwise
 BYTES_MARK = "_bytes_"  # in the name of a byte side-car: a shard of how many bytes of text each token of another one is
 SPACE_MARK = "\u2581"   # SentencePiece's visible space
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # CaseOps' pieces, which stand for capitals and no bytes (data/transforms.py)
 
 
-def open_shard(path: str) -> np.ndarray:
-    """The tokens of a shard, memory-mapped: 256 little-endian int32 of header, then uint16 ids. Raises UserError."""
-    try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=256)
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}") from None
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
-    count = int(header[2])
-    if count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UserError(f"{path} is damaged: {count:,} tokens by its header, "
-                        f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+class Shard:
+    """The tokens of a file: 256 little-endian int32 of header, then uint16 ids. A slice is read when it is taken: of a
+    memory-mapped file that is cut off meanwhile, the system would end the process without a word. Raises UserError."""
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            self.file = open(path, "rb", buffering=0)
+            header, size = np.fromfile(self.file, "<i4", 256), os.path.getsize(path)
+        except OSError as error:
+            raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+        if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+            raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
+        self.count = int(header[2])
+        if self.count <= 0 or size != SHARD_HEADER_BYTES + 2 * self.count:
+            raise UserError(f"{path} is damaged: {self.count:,} tokens by its header, "
+                            f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """uint16 [tokens of the slice]"""
+        start, stop, _ = part.indices(self.count)
+        try:
+            self.file.seek(SHARD_HEADER_BYTES + 2 * start)
+            tokens = np.fromfile(self.file, "<u2", stop - start)
+        except OSError as error:
+            raise UserError(f"cannot read shard {self.path}: {error.strerror}") from None
+        if len(tokens) < stop - start:
+            raise UserError(f"{self.path} has become shorter since the run began; download it again, then RESUME=1")
+        return tokens
 
 
 class TokenStream:
@@ -1002,7 +1071,7 @@ class TokenStream:
                             if BYTES_MARK not in os.path.basename(path))
         if not self.paths:
             raise UserError(f"no shard matches {pattern}; data/prepare.py makes them")
-        self.shards = [open_shard(path) for path in self.paths]
+        self.shards = [Shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.vocab_size = vocab_size
 
@@ -1095,12 +1164,12 @@ def read_sidecars(stream: TokenStream) -> np.ndarray | None:
              for folder, name in map(os.path.split, stream.paths)]
     if not any(map(os.path.lexists, paths)):
         return None
-    sizes = [open_shard(path) for path in paths]
+    sizes = [Shard(path) for path in paths]
     for path, size, shard, of in zip(paths, sizes, stream.shards, stream.paths):
         if len(size) != len(shard):
             raise UserError(f"{path} holds the bytes of {len(size):,} tokens, but {of} has {len(shard):,}; download "
                             "both again")
-    return np.concatenate(sizes).astype(np.int32)
+    return np.concatenate([size[:] for size in sizes]).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -1126,6 +1195,9 @@ class ValData:
         tokens = stream.read(0, len(stream))
         sizes, bos_id = read_sidecars(stream), tokenizer.bos_id()
         if sizes is None:
+            if not any(tokenizer.is_unknown(tokenizer.piece_to_id(mark)) for mark in CASE_MARKS):
+                raise UserError(f"{cfg.data_path} lacks fineweb_val{BYTES_MARK}*.bin: its tokenizer is made for text "
+                                "transformed by CaseOps, whose bytes only they tell; fetch or make the data again")
             sizes = token_bytes(tokenizer, tokens)
             if tokenizer.unk_id() >= 0 and (tokens == tokenizer.unk_id()).any():
                 rt.log(f"warning: {cfg.val_files} has tokens unknown to the tokenizer; they count as decoded")
@@ -1163,7 +1235,7 @@ def dataset_facts(folder: str | Path) -> DatasetFacts:
                             str(tokenizer.get("sha256", "")))
     except (FileNotFoundError, NotADirectoryError):
         return DatasetFacts()
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"cannot understand {path}: {error}") from None
 
 
@@ -1214,7 +1286,7 @@ def open_tokenizer(cfg: Hyperparameters):
         size = tokenizer.vocab_size()
     except OSError as error:
         raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror} (TOKENIZER_PATH)") from None
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the latter: its message is no UTF-8
         pass
     if size == 0:
         raise UserError(f"{cfg.tokenizer_path} is not a SentencePiece model")
@@ -1265,18 +1337,21 @@ class QuantSpec:
         return 2 ** (self.bits - 1) - 1
 
 
-def upper_quantile(magnitudes: Tensor, share: float) -> Tensor:
-    """Linearly interpolated quantile of each row. For shares near 1: topk instead of a sort.  # [..., rows, 1]"""
-    position = share * (magnitudes.size(-1) - 1)
-    below = math.floor(position)
-    largest = magnitudes.topk(magnitudes.size(-1) - below, dim=-1).values  # [..., rows, few], descending
-    low, high = largest[..., -1:], largest[..., -2:][..., :1]
-    return low + (high - low) * (position - below)
+def upper_quantiles(magnitudes: Tensor, shares: tuple[float, ...]) -> Tensor:
+    """Linearly interpolated quantiles of each row, for shares near 1: one topk, no sort.  # [shares, ..., rows, 1]"""
+    last = magnitudes.size(-1) - 1
+    largest = magnitudes.topk(last + 1 - math.floor(min(shares) * last), dim=-1).values  # [..., rows, few], descending
+
+    def quantile(share: float) -> Tensor:
+        below = last - math.floor(share * last)
+        low, high = largest[..., below, None], largest[..., max(below - 1, 0), None]
+        return low + (high - low) * (share * last % 1)
+    return torch.stack([quantile(share) for share in shares])
 
 
 def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """The one rounding: nearest code, ties to even, clipped.  # float, same shape as weight"""
-    return (weight / scale).round().clamp(-spec.max_code, spec.max_code)
+    return (weight / scale).round_().clamp_(-spec.max_code, spec.max_code)
 
 
 def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -1301,8 +1376,9 @@ def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
     magnitudes = weight.abs()
     if spec.clip == "amax":
         return magnitudes.amax(-1, keepdim=True) / spec.max_code
-    scales = torch.stack([storable(upper_quantile(magnitudes, share) / spec.max_code) for share in PERCENTILES])
-    errors = [(round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True) for scale in scales]
+    scales = storable(upper_quantiles(magnitudes, PERCENTILES) / spec.max_code)
+    errors = [round_to(weight, scale, spec).mul_(scale).sub_(weight).square_().sum(-1, keepdim=True)
+              for scale in scales]
     return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
@@ -2187,6 +2263,7 @@ class Muon:
         self.slices = [-(-len(bank) // rt.world_size) for bank in self.banks]
         self.momentum = [bank.new_zeros(n, *bank.shape[1:]) for bank, n in zip(self.banks, self.slices)]
         self.row_memory = [m.new_zeros(*m.shape[:2], 1) for m in self.momentum] if cfg.normuon else []
+        self.skipped = torch.zeros((), dtype=torch.bool, device=rt.device)  # the present step shall change nothing
 
     def launch_reduce(self) -> list[tuple[Tensor, object]]:
         """Start to sum the gradients over ranks: (this rank's shard, handle to wait for) of each bank."""
@@ -2198,16 +2275,18 @@ class Muon:
 
     def launch_update(self, shards: list[Tensor], momentum: float) -> list[tuple[Tensor, object]]:
         """Orthogonalise this rank's slices and start to gather every rank's: (whole update, handle) of each bank."""
-        started = []
+        started, kept = [], torch.where(self.skipped, 1.0, momentum)
         for i, (grad, buffer) in enumerate(zip(shards, self.momentum)):
-            buffer.mul_(momentum).add_(grad)
-            nesterov = grad.add(buffer, alpha=momentum)
+            buffer.mul_(kept).add_(grad.masked_fill_(self.skipped, 0.0))
+            nesterov = grad.add(buffer, alpha=momentum).masked_fill_(self.skipped, 0.0)
             if self.cfg.muon_row_normalize:
                 nesterov = F.normalize(nesterov, dim=-1, eps=1e-7)
             update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels,
                                    POLAR_EXPRESS if self.cfg.polar_express else NEWTON_SCHULZ)
             if self.row_memory:
+                before = self.row_memory[i].clone()
                 update = normalise_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
+                self.row_memory[i] = torch.where(self.skipped, before, self.row_memory[i])
             started.append(self.rt.launch_all_gather(update.contiguous()))
         return started
 
@@ -2215,7 +2294,8 @@ class Muon:
         """Decay the banks and add the updates, which are larger for tall matrices."""
         for bank, update in zip(self.banks, updates):
             aspect = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
-            bank.mul_(1 - lr * self.cfg.muon_wd).add_(update[:len(bank)].to(bank.dtype), alpha=-lr * aspect)
+            kept = torch.where(self.skipped, 1.0, 1 - lr * self.cfg.muon_wd)
+            bank.mul_(kept).add_(update[:len(bank)].to(bank.dtype), alpha=-lr * aspect)
 
     def state(self) -> dict:
         """Buffers of whole banks, which any world size can load."""
@@ -2260,12 +2340,15 @@ class Optimisers:
     @torch.no_grad()
     def step(self, plan: StepPlan) -> Tensor:
         """Apply the gradients in `.grad`, whose sum over ranks is the global one, and drop them. They are clipped after
-        they are summed (PR 1092 clips each rank's own). Returns the norm before clipping."""
+        they are summed (PR 1092 clips each rank's own). If they are not finite, nothing else is changed: decided on the
+        device, so that no host waits. Returns the norm before clipping."""
         started = self.muon.launch_reduce()
         grads = self.rt.sum_many_([p.grad for p in self.replicated])
         shards = [self.rt.wait(pair) for pair in started]
         squares = self.rt.sum_(torch.nn.utils.get_total_norm(shards).to(grads[0].device).square())
         norm = (squares + torch.nn.utils.get_total_norm(grads).square()).sqrt()
+        self.muon.skipped = ~norm.isfinite()
+        self.adamw.found_inf = self.muon.skipped.float()
         if self.cfg.grad_clip_norm > 0:
             torch._foreach_mul_([*shards, *grads], (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
         updates = self.muon.launch_update(shards, plan.momentum)
@@ -2430,6 +2513,9 @@ class BigramCounts:
         return data.micro_batches((weights / weights.mean())[mine.start * data.seq_len:mine.stop * data.seq_len])
 
 
+MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
+
+
 @dataclass
 class TrainState:
     """Everything that changes while training: what a checkpoint holds."""
@@ -2442,6 +2528,7 @@ class TrainState:
     step: int = 0
     qat: bool = False
     first_step_s: float = 0.0
+    skipped: int = 0  # steps in a row
 
     @classmethod
     def initial(cls, model: GPT, cfg: Hyperparameters, rt: Runtime) -> TrainState:
@@ -2451,6 +2538,10 @@ class TrainState:
     def pace(self, elapsed_s: float) -> float:
         """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
         return (elapsed_s - self.first_step_s) / (self.step - 1) if self.step > 1 else 0.0
+
+    def ended(self, cfg: Hyperparameters, elapsed_s: float) -> bool:
+        """Whether the step limit or the clock ends training."""
+        return self.step >= cfg.iterations or 0 < cfg.train_seconds <= elapsed_s
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: never) is due now."""
@@ -2470,13 +2561,13 @@ class TrainState:
 
 
 def checkpoint_path(rt: Runtime) -> Path:
-    return rt.folder / "checkpoints" / f"{rt.run_id}.pt"
+    return rt.run_folder / "checkpoint.pt"
 
 
 def resumable_settings(cfg: Hyperparameters) -> str:
     """JSON of the settings a checkpoint must share with the run that resumes from it."""
     free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
-            "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size",
+            "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size", "profile",
             "micro_batch_tokens"}
     late = ("eval_", "ttt_", "hash_embed_", "compress", "artifact_", "gptq_", "size_fit")
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
@@ -2487,6 +2578,7 @@ def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
     if rt.rank == 0:
         packed |= {"settings": resumable_settings(cfg), "elapsed_s": state.watch.elapsed()}
         write_atomically(checkpoint_path(rt), torch_bytes(packed))
+        link(rt.folder / "checkpoints" / f"{rt.run_id}.pt", checkpoint_path(rt))
     rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
 
 
@@ -2496,9 +2588,11 @@ def torch_bytes(value) -> bytes:
     return buffer.getvalue()
 
 
-def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Resume from the checkpoint of RUN_ID. Raises UserError if it is missing, damaged or of other settings."""
+def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
+    """Resume from the checkpoint of RUN_ID. Returns the seconds of training it took. Raises UserError if it is missing,
+    damaged or of other settings."""
     path = checkpoint_path(rt)
+    path = path if path.exists() else rt.folder / "checkpoints" / f"{rt.run_id}.pt"
     try:
         packed = torch.load(path, map_location=rt.device, weights_only=True)
     except FileNotFoundError:
@@ -2510,12 +2604,13 @@ def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
     if changed:
         raise UserError(f"checkpoint {path} was made with another {', '.join(changed)}")
     state.unpack(packed)
-    state.watch = Stopwatch(packed["elapsed_s"])
     rt.log(f"resume:step:{state.step} from {path}", "resume", step=state.step)
+    return packed["elapsed_s"]
 
 
-def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> Tensor:
-    """One optimiser step on the batch of state.step. Returns this rank's share of the mean loss, to be summed."""
+def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> tuple[Tensor, Tensor]:
+    """One optimiser step on the batch of state.step. Returns this rank's share of the mean loss, to be summed, and the
+    norm of the gradient."""
     total = 0.0
     if state.qat:
         state.model.refresh_scales(plan.hardness)
@@ -2523,8 +2618,19 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> T
         loss = loss_fn(inputs, targets, state.qat, None, weights) / (data.micro_steps * data.rt.world_size)
         loss.backward()
         total = total + loss.detach()
-    state.optimisers.step(plan)
-    return total
+    return total, state.optimisers.step(plan)
+
+
+def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
+    """Look at the norms of the last finished steps' gradients: a step whose norm is not finite was not applied. Raises
+    UserError after MOST_SKIPPED in a row."""
+    for step, norm in enumerate(norms, state.step - len(rt.in_flight) - len(norms) + 1):
+        state.skipped = 0 if math.isfinite(norm) else state.skipped + 1
+        if state.skipped:
+            rt.log(f"warning: step {step} is not applied: the norm of its gradient is {norm}", "skipped", step=step)
+        if state.skipped == MOST_SKIPPED:
+            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, are "
+                            "not finite; lower MATRIX_LR or SCALAR_LR")
 
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
@@ -2545,12 +2651,11 @@ def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainDat
 def begin_training(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, loss_fn) -> TrainState:
     """The state of the first step, or of the checkpoint with RESUME=1, once every graph is compiled. Its clock runs."""
     state = TrainState.initial(model, cfg, rt)
-    if cfg.warmup_steps and not cfg.resume:
+    spent_s = load_checkpoint(cfg, rt, state) if cfg.resume else 0.0
+    if cfg.warmup_steps and not state.ended(cfg, spent_s):
         warm_up(cfg, rt, state, data, loss_fn)
     rt.synchronize()  # the device has done with the warm-up
-    state.watch = Stopwatch()
-    if cfg.resume:
-        load_checkpoint(cfg, rt, state)
+    state.watch = Stopwatch(spent_s)
     return state
 
 
@@ -2558,16 +2663,15 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     """Train until the step limit or the clock ends it; the model is left with the averaged weights.
 
     `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
-    training time. No step begins after the limit. Raises UserError when the loss is no longer finite.
+    training time. No step begins after the limit. Raises UserError when the gradient is no longer finite.
     """
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
     state = begin_training(cfg, rt, model, data, loss_fn)
     model.train()
     rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
     elapsed = rt.agree(state.watch.elapsed())
-    out_of_time = False
     while True:
-        done = out_of_time or state.step >= cfg.iterations
+        done = state.ended(cfg, elapsed)
         if done or state.due(cfg.val_loss_every):
             with state.watch.paused(rt.synchronize):
                 result = validate("validation", score_fn)
@@ -2577,20 +2681,16 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
         announce(rt, state, plan, cfg)
-        loss = train_step(state, data, plan, loss_fn)
+        loss, norm = train_step(state, data, plan, loss_fn)
         state.step += 1
         state.averager.update(state.step, plan)
         ends = state.step == cfg.iterations or cfg.train_seconds and elapsed + 3 * pace >= cfg.train_seconds
-        rt.keep_pace(behind=0 if ends or not pace else 1)
+        count_skipped(rt, state, rt.keep_pace(norm, behind=0 if ends or not pace else 1))
         elapsed = rt.agree(state.watch.elapsed())
         state.first_step_s = state.first_step_s or elapsed
-        out_of_time = bool(cfg.train_seconds) and elapsed >= cfg.train_seconds
-        last = out_of_time or state.step == cfg.iterations
-        if cfg.train_log_every and (state.step <= 10 or last or state.due(cfg.train_log_every)):
+        if cfg.train_log_every and (state.step <= 10 or state.ended(cfg, elapsed) or state.due(cfg.train_log_every)):
             loss = rt.sum_(loss).item()
             log_losses(cfg, rt, state, elapsed, "train", {"train_loss": loss}, lr_scale=plan.lr_scale)
-            if not math.isfinite(loss):
-                raise UserError(f"training diverged: loss {loss} at step {state.step}; lower MATRIX_LR or SCALAR_LR")
         if state.due(cfg.checkpoint_every):
             with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
@@ -3548,23 +3648,26 @@ class EvalClock:
         self.in_step, self.chunks = in_step, len(plan)
         self.planned, self.left_out = epochs * sum(chunk.train_tokens > 0 for chunk in plan), 0
         self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
-        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # laps: (seconds, tokens)
+        self.graphs = set()  # that a lap has used
+        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # (seconds, tokens, compiled?)
 
     def cost(self, what: str) -> float:
-        """Seconds per token. The first lap is left out: it may have compiled."""
-        laps = self.laps[what][1:]
+        """Seconds per token. The first lap of each graph is left out: it may have compiled."""
+        laps = [(seconds, tokens) for seconds, tokens, compiled in self.laps[what] if compiled]
         if laps:
             return sum(seconds for seconds, _ in laps) / sum(tokens for _, tokens in laps)
         share = 1 / self.rt.world_size if self.in_step else 1
         return self.pace if what == "score" else self.cost("score") * self.LEARN_COST * share
 
-    def lap(self, what: str, tokens: int, epochs: int = 1) -> None:
-        """Note the time since the last lap as that of so many epochs over `tokens` tokens."""
+    def lap(self, what: str, graph: bool, tokens: int, epochs: int = 1) -> None:
+        """Note the time since the last lap as that of so many epochs over `tokens` tokens. graph: whether it was the
+        one that is compiled for the first chunks of documents."""
         self.to_do[what] -= tokens
         if tokens * epochs:
             self.rt.synchronize()
             now = self.watch.elapsed()
-            self.laps[what].append((now - self.mark, tokens * epochs))
+            self.laps[what].append((now - self.mark, tokens * epochs, (what, graph) in self.graphs))
+            self.graphs.add((what, graph))
             self.mark = now
 
     def affordable_epochs(self, tokens: int, chunk: int) -> int:
@@ -3658,7 +3761,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             if observe:
                 observe(numbers, values)
             bar.update()
-        clock.lap("score", chunk.reads)
+        clock.lap("score", chunk.resets, chunk.reads)
         if adapter:
             report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
         if epochs and rows:
@@ -3666,7 +3769,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             adapter.learn_rows(nll, counted, epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
-        clock.lap("learn", chunk.train_tokens, epochs)
+        clock.lap("learn", chunk.resets, chunk.train_tokens, epochs)
         nll = rescore = None  # frees the graph of the forward pass
     bar.close()
     clock.end()
@@ -3755,7 +3858,7 @@ def read_file(path: str) -> bytes:
 
 def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
     """All settings to the log file, those that differ from the defaults to the console as well."""
-    rt.log(str(rt.log.path(".txt")))
+    rt.log(f"{rt.log.base}.txt")
     source = Path(__file__).read_bytes()
     rt.log(f"source:sha256:{hashlib.sha256(source).hexdigest()} python:{sys.version.split()[0]} "
            f"torch:{torch.__version__}")
@@ -3766,7 +3869,9 @@ def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
     for name in sorted(name for name in WITHOUT_EFFECT if given.get(name, "0") not in ("", "0")):
         rt.log(f"warning: {name}={given[name]} has no effect: {WITHOUT_EFFECT[name]}")
     rt.log("settings other than the defaults: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none"),
-           "settings", all=dataclasses.asdict(cfg), changed=changed)
+           "settings", all=dataclasses.asdict(cfg), changed=changed, pid=os.getpid(), host=os.uname().nodename)
+    lines = [f"{k.upper()}={int(v) if isinstance(v, bool) else v}\n" for k, v in changed.items() if k != "run_id"]
+    rt.log.write("settings.env", f"# {cfg.profile or 'settings'}, as run {rt.run_id} had them\n" + "".join(lines))
 
 
 def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, data: TrainData | None = None) -> None:
@@ -3806,13 +3911,13 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
     def make(settings: Hyperparameters) -> Artifact:
         return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, hessians))
 
-    path, code_bytes, total = rt.folder / "final_model.ptz", submitted_code_bytes(cfg), 0
+    path, code_bytes, total = rt.run_folder / "final_model.ptz", submitted_code_bytes(cfg), 0
     if rt.rank == 0:
         skipped = sum(p.numel() for p in model.mtp_heads.parameters())
         if skipped:
             rt.log(f"export_excluding_mtp_params:{skipped}")
         whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
-        write_atomically(rt.folder / "final_model.pt", whole)
+        write_atomically(path.with_suffix(".pt"), whole)
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
         total = len(artifact.blob) + code_bytes
@@ -3820,10 +3925,9 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
             cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
-        older = place_of_older(rt, path)
-        write_atomically(path, artifact.blob, older)
-        if older is not None:
-            rt.log(f"the artifact of an older run is kept as {older}")
+        write_atomically(path, artifact.blob, keep=not cfg.resume)
+        for file in (path, path.with_suffix(".pt")):
+            link(rt.folder / file.name, file)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -3837,19 +3941,6 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         raise UserError(f"submission of {total:,} bytes is over ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,}; the "
                         "table above shows what took them")
     return path
-
-
-def place_of_older(rt: Runtime, path: Path) -> Path | None:
-    """Where an artifact that another run left at `path` moves: final_model.RUN_ID.ptz. None if there is none."""
-    if not path.is_file():
-        return None
-    digest, run_id = hashlib.sha256(path.read_bytes()).hexdigest(), ""
-    for log in (rt.folder / "logs").glob("*.jsonl"):
-        with contextlib.suppress(OSError):
-            if f'"sha256": "{digest}"' in log.read_text():
-                run_id = log.stem
-    run_id = run_id or time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-    return None if run_id == rt.run_id else path.with_name(f"{path.stem}.{run_id}{path.suffix}")
 
 
 def precision_tag(cfg: Hyperparameters) -> str:
@@ -3902,11 +3993,11 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         note = f" stride:{cfg.eval_stride}" if key == "sliding" else ""
         log_score(rt, label, r, note)
         rt.log(f"{label}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
-        traces[key] = {**trace.tables(rt), "seconds": {what: [s for s, _ in laps] for what, laps in clock.laps.items()}}
+        seconds = {what: [lap[0] for lap in laps] for what, laps in clock.laps.items()}
+        traces[key] = {**trace.tables(rt), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
-    if rt.rank == 0:
-        write_atomically(rt.log.path(".eval.json"), json.dumps(traces).encode())
+    rt.log.write("eval.json", json.dumps(traces))
     return results
 
 
@@ -3926,6 +4017,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.attend, rt.dtype, specs, rt.kernels).to(rt.device)
+    rt.copy_first(model.parameters())
     log_preamble(cfg, rt, model, val, data)
     tokens = min(cfg.val_batch_size // rt.world_size, rt.forward_tokens(cfg))
     plan = plan_evaluation(val, cfg, rt, cfg.window, max(tokens // cfg.window, 1))
@@ -3976,8 +4068,6 @@ def report(rt: Runtime, summary: dict) -> None:
     """The short summary for people; then the same as one JSON line and file for programs."""
     spent = ", ".join(f"{phase} {s:.1f}" for phase, s in summary["seconds"].items())
     bpb = lambda key: "off" if summary[key] is None else f"{summary[key]:.4f}"
-    trained = [] if summary["val_bpb_pre_quant"] is None else [str(rt.folder / "final_model.pt")]
-    files = ", ".join([summary["artifact_path"], *trained, str(rt.log.path(".txt"))])
     for line in (
         "-" * 72,
         f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, "
@@ -3986,13 +4076,15 @@ def report(rt: Runtime, summary: dict) -> None:
         f"size            {summary['total_bytes']:,} of {summary['artifact_limit_bytes']:,} bytes: "
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
         f"seconds         {spent}",
-        f"files           {files}, .jsonl, .summary.json, .eval.json",
+        f"files           {summary['artifact_path']}, all else in {rt.run_folder}",
     ):
         rt.log(line)
     text = json.dumps(summary)
-    if rt.rank == 0:
-        write_atomically(rt.log.path(".summary.json"), (text + "\n").encode())
+    rt.log.write("summary.json", text + "\n")
     rt.log(f"summary: {text}")
+    if rt.rank == 0:
+        for name in ("log.txt", "events.jsonl"):
+            rt.log.link(name)  # where there are no links, the copies of the first lines become those of the whole
 
 
 def end_with(error: UserError, rank: int) -> int:
@@ -4028,6 +4120,8 @@ def main(arguments: list[str]) -> int:
         rt.agree(0.0)  # no rank leaves before the first has written its last file
         failed = False
     except UserError as error:
+        if rt is not None and not rt.log.fresh:  # the log has begun
+            rt.log(f"error: {error}", "failed", console=False, why=str(error))
         return end_with(error, rank)
     except KeyboardInterrupt:
         print("interrupted; RESUME=1 with the RUN_ID of a training run goes on from its last checkpoint",

@@ -3,15 +3,17 @@
     python data/prepare.py embedded                         Python's own documentation: small, offline
     python data/prepare.py text FILE... --tokenizer MODEL   your own .txt, .jsonl (also .zst compressed), .parquet files
     python data/prepare.py fineweb --vocab-size 8192        the published FineWeb shards of a vocabulary
+    python data/prepare.py check DATASET                    whether a data set is whole, canonical, free of leaks
 
-Every command writes `<out>/datasets/<name>/fineweb_{train,val}_%06d.bin` and `<out>/tokenizers/*.model`,
+Every command but the last writes `<out>/datasets/<name>/fineweb_{train,val}_%06d.bin` and `<out>/tokenizers/*.model`,
 notes in `dataset.json` beside the shards where they come from, and ends by printing the settings that
 `train_gpt.py` needs.
 
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros) followed by the tokens as
 little-endian uint16. A document is the BOS token followed by its pieces; there is no EOS. A tokenizer is a
 SentencePiece model like the published ones: byte-pair pieces, byte fallback, NFKC, pad 0, BOS 1, EOS 2,
-unknown 3.
+unknown 3. Where the text was transformed (`text --transform`, see transforms.py), fineweb_val_bytes_%06d.bin
+tells in the same format how many bytes of original text each validation token stands for.
 """
 from __future__ import annotations
 
@@ -30,16 +32,22 @@ import shutil
 import sys
 import sysconfig
 import warnings
+from array import array
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
+import transforms
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts tokens in an int32
 MAX_VOCAB = 2**16  # tokens are stored as uint16
+MAX_SHARDS = 10**6  # a shard's number has six digits
+MAX_PATH = 200  # characters of a path in a manifest
+BOS = 1  # of the published tokenizers
+OPENING_TOKENS = 128  # of a document, which it is recognised by: more than a heading that pages of a site share
 SHARD_TOKENS = 100_000_000  # as published
 
 SPACE = "\u2581"  # SentencePiece's visible space
@@ -160,7 +168,7 @@ def read_json(path: Path) -> dict:
     """The object in `path`, or {} when there is none that can be read."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -205,38 +213,58 @@ def check_shard(path: Path) -> int:
 class ShardWriter:
     """Collects one split's documents and writes a shard each time `shard_tokens` tokens are there."""
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int):
+    def __init__(self, folder: Path, split: str, shard_tokens: int, sidecar: bool = False):
         self.folder, self.split = folder, split
-        self.buffer = np.empty(shard_tokens, np.uint16)  # untouched pages cost no memory
-        self.filled = 0
+        self.kinds = [split, f"{split}_bytes"] if sidecar else [split]
+        self.buffer = np.empty((len(self.kinds), shard_tokens), np.uint16)  # untouched pages cost no memory
+        self.filled = self.shards = 0
         self.files: dict[str, str] = {}  # name -> sha256
-        self.documents = self.tokens = self.text_bytes = 0
+        self.documents = self.tokens = self.text_bytes = self.counted_bytes = 0
+        self.openings = array("Q")
 
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append one document's token ids [count]."""
+    def add(self, ids: np.ndarray, text_bytes: int, sizes: np.ndarray | None = None) -> None:
+        """Append one document's token ids and, for the side-car, the bytes of text each stands for.  # [count]"""
         self.documents += 1
         self.tokens += ids.size
         self.text_bytes += text_bytes
-        while ids.size:
-            part = ids[: self.buffer.size - self.filled]
-            self.buffer[self.filled : self.filled + part.size] = part
-            self.filled += part.size
-            ids = ids[part.size :]
-            if self.filled == self.buffer.size:
+        self.openings.append(opening(ids))
+        rows = np.stack([ids] if len(self.kinds) == 1 else [ids, sizes])
+        self.counted_bytes += int(rows[1:].sum())
+        if rows.max(initial=0) >= MAX_VOCAB:
+            raise UserError(f"one token stands for {rows.max():,} bytes of text; a side-car holds {MAX_VOCAB - 1:,}")
+        while rows.size:
+            part = rows[:, : self.buffer.shape[1] - self.filled]
+            self.buffer[:, self.filled : self.filled + part.shape[1]] = part
+            self.filled += part.shape[1]
+            rows = rows[:, part.shape[1] :]
+            if self.filled == self.buffer.shape[1]:
                 self.flush()
 
     def flush(self) -> None:
         """Write what is collected as the next shard."""
         if self.filled:
-            path = self.folder / f"fineweb_{self.split}_{len(self.files):06d}.bin"
-            write_shard(path, self.buffer[: self.filled])
-            self.files[path.name] = sha256_file(path)
-            self.filled = 0
+            for kind, row in zip(self.kinds, self.buffer):
+                path = self.folder / f"fineweb_{kind}_{self.shards:06d}.bin"
+                write_shard(path, row[: self.filled])
+                self.files[path.name] = sha256_file(path)
+            self.shards, self.filled = self.shards + 1, 0
 
     def summary(self) -> dict:
         """What `dataset.json` says about this split."""
-        return {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes,
+        counted = {"counted_bytes": self.counted_bytes} if len(self.kinds) > 1 else {}
+        return {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes, **counted,
                 "files": self.files}
+
+
+def opening(ids: np.ndarray) -> int:
+    """A 64-bit hash of a document's first tokens: equal in two documents that are the same, or begin the same."""
+    first = np.ascontiguousarray(ids[:OPENING_TOKENS], "<u2")
+    return int.from_bytes(hashlib.blake2b(first.data, digest_size=8).digest(), "little")
+
+
+def copies(train: array, val: array) -> int:
+    """How many validation documents begin as some training document does, by the openings of both."""
+    return int(np.isin(np.array(val, np.uint64), np.array(train, np.uint64)).sum())
 
 
 # ---- tokenizers --------------------------------------------------------------------------------------------
@@ -264,10 +292,11 @@ def sentences(texts: Iterable[str], length: int = 16_384) -> Iterator[str]:
             yield line[start : start + length]
 
 
-def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> None:
+def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int, symbols: Iterable[str] = ()) -> None:
     """Train a SentencePiece model with exactly `vocab_size` pieces on `texts` and write it to `path`.
 
-    The settings are those of the published tokenizers. Equal texts in equal order give equal bytes.
+    The settings are those of the published tokenizers; `symbols` are pieces of their own. Equal texts in equal
+    order give equal bytes.
     UserError when the text is empty, or has too little variety (or too much) for that many pieces.
     """
     spm = need("sentencepiece", "sentencepiece")
@@ -280,7 +309,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> 
             sentence_iterator=sentences(sample), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
             character_coverage=0.999, required_chars=SPACE, normalization_rule_name="nmt_nfkc",
-            add_dummy_prefix=False, max_sentence_length=1 << 17,
+            add_dummy_prefix=False, max_sentence_length=1 << 17, user_defined_symbols=list(symbols),
             num_threads=1,  # the result must not depend on how threads interleave
             minloglevel=3)
     except (RuntimeError, ValueError, OSError) as e:
@@ -342,32 +371,63 @@ def batches(documents: Iterable[Document], chars: int) -> Iterator[list[Document
         yield batch
 
 
-def encode(tokenizer: Any, documents: Iterable[Document]) -> Iterator[tuple[str, np.ndarray, int]]:
-    """(split, uint16 ids [count] beginning with BOS, UTF-8 bytes of the text) for each document, in order."""
+def encode_texts(tokenizer: Any, texts: list[str], transform: str, with_sizes: bool) -> list[tuple]:
+    """Of each text: its token ids [count] and, if wanted and the text is transformed, the bytes each stands for."""
     threads = cpu_count()
-    for batch in batches(documents, BATCH_CHARS):
-        encoded = tokenizer.encode([text for _, text in batch], add_bos=True, num_threads=threads)
-        for (split, text), ids in zip(batch, encoded):
-            tokens = np.array(ids, np.uint16)
-            if (tokens == tokenizer.unk_id()).any():
-                raise UserError("the tokenizer has no byte fallback and the text has characters it does not "
-                                "know: their bytes could not be counted")
-            yield split, tokens, len(text.encode())
+    if not transform:
+        return [(np.array(ids, np.int64), None) for ids in tokenizer.encode(texts, num_threads=threads)]
+    for text in texts:
+        if transforms.is_encoded_case(text):
+            raise UserError(f"the document that begins {text[:40]!r} is transformed already: give the original text, "
+                            "or leave --transform out")
+    if with_sizes:
+        found = transforms.encode(tokenizer, texts, threads)
+    else:
+        encoded = tokenizer.encode(list(map(transforms.encode_case, texts)), num_threads=threads)
+        found = [(np.array(ids, np.int64), np.zeros(len(ids), np.int64)) for ids in encoded]
+    return [fuse(tokenizer, *pair, text) for pair, text in zip(found, texts)] if transform == "mp3" else found
 
 
-def write_dataset(folder: Path, tokenizer: Any, documents: Iterable[Document], shard_tokens: int) -> dict:
-    """Encode documents into shards in `folder`. Returns {"train": ..., "val": ...}, see ShardWriter.summary.
+def fuse(tokenizer: Any, ids: np.ndarray, sizes: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """transforms.fuse, with a complaint that names the document."""
+    try:
+        return transforms.fuse(tokenizer, ids, sizes)
+    except ValueError as e:
+        raise UserError(f"the document that begins {text[:40]!r}: {e}; take the control character out, or use "
+                        "--transform caseops") from None
+
+
+def encode(tokenizer: Any, documents: Iterable[Document], transform: str = "") -> Iterator[tuple]:
+    """(split, ids [count] beginning with BOS, UTF-8 bytes of the text, for validation text that is transformed the
+    bytes of each token [count]) for each document, in order within each split."""
+    for batch in batches(documents, BATCH_CHARS // 8 if transform else BATCH_CHARS):  # bytes of tokens take much memory
+        for split in ("train", "val"):
+            texts = [text for of, text in batch if of == split]
+            for text, (ids, sizes) in zip(texts, encode_texts(tokenizer, texts, transform, split == "val")):
+                if (ids == tokenizer.unk_id()).any():
+                    raise UserError("the tokenizer has no byte fallback and the text has characters it does not "
+                                    "know: their bytes could not be counted")
+                tokens = np.concatenate(([tokenizer.bos_id()], ids)).astype(np.uint16)
+                yield split, tokens, len(text.encode()), None if sizes is None else np.concatenate(([0], sizes))
+
+
+def write_dataset(folder: Path, tokenizer: Any, documents: Iterable[Document], shard_tokens: int,
+                  transform: str = "") -> tuple[dict, int]:
+    """Encode documents into shards in `folder`. Returns {"train": ..., "val": ...}, see ShardWriter.summary, and how
+    many validation documents are in the training text too.
 
     UserError when one of the two splits stays empty.
     """
-    writers = {split: ShardWriter(folder, split, shard_tokens) for split in ("train", "val")}
-    for split, ids, text_bytes in encode(tokenizer, documents):
-        writers[split].add(ids, text_bytes)
+    writers = {split: ShardWriter(folder, split, shard_tokens, bool(transform) and split == "val")
+               for split in ("train", "val")}
+    for split, ids, text_bytes, sizes in encode(tokenizer, documents, transform):
+        writers[split].add(ids, text_bytes, sizes)
     for split, writer in writers.items():
         writer.flush()
         if not writer.files:
             raise UserError(f"no document is left for the {split} split: give more text")
-    return {split: writer.summary() for split, writer in writers.items()}
+    return ({split: writer.summary() for split, writer in writers.items()},
+            copies(writers["train"].openings, writers["val"].openings))
 
 
 def build_dataset(folder: Path, model: Path, documents: Callable[[str], Iterable[Document]], train_new: bool,
@@ -375,23 +435,51 @@ def build_dataset(folder: Path, model: Path, documents: Callable[[str], Iterable
     """Make the whole of `folder`, and the tokenizer `model` too if `train_new`; neither appears half-made.
 
     documents: called with a word for the progress bar, gives all documents; called once for each pass.
-    facts: where the text comes from. Returns what `dataset.json` holds.
+    facts: where the text comes from, and how it is transformed. Returns what `dataset.json` holds. UserError where
+    files were given as validation text and the training text has documents of them.
     """
+    transform = facts.get("transform", "")
     with atomic_folder(folder) as stage:
         source = stage / "tokenizer.model" if train_new else model
         if train_new:
-            texts = (text for split, text in documents("tokenizer") if split == "train")
-            train_tokenizer(texts, source, vocab_size)
+            texts = (transforms.encode_case(text) if transform else text
+                     for split, text in documents("tokenizer") if split == "train")
+            train_tokenizer(texts, source, vocab_size, transforms.MARKERS if transform else ())
         kept = model if train_new else place_beside(folder, model)
-        info = {**facts, "vocab_size": vocab_size, "tokenizer": tokenizer_note(folder, kept, source),
-                **write_dataset(stage, load_tokenizer(source), documents("encode"), shard_tokens)}
+        splits, copied = write_dataset(stage, load_tokenizer(source), documents("encode"), shard_tokens, transform)
+        if copied and facts.get("val_sources"):
+            raise UserError(leak_line(copied, splits["val"]["documents"]) + ": take them out of the training files")
+        info = {**facts, "vocab_size": vocab_size, "tokenizer": tokenizer_note(folder, kept, source), **splits}
         if train_new or not kept.exists():
             install(source, kept)
         if train_new:
             source.unlink()
         write_json(stage / "dataset.json", info)
     report(folder, model, info)
+    if copied:
+        print(f"note: {leak_line(copied, info['val']['documents'])}")
     return info
+
+
+def leak_line(copied: int, documents: int) -> str:
+    """What is wrong when training text has validation documents."""
+    return (f"{copied:,} of {counted(documents, 'validation document')} {'is' if copied == 1 else 'are'} in the "
+            f"training text too, or begin as one there does for {OPENING_TOKENS} tokens")
+
+
+def missing_markers(tokenizer: Any) -> list[str]:
+    """The markers of transformed text that a tokenizer has no pieces for."""
+    return [f"U+{ord(mark):04X}" for mark in transforms.MARKERS if tokenizer.is_unknown(tokenizer.piece_to_id(mark))]
+
+
+def require_markers(tokenizer: Any, path: Path, transform: str) -> None:
+    """UserError unless a tokenizer has pieces for the markers of transformed text just where the text has them."""
+    missing = missing_markers(tokenizer)
+    if transform and missing:
+        raise UserError(f"{path}: no piece for {', '.join(missing)}, which --transform {transform} writes: use a "
+                        "tokenizer made for it, or --vocab-size to make one")
+    if not transform and not missing:
+        raise UserError(f"{path}: this tokenizer is made for transformed text: add --transform caseops")
 
 
 def place_beside(folder: Path, model: Path) -> Path:
@@ -413,8 +501,9 @@ def report(folder: Path, tokenizer: Path, info: dict) -> None:
     """Print what there is, what one should know about it, and the settings that use it."""
     for split in ("train", "val"):
         part = info[split]
+        shards = sum("_bytes_" not in name for name in part["files"])  # a side-car has no tokens
         print(f"{split:5} {part['tokens']:>13,} tokens {counted(part['documents'], 'document'):>19} "
-              f"{part['text_bytes']:>13,} bytes of text, shards: {len(part['files'])}")
+              f"{part['text_bytes']:>13,} bytes of text, shards: {shards}")
     if info.get("document_cut"):
         print("note: a document was cut in two and its end held out, since no choice of whole ones comes near "
               f"--val-fraction {info['val_fraction']} (a .txt file is one document, and so is a line of a .jsonl file)")
@@ -736,8 +825,9 @@ class TextSource(NamedTuple):
 
 
 def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None, vocab_size: int,
-               shard_tokens: int) -> dict:
-    """Build `<out>/datasets/<name>_sp<V>`, with a new tokenizer when none is given; see build_dataset."""
+               shard_tokens: int, transform: str = "") -> dict:
+    """Build `<out>/datasets/<name>_sp<V>`, with a new tokenizer when none is given; see build_dataset. The name of
+    transformed data ends in `_<transform>`."""
     for path in source.files + source.val_files:
         kind = file_kind(path)
         if not path.is_file():
@@ -748,9 +838,11 @@ def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None,
             with open_parquet(path, source.column):
                 pass  # a missing column or package is told before hours of work on the files before it
     if tokenizer:
-        vocab_size = load_tokenizer(tokenizer).vocab_size()
-    model = tokenizer or out / "tokenizers" / f"{name}_{vocab_size}_bpe.model"
-    folder = out / "datasets" / f"{name}_sp{vocab_size}"
+        loaded = load_tokenizer(tokenizer)
+        vocab_size = loaded.vocab_size()
+        require_markers(loaded, tokenizer, transform)
+    model = tokenizer or out / "tokenizers" / f"{name}_{vocab_size}_bpe{'_caseops' if transform else ''}.model"
+    folder = out / "datasets" / "_".join([name, f"sp{vocab_size}", *filter(None, [transform])])
     if folder.exists() and read_json(folder / "dataset.json").get("kind") != "text":
         raise UserError(f"{folder} was not made by this command, so it stays: choose another --name")
     held = source.choose()
@@ -758,7 +850,8 @@ def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None,
              "val_sources": [path.name for path in source.val_files], "limit_documents": source.limit,
              "column": source.column,
              "document_cut": held is not None and 0 < held.share < 1,
-             "val_fraction": None if source.val_files else source.val_fraction}
+             "val_fraction": None if source.val_files else source.val_fraction,
+             **({"transform": transform} if transform else {})}
     return build_dataset(folder, model, lambda purpose: source.documents(purpose, held), tokenizer is None, vocab_size,
                          shard_tokens, facts)
 
@@ -803,10 +896,12 @@ class Published(NamedTuple):
 
 
 def local_path(path: str) -> str:
-    """A tokenizer's path out of a manifest. Others write manifests: it must not lead to any other place."""
-    parts = PurePosixPath(path).parts
+    """A tokenizer's path out of a manifest. Others write manifests: it must lead to no other place, and to no shard."""
+    parts, suffix = PurePosixPath(path).parts, PurePosixPath(path).suffix
     if not parts or parts[0] not in ("tokenizers", "datasets") or ".." in parts or "\\" in path:
         raise UserError(f"bad manifest: {path!r} is not a path below tokenizers/ or datasets/")
+    if suffix not in (".model", ".vocab") or len(path) > MAX_PATH or not path.isprintable():
+        raise UserError(f"bad manifest: {path[:MAX_PATH]!r} is not the name of a tokenizer's file")
     return path
 
 
@@ -826,10 +921,13 @@ def read_manifest(manifest: object, variant: str, train_shards: int) -> Publishe
         tokenizer = tokenizers[entry["tokenizer_name"]]
         paths = [local_path(tokenizer[key]) for key in ("model_path", "vocab_path") if tokenizer.get(key)]
         vocab_size = int(entry["vocab_size"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise UserError(f"bad manifest: {type(e).__name__} {first_line(e)}") from None
     if not tokenizer.get("model_path"):
         raise UserError(f"variant {variant!r} has no SentencePiece model, and train_gpt.py reads no other tokenizer")
+    if vocab_size < 2 or not (0 < files["val"] <= MAX_SHARDS and 0 <= files["train"] <= MAX_SHARDS):
+        raise UserError(f"bad manifest: {vocab_size:,} tokens in the vocabulary, {files['train']:,} training and "
+                        f"{files['val']:,} validation shards")
     if vocab_size > MAX_VOCAB:
         raise UserError(f"variant {variant!r} has {vocab_size:,} tokens; train_gpt.py reads ids below {MAX_VOCAB:,}")
     if train_shards > files["train"]:
@@ -891,7 +989,7 @@ def fetch_manifest(hub: Hub, stage: Path) -> object:
     print(f"asking {hub.repo_id} what it has", flush=True)  # without a network the library tries for a while
     try:
         return json.loads(hub.fetch("manifest.json", stage).read_bytes())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"bad manifest: not JSON ({first_line(e)})") from None
 
 
@@ -925,6 +1023,124 @@ def build_fineweb(hub: Hub, out: Path, variant: str, train_shards: int) -> dict:
         print(f"{split:5} {sum(counts):>14,} tokens, shards: {len(counts)}")
     print_settings(folder, model, published.vocab_size)
     return info
+
+
+# ---- check: what a data set is -----------------------------------------------------------------------------
+
+class Canonical(NamedTuple):
+    """The published validation text under one tokenizer, by what the competition's logs say of it.
+
+    Tokens that are scored count in whole windows of 2048, as most systems score them; 0: not known.
+    """
+    scored: int
+    scored_bytes: int = 0
+    tokens: int = 0
+    train_tokens: int = 0
+
+
+CANONICAL_DOCUMENTS, CANONICAL_WINDOW = 50_000, 2048
+CANONICAL_COPIES = 0.01  # share of its documents that the web repeats in the training text, too; more is a mistake
+CANONICAL = {
+    "sp1024": Canonical(62_021_632), "sp8192": Canonical(40_540_160),
+    "sp8192_lossless_caps_caseops_v1_reserved": Canonical(47_851_520, 151_074_499, 47_853_344, 8_000_000_058),
+    "sp8192_lossless_caps_caseops_v1_reserved_mp3": Canonical(43_767_808, 151_079_389)}
+
+
+class Found(NamedTuple):
+    """What the shards of one split hold."""
+    shard_tokens: list[int]
+    openings: array  # of every document
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.shard_tokens)
+
+
+def read_split(paths: list[Path], bos: int, vocab_size: int) -> Found:
+    """Read all shards of a split as one stream. UserError when one is broken, or a token is beyond the vocabulary."""
+    counts, openings, rest = [], array("Q"), np.empty(0, "<u2")
+    for path in paths:
+        counts.append(check_shard(path))
+        tokens = np.concatenate((rest, np.fromfile(path, "<u2", offset=HEADER_BYTES)))
+        if tokens.size and tokens.max() >= vocab_size:
+            raise UserError(f"{path} holds token {tokens.max()}, but the vocabulary has {vocab_size:,}")
+        starts = np.flatnonzero(tokens == bos)
+        ends = np.append(starts[1:], tokens.size)
+        whole = starts.size if path == paths[-1] else starts.size - 1  # the last document may go on in the next shard
+        openings.extend(opening(tokens[start:end]) for start, end in zip(starts[:whole], ends))
+        rest = tokens[starts[whole] :] if whole < starts.size else np.empty(0, "<u2")
+    return Found(counts, openings)
+
+
+def read_sidecars(val: list[Path]) -> np.ndarray | None:
+    """The bytes of text of every validation token; None without side-cars. UserError when one does not fit."""
+    paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in val]
+    if not any(path.exists() for path in paths):
+        return None
+    for path, shard in zip(paths, val):
+        if not path.exists():
+            raise UserError(f"{path} is missing: the bytes of {shard.name}")
+        if check_shard(path) != check_shard(shard):
+            raise UserError(f"{path} holds the bytes of {check_shard(path):,} tokens, but {shard.name} has "
+                            f"{check_shard(shard):,}")
+    return np.concatenate([np.fromfile(path, "<u2", offset=HEADER_BYTES) for path in paths])
+
+
+def not_canonical(known: Canonical, train: Found, val: Found, sizes: np.ndarray | None) -> list[str]:
+    """What tells a data set from the published one of its name, each in a few words."""
+    scored = max(val.tokens - 1, 0) // CANONICAL_WINDOW * CANONICAL_WINDOW
+    pairs = [("validation documents", len(val.openings), CANONICAL_DOCUMENTS),
+             (f"validation tokens in whole windows of {CANONICAL_WINDOW}", scored, known.scored),
+             ("validation tokens", val.tokens, known.tokens),
+             ("bytes of scored text", 0 if sizes is None else int(sizes[1 : scored + 1].sum(dtype=np.int64)),
+              known.scored_bytes)]
+    wrong = [f"{has:,} {what}, not {wanted:,}" for what, has, wanted in pairs if wanted and has != wanted]
+    odd = [count for count in train.shard_tokens[:-1] if count != SHARD_TOKENS]
+    if odd:
+        wrong.append(f"a training shard of {odd[0]:,} tokens, not {SHARD_TOKENS:,}")
+    if known.train_tokens and train.tokens > known.train_tokens:
+        wrong.append(f"{train.tokens:,} training tokens, more than {known.train_tokens:,}")
+    return wrong
+
+
+def tokenizer_of(folder: Path, info: dict, given: Path | None) -> Any:
+    """The tokenizer given, else the one `dataset.json` names, where it can be read; None if there is none."""
+    noted = info.get("tokenizer")
+    name = noted.get("name") if isinstance(noted, dict) else None
+    path = given or (folder.absolute().parents[1] / "tokenizers" / str(name) if name else None)
+    return load_tokenizer(path) if path and (given or path.is_file()) else None
+
+
+def check_dataset(folder: Path, tokenizer_path: Path | None, allowed: float | None) -> None:
+    """Print what a data set holds. UserError when it is not whole, is not the published one whose name it has, or when
+    more than a share `allowed` of its validation documents are in its training text (None: none; published: 1 %)."""
+    shards = {split: sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin")) for split in ("train", "val")}
+    for split, paths in shards.items():
+        if not paths:
+            raise UserError(f"{folder} has no fineweb_{split}_*.bin")
+    info = read_json(folder / "dataset.json")
+    tokenizer = tokenizer_of(folder, info, tokenizer_path)
+    bos = tokenizer.bos_id() if tokenizer else BOS
+    vocab_size = tokenizer.vocab_size() if tokenizer else MAX_VOCAB
+    sizes = read_sidecars(shards["val"])
+    train, val = (read_split(shards[split], bos, vocab_size) for split in ("train", "val"))
+    for split, found in (("train", train), ("val", val)):
+        if not found.openings:
+            raise UserError(f"no document of {folder} begins in the {split} shards (token {bos}); --tokenizer names "
+                            "the model that tells the token")
+        print(f"{split:5} {found.tokens:>14,} tokens {counted(len(found.openings), 'document'):>20} in "
+              f"{counted(len(found.shard_tokens), 'shard')}", flush=True)
+    if sizes is None and tokenizer and not missing_markers(tokenizer):
+        raise UserError(f"{folder} lacks fineweb_val_bytes_*.bin: its tokenizer is made for transformed text")
+    known = CANONICAL.get(folder.absolute().name.removeprefix("fineweb10B_"))
+    if known and (wrong := not_canonical(known, train, val, sizes)):
+        raise UserError(f"{folder} is not the published data set of that name: {'; '.join(wrong)}")
+    copied, documents = copies(train.openings, val.openings), len(val.openings)
+    share = allowed if allowed is not None else CANONICAL_COPIES if known else 0.0
+    if copied > share * documents:
+        raise UserError(f"{folder}: {leak_line(copied, documents)}; train on other text, or --allow-copies a share")
+    print(f"{copied:,} of {counted(documents, 'validation document')} in the training text too"
+          f"{'; the validation text is the published one' if known else ''}")
 
 
 # ---- command line ------------------------------------------------------------------------------------------
@@ -977,7 +1193,11 @@ def run_text(args: argparse.Namespace) -> None:
     # the default name is the first file's: "my notes.jsonl.zst" -> "my_notes"
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", args.files[0].name.split(".")[0])
     name = args.name or stem.lstrip("_-") or "text"
-    build_text(source, args.out, name, args.tokenizer, args.vocab_size, args.shard_tokens)
+    build_text(source, args.out, name, args.tokenizer, args.vocab_size, args.shard_tokens, args.transform)
+
+
+def run_check(args: argparse.Namespace) -> None:
+    check_dataset(args.folder, args.tokenizer, args.allow_copies)
 
 
 def run_fineweb(args: argparse.Namespace) -> None:
@@ -1018,6 +1238,9 @@ def build_parser() -> argparse.ArgumentParser:
     held.add_argument("--val-file", type=Path, nargs="+", metavar="FILE", help="or files that are held out")
     sub.add_argument("--shard-tokens", type=whole_number(1, MAX_SHARD_TOKENS), default=SHARD_TOKENS,
                      metavar="N", help="tokens in a shard (default: %(default)s)")
+    sub.add_argument("--transform", choices=transforms.TRANSFORMS, default="",
+                     help="caseops: capitals become markers before lower-case words; mp3: a marker and the space "
+                          "before it are one token, too; the bytes of validation text go to a side-car")
     sub.add_argument("--limit-documents", type=whole_number(1, 2**62), metavar="N",
                      help="use only the first N documents of FILE...")
 
@@ -1032,6 +1255,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--remote-prefix", default="datasets",
                      help="folder in it that holds manifest.json (default: %(default)s)")
     sub.add_argument("--endpoint", metavar="URL", help="another hub server, such as a mirror")
+
+    sub = command("check", run_check, "Whether a data set is whole, the published one, free of validation text.")
+    sub.add_argument("folder", type=Path, metavar="DATASET", help="folder of fineweb_{train,val}_*.bin")
+    sub.add_argument("--tokenizer", type=Path, metavar="MODEL", help="its model (default: what dataset.json names)")
+    sub.add_argument("--allow-copies", type=fraction, metavar="F",
+                     help="share of the validation documents that may begin as a training document does (default: "
+                          f"none; {CANONICAL_COPIES} in the published data sets)")
     return parser
 
 

@@ -166,6 +166,22 @@ def test_compilation_is_not_taken_for_the_pace_of_scoring(scored):
     assert late.code == 2 and "do not count" in late.err and late.err.count("\n") == 1, "but it is time spent"
 
 
+def test_a_second_graph_s_compilation_is_not_taken_for_the_pace_of_documents(scored, monkeypatch):
+    """Longer chunks than a document's first need a graph of their own. It takes 20 s; adaptation goes on."""
+    honest, lengths = tg.scorer, []
+
+    def scorer(model, rt, adapter=None):
+        def score(ids, *rest):
+            tg.time.perf_counter.now += 20.0 * (bool(adapter) and ids.size(1) > 8 and not lengths)
+            lengths.extend([ids.size(1)] * (bool(adapter) and ids.size(1) > 8))
+            return honest(model, rt, adapter)(ids, *rest)
+        return score
+    monkeypatch.setattr(tg, "scorer", scorer)
+    done = scored(120, TTT_MODE="lora", TTT_RESET="document", TTT_DOC_CHUNK_TOKENS=8, TTT_BATCH_DOCS=4, EVAL_STRIDE=0)
+    assert done.code == 0 and len(lengths) > 2 and done.spent > 20, done.err
+    assert "ttt_clock" not in done.out
+
+
 def test_scoring_that_cannot_be_done_in_time_is_refused_before_it_begins(scored):
     needed = scored(0, TTT_EPOCHS=0).spent
     done = scored(0.5 * needed, TTT_EPOCHS=0)

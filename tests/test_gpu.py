@@ -67,7 +67,7 @@ def loss_curve(cfg, rt, steps):
     data, loss_fn, losses = tg.TrainData.open(cfg, rt), rt.compiled(model.loss), []
     for step in range(steps):
         state.step = step
-        losses.append(tg.train_step(state, data, tg.plan_step(cfg, step, 0.0, 0.0), loss_fn).item())
+        losses.append(tg.train_step(state, data, tg.plan_step(cfg, step, 0.0, 0.0), loss_fn)[0].item())
     return torch.tensor(losses)
 
 

@@ -231,13 +231,29 @@ class Threaded(tg.Runtime):
         return torch.cat(self.exchange(shard)), None
 
 
-def on_ranks(folder, world, work):
+class Late(Threaded):
+    """What is launched is sent when it is waited for; its result is no number until then."""
+
+    def launch_reduce_scatter(self, whole):
+        shard = torch.full_like(whole[:len(whole) // self.world_size], math.nan)
+        return shard, lambda: shard.copy_(Threaded.launch_reduce_scatter(self, whole)[0])
+
+    def launch_all_gather(self, shard):
+        whole = torch.full_like(torch.cat([shard] * self.world_size), math.nan)
+        return whole, lambda: whole.copy_(Threaded.launch_all_gather(self, shard)[0])
+
+    def wait(self, started):
+        tensor, send = started
+        return send() if send else tensor
+
+
+def on_ranks(folder, world, work, kind=Threaded):
     """[work(rt) of each rank]"""
     meet, results = (threading.Barrier(world, timeout=60), [None] * world), [None] * world
     plain = make_runtime(folder)
 
     def rank(i):
-        rt = Threaded(**{**vars(plain), "rank": i, "world_size": world, "groups": {"meet": meet}})
+        rt = kind(**{**vars(plain), "rank": i, "world_size": world, "groups": {"meet": meet}})
         try:
             results[i] = work(rt)
         except BaseException as error:
@@ -298,6 +314,22 @@ def test_ranks_do_together_what_one_does_alone(config, rt, tmp_path, world, opti
         for name in ("momentum", "row_memory"):
             for a, b in zip(state["muon"][name], got_state["muon"][name], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Threaded, Late])
+@pytest.mark.parametrize("normuon", [False, True])
+def test_banks_of_ranks_that_overlap_their_transfers_are_those_of_the_slow_muon(config, tmp_path, kind, normuon):
+    """Whether a transfer is done at once or only when it is waited for: nothing reads it before, and nothing that is
+    still to be sent is overwritten. 4 ranks, of whose slices some are padding."""
+    cfg = config(grad_clip_norm=0.0, normuon=normuon)
+    gradients, start = model_gradients(cfg, 3), tg.GPT(cfg)
+    banks = [i for i, (name, _) in enumerate(start.named_parameters()) if name.endswith("_bank")]
+    names = [name for name, _ in start.named_parameters()]
+    flat = lambda tensors: [m.detach().clone() for i in banks for m in tensors[i]]
+    wanted = slow_muon(flat(list(start.parameters())), [flat(step) for step in gradients], cfg, cfg.matrix_lr, 0.8)
+    for weights, _, _ in on_ranks(tmp_path, 4, lambda rt: model_steps(start, rt, gradients), kind):
+        for got, want in zip(flat([weights[name] for name in names]), wanted, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -8,7 +8,9 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import train_gpt as tg
@@ -191,8 +193,8 @@ def test_the_running_score_ends_at_the_score(run):
 def test_what_is_scored_is_what_lies_on_disk(run, monkeypatch):
     """A disk that changes the artifact while it is written: the run must not score what it meant to write."""
     write = tg.write_atomically
-    monkeypatch.setattr(tg, "write_atomically", lambda path, data, *rest: write(
-        path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, *rest))
+    monkeypatch.setattr(tg, "write_atomically", lambda path, data, **more: write(
+        path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, **more))
     done = run(ITERATIONS=1)
     assert done.code == 2 and "damaged" in done.err and "roundtrip" not in done.out
 
@@ -208,7 +210,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(run, monkeypatch):
     opened, broken = open, []
 
     def refusing(path, mode="r", *args, **kwargs):
-        if "logs/tiny." in str(path) and mode == "a" and broken:
+        if "runs/tiny/" in str(path) and mode == "a" and broken:
             raise OSError(28, "No space left on device")
         return opened(path, mode, *args, **kwargs)
     monkeypatch.setattr("builtins.open", refusing)
@@ -262,11 +264,19 @@ def test_refusals(run, variables, said):
     assert not (done.folder / "final_model.ptz").exists()
 
 
-def start(corpus, folder, ranks=1, limit_bytes=None, **variables):
+def on_ranks(corpus, folder, worlds, **variables):
+    """{ranks: events in the log} of a run on so many ranks each, in folder/RANKS."""
+    command = [sys.executable, str(ROOT / "tools" / "forks.py"), *map(str, worlds)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, folder, **variables)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logs = {ranks: next((folder / str(ranks)).rglob("*.jsonl")).read_text() for ranks in worlds}
+    return {ranks: [json.loads(line) for line in log.splitlines()] for ranks, log in logs.items()}
+
+
+def start(corpus, folder, limit_bytes=None, **variables):
     """The script in a process of its own."""
     command = [sys.executable, str(ROOT / "train_gpt.py")]
-    if ranks > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
 
     def prepare():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background inherit a deaf ear
@@ -288,16 +298,47 @@ def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
     assert all((tmp_path / name).read_bytes() == old for name in ("final_model.pt", "final_model.ptz"))
 
 
-def test_the_artifact_of_another_run_is_kept(run):
-    first = run(RUN_ID="first", ITERATIONS=1, TTT_ENABLED=0)
-    kept = (first.folder / "final_model.ptz").read_bytes()
-    second = run(RUN_ID="second", ITERATIONS=2, TTT_ENABLED=0)
-    assert (first.folder / "final_model.first.ptz").read_bytes() == kept and "kept as" in second.out
-    assert (first.folder / "final_model.ptz").read_bytes() != kept
-    again = run(RUN_ID="second", ITERATIONS=2, TTT_ENABLED=0, CHECKPOINT_EVERY=1)  # its log is new: nobody's file
-    assert re.search(r"kept as \S+final_model\.\d{8}-\d{6}\.ptz", again.out)
-    resumed = run(RUN_ID="second", ITERATIONS=3, TTT_ENABLED=0, RESUME=1)
-    assert resumed.code == 0 and "kept as" not in resumed.out
+OLD_PLACES = {"final_model.ptz": "final_model.ptz", "final_model.pt": "final_model.pt", "logs/{}.txt": "log.txt",
+              "logs/{}.jsonl": "events.jsonl", "logs/{}.summary.json": "summary.json", "logs/{}.eval.json": "eval.json",
+              "logs/{}.settings.env": "settings.env", "checkpoints/{}.pt": "checkpoint.pt"}
+
+
+def test_every_run_is_kept_and_the_newest_one_is_where_tools_look(run):
+    (run.folder / "final_model.ptz").write_bytes(b"somebody's own")
+    for name in ("first", "second"):
+        done = run(RUN_ID=name, SEED=len(name), ITERATIONS=1, TTT_ENABLED=0, CHECKPOINT_EVERY=1, PROFILE="mine")
+        files = done.folder / "runs" / name
+        assert sorted(path.name for path in files.iterdir()) == sorted(OLD_PLACES.values())
+        for place, file in OLD_PLACES.items():
+            place = done.folder / place.format(name)
+            assert place.samefile(files / file) and not os.path.isabs(os.readlink(place))
+        assert done.summary["artifact_path"] == str(files / "final_model.ptz")
+        assert (files / "settings.env").read_text().startswith(f"# mine, as run {name} had them\n")
+        assert f"SEED={len(name)}\n" in (files / "settings.env").read_text()
+    first, second = ((done.folder / "runs" / name / "final_model.ptz").read_bytes() for name in ("first", "second"))
+    assert first != second
+    kept, = done.folder.glob("final_model.2*.ptz")
+    assert kept.read_bytes() == b"somebody's own"
+    run(RUN_ID="second", SEED=7, ITERATIONS=1, TTT_ENABLED=0)  # a name that is used again replaces no artifact
+    kept, = (done.folder / "runs/second").glob("final_model.2*.ptz")
+    assert kept.read_bytes() == second != (done.folder / "final_model.ptz").read_bytes()
+
+
+def test_without_links_the_old_places_have_copies(run, monkeypatch):
+    def none(*args):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(Path, "symlink_to", none)
+    done = run(ITERATIONS=1, TTT_ENABLED=0, CHECKPOINT_EVERY=1)
+    for place, file in OLD_PLACES.items():
+        place = done.folder / place.format("tiny")
+        assert not place.is_symlink() and place.read_bytes() == (done.folder / "runs/tiny" / file).read_bytes()
+
+
+def test_links_lead_to_the_run_where_a_folder_is_a_link_itself(run, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("disk")
+    (run.folder / "logs").symlink_to(elsewhere)
+    done = run(ITERATIONS=1, TTT_ENABLED=0, EVAL_STRIDE=0)
+    assert (elsewhere / "tiny.txt").read_text() == (done.folder / "runs/tiny/log.txt").read_text()
 
 
 def test_a_run_that_cannot_begin_leaves_no_log(run):
@@ -394,26 +435,33 @@ def test_a_checkpoint_of_other_settings_is_refused(run):
 
 
 def test_world_size_does_not_change_the_mathematics(corpus, tmp_path):
-    """1 process against 2 and 8 ranks (gloo) on the same global batch: training, evaluation and TTT."""
+    """1, 2, 4 and 8 ranks (gloo) on the same global batch: training, artifact, evaluation and TTT."""
     settings = dict(TRAIN_BATCH_TOKENS=768, ITERATIONS=4, WARMDOWN_ITERS=2, TTT_EPOCHS=2, TTT_BATCH_SEQS=5, NORMUON=1)
-    runs = {}
-    for ranks in (1, 2, 8):
-        process = start(corpus, tmp_path / str(ranks), ranks=ranks, **settings)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        log = tmp_path / str(ranks) / "logs/tiny.jsonl"
-        runs[ranks] = [json.loads(line) for line in log.read_text().splitlines()]
+    runs, codes = on_ranks(corpus, tmp_path, (1, 2, 4, 8), **settings), {}
     losses = {ranks: [e.get("train_loss", e.get("loss")) for e in events if e["event"] in ("train", "evaluation")]
               for ranks, events in runs.items()}
     assert len(losses[1]) == 4 + 4
     scores = {ranks: [e for e in events if e["event"] == "evaluation"] for ranks, events in runs.items()}
-    for ranks in (2, 8):
+    for ranks in runs:
+        stored = tg.read_artifact((tmp_path / str(ranks) / "final_model.ptz").read_bytes())[2]
+        codes[ranks] = np.concatenate([s.values.ravel() for s in stored if s.bits]).astype(int)
+    for ranks in (2, 4, 8):
         assert losses[ranks][:4] == pytest.approx(losses[1][:4], rel=1e-5), ranks
         # a code on the edge may fall to the other side after sums in another order: a little more room behind rounding
+        assert (codes[ranks] != codes[1]).mean() < 0.001 and abs(codes[ranks] - codes[1]).max() <= 1
         assert losses[ranks][4:] == pytest.approx(losses[1][4:], rel=2e-4), ranks
         for many, one in zip(scores[ranks], scores[1]):
             assert all(many[key] == one[key] for key in ("name", "tokens", "bytes"))
             assert many["bpb"] == pytest.approx(one["bpb"], rel=2e-4)
+
+
+def test_two_ranks_give_the_bytes_of_one_that_adds_two_micro_batches(corpus, tmp_path):
+    """There is one order to add two gradients in. Clipping is off: its norm adds the squares of shards."""
+    settings = dict(ITERATIONS=4, WARMDOWN_ITERS=2, GRAD_CLIP_NORM=0, NORMUON=1, MICRO_BATCH_TOKENS=128, TTT_ENABLED=0,
+                    EVAL_STRIDE=0)
+    on_ranks(corpus, tmp_path, (1, 2), **settings)
+    one, two = ((tmp_path / f"{ranks}/final_model.ptz").read_bytes() for ranks in (1, 2))
+    assert one == two
 
 
 def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):

@@ -109,6 +109,14 @@ def divergence(cfg, rt, patch):
 
 
 @scenario
+def unequal_starts(cfg, rt, patch):
+    """Each rank draws other initial weights; those of rank 0 count."""
+    seed = torch.manual_seed
+    patch.setattr(torch, "manual_seed", lambda value: seed(value + rt.rank))
+    return whole_run(cfg, rt, "unequal", iterations=1, ttt_enabled=False, eval_stride=0)["weights"]
+
+
+@scenario
 def over_the_limit(cfg, rt, patch):
     return whole_run(cfg, rt, "over", iterations=1, artifact_limit_bytes=1000)["error"]
 
@@ -196,7 +204,12 @@ def test_a_run_of_two_ranks_goes_on_with_one(ranks, corpus, run):
 
 def test_a_rank_that_diverges_ends_all_of_them(ranks):
     first, second = ranks[1]["divergence"]
-    assert first == second and "training diverged: loss nan at step 1" in first
+    assert first == second and "gradients of 3 steps in a row, up to step 3, are not finite" in first
+
+
+def test_all_ranks_start_from_the_first_one_s_weights(ranks):
+    first, second = ranks[1]["unequal_starts"]
+    assert first == second
 
 
 def test_all_ranks_hear_of_the_limit(ranks):

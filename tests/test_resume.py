@@ -104,6 +104,24 @@ def test_the_time_spent_before_counts(run, killed, monkeypatch):
     assert (run.folder / "parts/final_model.ptz").read_bytes() == (run.folder / "whole/final_model.ptz").read_bytes()
 
 
+def test_what_a_resumed_run_compiles_is_not_counted(run, killed, monkeypatch):
+    """It warms up before its clock starts, and from the checkpoint's state on: 12 steps of 1 s, whoever compiles."""
+    settings = {**BRIEF, "ITERATIONS": 1000, "MAX_WALLCLOCK_SECONDS": 12, "WARMUP_STEPS": 2, "EVAL_MAX_SECONDS": 0}
+    done = []
+    for resume in (0, 1):
+        with monkeypatch.context() as patch:
+            FakeTime(patch).charge(tg.Optimisers, "step", lambda n, *_: 1.0 if n else 30.0)
+            if resume:
+                killed(11, ARTIFACT_DIR=run.folder / "1", **settings)
+        with monkeypatch.context() as patch:
+            FakeTime(patch).charge(tg.Optimisers, "step", lambda n, *_: 1.0 if n else 30.0)
+            done.append(run(ARTIFACT_DIR=run.folder / str(resume), RESUME=resume, **settings))
+    for ended in done:
+        assert (ended.code, ended.summary["steps"], ended.summary["seconds"]["train"]) == (0, 12, 12.0), ended.err
+        assert "warmup_step:2/2" in ended.out
+    assert (run.folder / "1/final_model.ptz").read_bytes() == (run.folder / "0/final_model.ptz").read_bytes()
+
+
 # ---- settings
 
 @pytest.fixture
@@ -155,7 +173,8 @@ def test_what_does_not_may_be_changed(run, killed):
                          ids=lambda variables: "+".join(variables))
 def test_another_run_s_checkpoint_is_refused_in_one_line_and_survives(run, variables):
     assert run(**{**BRIEF, "ITERATIONS": 4}).code == 0
-    path = run.folder / "checkpoints/tiny.pt"
+    path = run.folder / "runs/tiny/checkpoint.pt"
+    assert (run.folder / "checkpoints/tiny.pt").samefile(path)
     before, artifact = path.read_bytes(), (run.folder / "final_model.ptz").read_bytes()
     done = run(**{**BRIEF, "RESUME": 1, **variables})
     names = ", ".join(sorted(variables))
@@ -166,7 +185,7 @@ def test_another_run_s_checkpoint_is_refused_in_one_line_and_survives(run, varia
 def test_a_checkpoint_is_no_pickle_of_code(config, rt):
     """Somebody else's checkpoint must not run anything."""
     path = tg.checkpoint_path(rt)
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
 
     class Trap:
         def __reduce__(self):

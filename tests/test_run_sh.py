@@ -31,7 +31,7 @@ case $line in
   *device_count*) echo "${GPUS:-0}" ;;
   "-c import pyarrow") exit "${LACKS_PYARROW:-0}" ;;
   "-c import xdist") exit "${LACKS_XDIST:-0}" ;;
-  "tools/record.py build") [ -z "${BUILT:-}" ] || { mkdir -p runs && printf '%s' "$BUILT" >runs/train_gpt.py; } ;;
+  "tools/record.py build") [ -z "${BUILT:-}" ] || { mkdir -p build && printf '%s' "$BUILT" >build/train_gpt.py; } ;;
   *find_spec*) [ -z "${REAL_PYTHON:-}" ] || exec "$REAL_PYTHON" "$@"; exit "${LACKS_PACKAGES:-0}" ;;
   *version_info*) exit "${TOO_OLD:-0}" ;;
   *ensurepip*) exit "${LACKS_VENV:-0}" ;;
@@ -399,6 +399,44 @@ def test_the_machine_chooses_profile_and_processes(project):
     assert int(eight.env["OMP_NUM_THREADS"]) > 1
     assert "profile smoke, CPU" in project("smoke", GPUS="8").err
     assert "profile smoke, CPU" in project("DEVICE=cpu", GPUS="8").err
+
+
+def test_several_machines_meet_at_an_endpoint(project):
+    two = ("NNODES=2", "NODE_RANK=1", "RDZV_ENDPOINT=head:29500")
+    start = "tools/launch.py --nnodes=2 --node_rank=1 --rdzv_backend=c10d --rdzv_endpoint=head:29500"
+    many = project("default", *two, GPUS="8")
+    assert many.calls[-1] == f"{start} --nproc_per_node=8 train_gpt.py"
+    assert "machine 1 of 0 to 1 meets the others at head:29500" in many.err
+    for arguments, environment in ((two, {"NPROC_PER_NODE": "3"}), (("NPROC_PER_NODE=3",),
+                                                                    dict(pair.split("=") for pair in two))):
+        again = project("smoke", *arguments, "MAX_RESTARTS=2", **environment)
+        assert again.calls[-1] == f"{start} --max_restarts=2 --nproc_per_node=3 train_gpt.py"
+    assert project("smoke", *two).calls[-1] == f"{start} --nproc_per_node=1 train_gpt.py"
+
+
+def test_ranks_of_one_machine(project):
+    start = "tools/launch.py --standalone"
+    assert project("smoke", "NPROC_PER_NODE=2").calls[-1] == f"{start} --nproc_per_node=2 train_gpt.py"
+    assert project("smoke", "MAX_RESTARTS=1").calls[-1] == f"{start} --max_restarts=1 --nproc_per_node=1 train_gpt.py"
+    assert project("default", "NPROC_PER_NODE=1", GPUS="8").calls[-1] == "train_gpt.py"
+    assert project("smoke", "NNODES=1", "NODE_RANK=0", "RDZV_ENDPOINT=head:29500").calls[-1] == "train_gpt.py"
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("NNODES=two",), "NNODES=two is not a whole number"),
+    (("NNODES=2", "RDZV_ENDPOINT=head:29500"), "NODE_RANK= is not a whole number"),
+    (("NNODES=2", "NODE_RANK=-1"), "NODE_RANK=-1 is not a whole number"),
+    (("NNODES=2", "NODE_RANK=2"), "NODE_RANK=2 does not exist in NNODES=2"),
+    (("NODE_RANK=1",), "NODE_RANK=1 does not exist in NNODES=1"),
+    (("NNODES=2", "NODE_RANK=1"), "RDZV_ENDPOINT= is not HOST:PORT"),
+    (("NNODES=2", "NODE_RANK=1", "RDZV_ENDPOINT=head"), "RDZV_ENDPOINT=head is not HOST:PORT"),
+    (("NPROC_PER_NODE=all",), "NPROC_PER_NODE=all is not a whole number"),
+    (("DEVICE=auto", "NPROC_PER_NODE=3"), "NPROC_PER_NODE=3, but this machine has 2 GPU"),
+    (("MAX_RESTARTS=1e9",), "MAX_RESTARTS=1e9 is not a whole number")])
+def test_ranks_that_cannot_be_are_one_line(project, arguments, said):
+    result = project("default", *arguments, GPUS="2")
+    assert result.code == 2 and result.err.splitlines()[-1].startswith(f"error: {said}"), result.err
+    assert not any("train_gpt.py" in call.split() and "--names" not in call for call in result.calls)
 
 
 def test_the_size_of_the_built_script_counts(project):

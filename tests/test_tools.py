@@ -25,7 +25,7 @@ def test_no_tool_imports_a_command():
     trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tools").glob("*.py")}
     commands = {name for name, tree in trees.items() if any(
         isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)}
-    assert set(trees) - commands == {"benchlib", "estimate", "profiles", "shell"}
+    assert set(trees) - commands == {"benchlib", "estimate", "parity_text", "profiles", "runlog", "shell"}
     for name, tree in trees.items():
         for node in ast.walk(tree):
             imported = [node.module] if isinstance(node, ast.ImportFrom) else \
@@ -88,7 +88,7 @@ def test_validation_is_cut_to_whole_windows_over_shards(tmp_path):
     write_shard(tmp_path / "fineweb_val_000001.bin", text[30:])
     write_shard(tmp_path / "fineweb_train_000000.bin", text)
     cut = benchlib.cut_validation(tmp_path, tmp_path / "cut", tokens=70, window=16)
-    shard = tg.open_shard(str(cut / "fineweb_val_000000.bin"))
+    shard = tg.Shard(str(cut / "fineweb_val_000000.bin"))[:]
     assert shard.tolist() == text[:4 * 16 + 1].tolist()
     train = "fineweb_train_000000.bin"
     assert (cut / train).read_bytes() == (tmp_path / train).read_bytes()

@@ -328,23 +328,51 @@ def test_seeds(run):
     assert made[0] == made[1] and made[0][0] != made[2][0] and made[0][1] != made[2][1]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_run_that_diverges_ends_at_once(run, monkeypatch, value):
-    loss, calls = tg.GPT.loss, []
+@pytest.fixture
+def spoilt(monkeypatch):
+    """Multiplies the loss by `value` in these steps, counted from 1; returns the list of all calls."""
+    def start(value, steps):
+        loss, calls = tg.GPT.loss, []
 
-    def broken(*args, **kwargs):
-        calls.append(1)
-        return loss(*args, **kwargs) * (value if len(calls) == 3 else 1.0)
-    monkeypatch.setattr(tg.GPT, "loss", broken)
-    done = run(ITERATIONS=50)
-    assert done.code == 2 and done.summary is None and len(calls) == 3
-    assert done.err == f"error: training diverged: loss {value} at step 3; lower MATRIX_LR or SCALAR_LR\n"
+        def broken(*args, **kwargs):
+            calls.append(1)
+            return loss(*args, **kwargs) * (value if len(calls) in steps else 1.0)
+        monkeypatch.setattr(tg.GPT, "loss", broken)
+        return calls
+    return start
+
+
+@pytest.mark.parametrize("log_every", [0, 1])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_diverges_ends_after_three_steps(run, spoilt, value, log_every):
+    calls = spoilt(value, {3, 5, 6, 8, 9, 10, 11})
+    done = run(ITERATIONS=50, TRAIN_LOG_EVERY=log_every, VAL_LOSS_EVERY=0)
+    assert done.code == 2 and done.summary is None and len(calls) == 10
+    assert done.err == ("error: training diverged: the gradients of 3 steps in a row, up to step 10, are not finite; "
+                        "lower MATRIX_LR or SCALAR_LR\n")
+    assert [int(line.split()[2]) for line in done.out.splitlines() if "is not applied" in line] == [3, 5, 6, 8, 9, 10]
     assert not (done.folder / "final_model.ptz").exists() and not (done.folder / "final_model.pt").exists()
 
 
-def test_a_diverged_run_is_not_exported_though_nothing_was_logged(run, monkeypatch):
-    loss = tg.GPT.loss
-    monkeypatch.setattr(tg.GPT, "loss", lambda *args, **kwargs: loss(*args, **kwargs) * math.nan)
-    done = run(ITERATIONS=3, TRAIN_LOG_EVERY=0)
-    assert done.code == 2 and "diverged" in done.err and done.err.count("\n") == 1
-    assert not (done.folder / "final_model.ptz").exists()
+@pytest.mark.parametrize("changes", [{}, {"normuon": True, "muon_wd": 0.5}, {"matrix_optimizer": "adamw"}],
+                         ids=["muon", "normuon", "adamw"])
+def test_a_step_without_a_finite_gradient_changes_nothing(config, rt, changes):
+    """Neither weights nor buffers; the next step is that of a run without it."""
+    cfg = config(mtp_num_heads=1, **changes)
+
+    def trained(gradients):
+        torch.manual_seed(0)
+        model = scrambled(tg.GPT(cfg))
+        optimisers = tg.Optimisers(model, cfg, rt)
+        for value in gradients:
+            generator = torch.Generator().manual_seed(1)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            model.skip_weights.grad[0, 0] *= value
+            norm = optimisers.step(tg.StepPlan(0.5, 0.9, False, False))
+            assert norm.isfinite() == math.isfinite(value) and all(p.grad is None for p in model.parameters())
+        return [*model.parameters(), *optimisers.muon.momentum, *optimisers.muon.row_memory,
+                *(value for p in optimisers.replicated for value in optimisers.adamw.state[p].values())]
+    wanted = trained([1.0, 0.5, 2.0])
+    for got, want in zip(trained([1.0, math.nan, 0.5, math.inf, -math.inf, 2.0]), wanted, strict=True):
+        assert torch.equal(got, want)

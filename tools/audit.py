@@ -1,7 +1,7 @@
 """Shows on a piece of the validation text that the scores of an artifact are legal.
 
     python tools/audit.py final_model.ptz                              # as the repository's train_gpt.py makes them
-    python tools/audit.py final_model.ptz --script runs/train_gpt.py   # as a built one does
+    python tools/audit.py final_model.ptz --script build/train_gpt.py   # as a built one does
     python tools/audit.py final_model.ptz --tokens 20000 --positions 12 --out logs/mine TTT_EPOCHS=1
 
 The script is looked at from outside: its own `final_scores` makes all scores of the piece, and of changed ones, while
@@ -53,7 +53,7 @@ SHARD_HEADER_BYTES = 1024
 EXACT = 1e-4          # nats, or probability: what the same arithmetic may be off
 FUSED = 0.5, 2e-3     # nats, of one score and of their mean: compiled graphs in half precision against plain operations
 NOISE_FACTOR = 4      # another text may move the scores before it by this much more than three equal passes differ
-# Nats, at most and root mean square. FLIPS: what is allowed in any case if equal passes leave unequal weights, since a
+# Nats, at most and root mean square. FLIPS: what is allowed in any case if equal passes have unequal weights, since a
 # rounding may flip in one of ten passes. UNSTEADY: more noise than this could hide a cheat.
 FLIPS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02)}
 UNSTEADY = {torch.float32: (0.02, 2e-3), torch.bfloat16: (0.25, 0.03)}
@@ -163,7 +163,7 @@ class EvalPass:
     off: list = field(default_factory=list)      # nats between a call's scores and what its logits say, as `Gap`
     foreign: list = field(default_factory=list)  # and what the artifact's own weights say
     masses: list = field(default_factory=list)   # of the whole vocabulary together, at the places that were tried
-    weight_sums: list = field(default_factory=list)  # of all weights, LoRA included, at the end of the pass
+    weight_sums: list = field(default_factory=list)  # of all weights, the adapter's included, at each commit
 
     @classmethod
     def joined(cls, parts: list[EvalPass]) -> EvalPass:
@@ -232,9 +232,6 @@ class Spy:
             eval_pass = self.pass_of(scored)
             self.settle(eval_pass, self.pending)
             eval_pass.name, eval_pass.masses, self.pending, self.masses = name, eval_pass.masses + self.masses, [], []
-            moving = getattr(getattr(self.last and self.last.hook, "__self__", None), "moving", [])
-            weights = (*self.audit.model.parameters(), *moving)
-            eval_pass.weight_sums = [t.detach().double().sum().item() for t in weights]
             self.ends.append(self.count)
             return result(scored, name, *args)
         return mock.patch.multiple(scored_class, commit=noted_commit, result=noted_result)
@@ -251,6 +248,9 @@ class Spy:
         eval_pass.masses, self.masses = eval_pass.masses + self.masses, []
         self.settle(eval_pass, calls[:-1])
         self.last = calls[-1] if calls else None
+        adapter = getattr(self.last and self.last.hook, "__self__", None)
+        weights = (*self.audit.model.parameters(), *(adapter.trained if adapter else ()))
+        eval_pass.weight_sums += [t.sum(dtype=torch.float64).item() for t in weights]
         runs = self.made(self.last, numbers, nll) if calls else []
         eval_pass.altered += len(nll) - sum(run.count for run in runs)
         eval_pass.misplaced += sum(run.count for run in runs if not run.in_place)
@@ -518,11 +518,11 @@ class Audit:
             return torch.stack(((a - b).abs().max(), (a - b).square().mean().sqrt()))
         nll, dtype = equal[0].nll, self.rt.dtype
         noise = torch.stack([difference(a.nll, b.nll) for a, b in zip(equal, equal[1:] + equal[:1])]).amax(0)
-        steady = all(each.weight_sums == equal[0].weight_sums for each in equal) and not noise.any()
+        drift = any(each.weight_sums != equal[0].weight_sums for each in equal)
         said = lambda pair: "{:.1e} nats at most, {:.1e} root mean square".format(*pair)
         self.find(key, "repeatable", (noise <= noise.new_tensor(UNSTEADY[dtype])).all(),
-                  f"three equal passes differ by {said(noise)}" + "; weights differ too" * (not steady))
-        limit = noise if steady else (NOISE_FACTOR * noise).maximum(noise.new_tensor(FLIPS[dtype]))
+                  f"three equal passes differ by {said(noise)}" + "; weights differ too" * drift)
+        limit = (NOISE_FACTOR * noise).maximum(noise.new_tensor(FLIPS[dtype])) if drift or noise.any() else noise
         pairs = list(zip(positions, others))  # token t is target t - 1
         worst = torch.stack([difference(other[:t - 1], nll[:t - 1]) for t, other in pairs]).amax(0)
         unseen = sum(torch.equal(other[t - 1:], nll[t - 1:]) for t, other in pairs)

@@ -12,12 +12,12 @@ import difflib
 import os
 import sys
 
-from shell import AUDIT, OTHERS, UsageError, did_you_mean, one_line_errors, overridden, take_settings, unknown
+from shell import AUDIT, OTHERS, RANKS, UsageError, did_you_mean, one_line_errors, overridden, take_settings, unknown
 
 
 def check_arguments(arguments: list[str], names: list[str]) -> None:
     """Raises UsageError."""
-    _, rest = take_settings(arguments, [*names, *AUDIT, "SCALE"])
+    _, rest = take_settings(arguments, [*names, *AUDIT, *RANKS, "SCALE"])
     for argument in rest:
         raise unknown(argument.partition("=")[0], names)
 

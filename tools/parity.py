@@ -2,9 +2,11 @@
 
     python tools/parity.py FOLDER [--tokenizer MODEL]      # one fixture, one line per quantity
     python tools/parity.py --all FOLDER                    # every fixture below FOLDER, one line each
+    python tools/parity.py FOLDER --text DOCS.jsonl        # a text fixture: its cases, and the totals of DOCS
 
 A fixture is `fixture.json` (settings, expected scores) and `fixture.npz` (weights, logits, gradients, …) of one of the
-systems in SYSTEMS; `config.source` names it. Each line has the largest difference, the tolerance, ok or FAIL.
+systems in SYSTEMS; `config.source` names it. Each line has the largest difference, the tolerance, ok or FAIL. A text
+fixture has `cases.json` instead, see parity_text.py.
 Exit code 0: all agree; 1: something does not; 2: a fixture cannot be read. Of PR 1855, its adapters, its evaluation and
 its LQER are not compared.
 
@@ -31,6 +33,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import parity_text  # noqa: E402
 import profiles  # noqa: E402
 import train_gpt as ours  # noqa: E402
 from shell import Parser, one_line_errors  # noqa: E402
@@ -627,12 +630,34 @@ def check_one(folder: Path, tokenizer: Path | None) -> int:
     return int(not all(verdict.agrees for verdict in found))
 
 
+def check_text(folder: Path, documents: Path | None) -> int:
+    """One line per kind of comparison of a text fixture; the exit code."""
+    try:
+        lines = parity_text.compare(folder, documents)
+    except (parity_text.prepare.UserError, OSError) as error:
+        raise ours.UserError(str(error)) from None
+    for line in lines:
+        print(line.text())
+    print(f"CaseOps: {parity_text.summary(lines)}")
+    return int(any(line.agree < line.of for line in lines))
+
+
 def check_all(folder: Path, tokenizer: Path | None, out: Path | None = None) -> int:
     """One line per fixture below the folder; the highest exit code. `out`: a JSON file for the result of each profile
     whose fixtures agree, which README's table of systems shows."""
     folders, codes, held = sorted({path.parent for path in folder.rglob("fixture.json")}), [0], {}
-    if not folders:
+    texts = sorted(path.parent for path in folder.rglob("cases.json"))
+    if not folders + texts:
         raise ours.UserError(f"there is no fixture.json below {folder}")
+    for each in texts:
+        try:
+            lines = parity_text.compare(each)
+            codes.append(int(any(line.agree < line.of for line in lines)))
+            line = f"{'FAIL' if codes[-1] else 'ok':<5} CaseOps: {parity_text.summary(lines)}"
+        except parity_text.prepare.UserError as error:
+            line = f"error {error}"
+            codes.append(2)
+        print(f"{each.relative_to(folder)!s:<40} {line}", flush=True)
     for each in folders:
         try:
             fixture = Fixture(each, tokenizer)
@@ -667,10 +692,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="check every fixture below FOLDER")
     parser.add_argument("--tokenizer", type=Path, metavar="MODEL",
                         help=f"SentencePiece model (default: data/{TOKENIZER} in a folder above FOLDER)")
+    parser.add_argument("--text", type=Path, metavar="DOCS", help="a text fixture: compare the totals of this .jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --all: write each profile's largest difference")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the sums are small: more threads cost more than they bring
-    return check_all(args.folder, args.tokenizer, args.out) if args.all else check_one(args.folder, args.tokenizer)
+    if args.all:
+        return check_all(args.folder, args.tokenizer, args.out)
+    if args.text or (args.folder / "cases.json").is_file():
+        return check_text(args.folder, args.text)
+    return check_one(args.folder, args.tokenizer)
 
 
 if __name__ == "__main__":

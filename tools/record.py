@@ -1,6 +1,6 @@
 """Makes what is submitted: the small train_gpt.py, and the folder of a run.
 
-    python tools/record.py build                                  # train_gpt.py -> runs/train_gpt.py
+    python tools/record.py build                                  # train_gpt.py -> build/train_gpt.py
     python tools/record.py build --source FILE --out FILE
     python tools/record.py show FILE                              # the code inside a built file
     python tools/record.py folder NAME --log logs/RUN.txt --artifact final_model.ptz --author A --github-id G
@@ -193,7 +193,7 @@ SCORES = {"val_bpb_ttt": "test-time training", "val_bpb_sliding": "sliding windo
 EVENTS = {"val_bpb_ttt": "legal_ttt", "val_bpb_sliding": "_sliding_window", "val_bpb_roundtrip": "_roundtrip",
           "val_bpb_pre_quant": "post_average"}  # how the names of these evaluations end
 # Settings in which runs of one record may differ: they change neither the model nor its score.
-FREE = {"seed", "run_id", "artifact_dir", "resume", "train_log_every", "val_loss_every", "checkpoint_every"}
+FREE = {"seed", "run_id", "artifact_dir", "profile", "resume", "train_log_every", "val_loss_every", "checkpoint_every"}
 
 
 def read_events(path: Path) -> dict[str, dict]:
@@ -390,7 +390,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("build", help="write the small, self-extracting train_gpt.py")
-    make.add_argument("--out", type=Path, default=ROOT / "runs" / "train_gpt.py")
+    make.add_argument("--out", type=Path, default=ROOT / "build" / "train_gpt.py")
     show = commands.add_parser("show", help="print the code inside a built file")
     show.add_argument("built", type=Path, metavar="FILE")
     folder = commands.add_parser("folder", help="write the folder of finished runs")

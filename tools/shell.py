@@ -15,6 +15,7 @@ OTHERS = ("AOT", "CUBLAS", "CUDA", "CUDNN", "GLOO", "HF_", "INDUCTOR", "KMP", "L
           "TRITON", "WORLD_SIZE")
 # Variables that run.sh and tools/audit.py read.
 AUDIT = ["AUDIT", "AUDIT_OUT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
+RANKS = ["NNODES", "NODE_RANK", "RDZV_ENDPOINT", "NPROC_PER_NODE", "MAX_RESTARTS"]
 
 
 class UsageError(Exception):
