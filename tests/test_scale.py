@@ -70,7 +70,7 @@ def test_what_is_on_stays_on(profile):
             assert bool(before) == bool(after) or f.name == "code_bytes", f.name
         if f.type in ("int", "float") and f.name not in ("code_bytes", "late_qat_threshold"):
             assert after <= before, f.name
-        may_be_one = "num_kv_heads", "xsa_last_n", "ttt_freeze_blocks", "late_qat_min_step"
+        may_be_one = "num_kv_heads", "xsa_last_n", "loop_start", "ttt_freeze_blocks", "late_qat_min_step"
         assert f.type != "int" or before <= 1 or after > 1 or f.name in may_be_one, f.name
 
 
