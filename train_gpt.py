@@ -2620,8 +2620,11 @@ class TrainState:
         """Whether something that happens every so many steps (0: never) is due now."""
         return bool(every) and self.step % every == 0
 
-    def rewarmed(self, plan: StepPlan) -> StepPlan:
-        """The plan, with the learning rate rising anew where the sequence length has just changed."""
+    def rewarmed(self, rt: Runtime, plan: StepPlan) -> StepPlan:
+        """The plan, with the learning rate rising anew over REWARM_STEPS where the sequence length has changed."""
+        if plan.seq_len != self.seq_len:
+            self.seq_len, self.seq_step = plan.seq_len, self.step
+            rt.log(f"train_seq_len:{plan.seq_len} step:{self.step}", "train_seq_len", step=self.step)
         share = min((self.step - self.seq_step + 1) / REWARM_STEPS, 1.0)
         return dataclasses.replace(plan, lr_scale=plan.lr_scale * share)
 
@@ -2718,11 +2721,11 @@ def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainDat
     """Compile every graph training will need before the clock starts, by steps that are then undone."""
     may_round = cfg.qat_enabled or cfg.late_qat and (cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0)
     stages = [stage(cfg, share) for share in stage_shares(cfg)]
-    graphs = [(qat, parts) for qat in (False, True)[:1 + may_round] for parts in stages]
+    graphs = [(parts, qat) for parts in stages for qat in (False, True)[:1 + may_round]]
     steps, start = max(cfg.warmup_steps, len(graphs)), copy.deepcopy(state.pack())
     rt.log(f"warm-up: {steps} steps, before the clock starts")
     for i in range(steps):
-        state.qat, parts = graphs[i * len(graphs) // steps]
+        parts, state.qat = graphs[i * len(graphs) // steps]
         state.model.looped = parts["looped"]
         train_step(state, data, dataclasses.replace(plan_step(cfg, 0, 0.0, 0.0), **parts), loss_fn)
         if steps <= 20 or (i + 1) % 10 == 0 or i + 1 == steps:
@@ -2763,7 +2766,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
         announce(rt, state, plan, cfg)
-        plan = state.rewarmed(plan)
+        plan = state.rewarmed(rt, plan)
         loss, norm = train_step(state, data, plan, loss_fn)
         state.step += 1
         state.averager.update(state.step, plan)
@@ -2797,9 +2800,6 @@ def log_losses(cfg: Hyperparameters, rt: Runtime, state: TrainState, elapsed_s: 
 
 def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameters) -> None:
     """Switch late QAT on for the rest of the run, and log the turning points of the schedule."""
-    if plan.seq_len != state.seq_len:
-        state.seq_len, state.seq_step = plan.seq_len, state.step
-        rt.log(f"train_seq_len:{plan.seq_len} step:{state.step}", "train_seq_len", step=state.step)
     if plan.looped and not state.model.looped:
         rt.log(f"layer_loop:enabled step:{state.step} layers:{cfg.visits(True)}", "layer_loop", step=state.step)
     state.model.looped = plan.looped
