@@ -121,6 +121,10 @@ class Hyperparameters:
                                "dataset.json, if there is one, names tokenizer and vocabulary size", section="Data")
     tokenizer_path: str = env_field("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of that data")
     train_batch_tokens: int = env_field(786_432, "tokens per optimiser step, over all ranks", lo=1)
+    pack: str = env_field("rows", "a training batch: rows of TRAIN_SEQ_LEN tokens, or one stream whose attention stops "
+                          "where a document begins and at TRAIN_SEQ_LEN (PR 1530)", choices="rows documents")
+    train_seq_schedule: str = env_field("", "TRAIN_SEQ_LEN grows: lengths and the share of the budget until which each "
+                                        "is used, like 1024:0.1,2048:0.7,3072:1 (PR 2014)")
     micro_batch_tokens: int = env_field(0, "maximum tokens per forward pass; 0: 98,304 on CUDA, 4,096 on CPU", lo=0)
     # Model
     vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536, section="Model")
@@ -347,6 +351,23 @@ class Hyperparameters:
         return self.parallel_start_layer > 0 and self.parallel_form == "lanes"
 
     @property
+    def seq_stages(self) -> tuple[tuple[int, float], ...]:
+        """Training lengths, each with the share of the budget until which it is used. Raises UserError."""
+        def parse(parts):
+            stages = tuple((int(length), float(until)) for length, until in (part.split(":") for part in parts))
+            ends = [0.0, *(until for _, until in stages)]
+            if ends != sorted(set(ends)) or ends[-1] != 1 or min(stages)[0] < 2:
+                raise ValueError
+            return stages
+        return parse_list("TRAIN_SEQ_SCHEDULE", self.train_seq_schedule or f"{self.train_seq_len}:1",
+                          "lengths and growing shares of the budget, the last of them 1, like 1024:0.1,2048:1", parse)
+
+    @property
+    def seq_unit(self) -> int:
+        """The fewest tokens that are whole sequences of every training length."""
+        return math.lcm(*(length for length, _ in self.seq_stages))
+
+    @property
     def ve_layer_ids(self) -> tuple[int, ...]:
         """Layers with the value embedding. Raises UserError, as the next three properties do."""
         if self.ve_enabled and self.ve_last_n >= 0:
@@ -477,6 +498,10 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.model_dim % cfg.num_heads == 0, "{model_dim} is not divisible by {num_heads}"
     yield cfg.num_heads % cfg.num_kv_heads == 0, "{num_heads} is not divisible by {num_kv_heads}"
     yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
+    lengths = [length for length, _ in cfg.seq_stages]
+    yield max(lengths) == cfg.train_seq_len, "the longest of {train_seq_schedule} is not {train_seq_len}"
+    yield cfg.train_batch_tokens % cfg.seq_unit == 0, (
+        f"{{train_batch_tokens}} is not divisible by {cfg.seq_unit}, the least that {{train_seq_schedule}} divides")
     yield cfg.mlp_dim >= 1, "{mlp_mult} of {model_dim} leaves an MLP of no width"
     yield cfg.rope_dims <= cfg.head_dim, "{rope_dims} is more than a head's {head_dim} dimensions"
     yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} of {head_dim} (0: all) is odd; rotation works on pairs"
@@ -494,8 +519,8 @@ def combination_rules(cfg: Hyperparameters):
     yield not (cfg.two_lanes and cfg.dtg_enabled), "{dtg_enabled} gates one stream; {parallel_form} has two"
     yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
     yield cfg.attention_window != 1, "{attention_window} is too short to attend; use 0 or at least 2"
-    yield cfg.attention_window <= min(cfg.train_seq_len, cfg.window), (
-        "{attention_window} is longer than the sequences of {train_seq_len} or the windows of {window}")
+    yield cfg.attention_window <= min(*lengths, cfg.window), (
+        f"{{attention_window}} is longer than the training sequences of {min(lengths)} or the windows of {{window}}")
     if cfg.ttt_enabled and cfg.ttt_reset == "stream":
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
         yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
@@ -1207,47 +1232,79 @@ class TokenStream:
 class TrainData:
     """Batches as a pure function of the step: nothing to rewind after warm-up, nothing to store in a checkpoint.
 
-    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size.
+    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size. Its length may
+    change from step to step; ranks and micro-batches hold whole units of `unit` tokens, which all lengths divide.
     """
 
     stream: TokenStream
     seq_len: int
+    unit: int
     batch_tokens: int
     micro_steps: int
     rt: Runtime
+    bos_id: int = -1   # what begins a document that attention does not leave; -1: rows only
 
     @classmethod
     def open(cls, cfg: Hyperparameters, rt: Runtime) -> TrainData:
-        rows = cfg.train_batch_tokens // cfg.train_seq_len
-        if rows % rt.world_size:
-            raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is {rows} sequences of "
-                            f"{cfg.train_seq_len}, not divisible by {rt.world_size} ranks")
-        most, rows = rt.forward_tokens(cfg), rows // rt.world_size
-        micro_steps = next(n for n in range(1, rows + 1)
-                           if rows % n == 0 and (rows // n * cfg.train_seq_len <= most or n == rows))
-        return cls(TokenStream(cfg.train_files, cfg.vocab_size), cfg.train_seq_len, cfg.train_batch_tokens,
-                   micro_steps, rt)
+        units, bos_id = cfg.train_batch_tokens // cfg.seq_unit, -1
+        if units % rt.world_size:
+            raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is {units} sequences of {cfg.seq_unit}, not "
+                            f"divisible by {rt.world_size} ranks")
+        most, units = rt.forward_tokens(cfg), units // rt.world_size
+        micro_steps = next(n for n in range(1, units + 1)
+                           if units % n == 0 and (units // n * cfg.seq_unit <= most or n == units))
+        stream = TokenStream(cfg.train_files, cfg.vocab_size)
+        if cfg.pack == "documents":
+            bos_id = open_tokenizer(cfg)[0].bos_id()
+            if bos_id not in stream.read(0, min(len(stream), 10 ** 7)):
+                raise UserError(f"PACK=documents: no document begins in {cfg.train_files} (BOS, token {bos_id})")
+        return cls(stream, cfg.train_seq_len, cfg.seq_unit, cfg.train_batch_tokens, micro_steps, rt, bos_id)
 
-    def rows(self) -> range:
-        """This rank's sequences of a global batch."""
-        return self.rt.share_of(self.batch_tokens // self.seq_len)
+    def units(self) -> range:
+        """This rank's part of a global batch, in units."""
+        return self.rt.share_of(self.batch_tokens // self.unit)
 
-    def span(self, step: int, rows: range) -> Tensor:
-        """The tokens of these sequences of a step and the one that follows them.  # int64 [len(rows) * seq_len + 1]"""
-        start = step * self.batch_tokens + rows.start * self.seq_len
-        span = torch.from_numpy(self.stream.read(start, len(rows) * self.seq_len + 1))
-        if self.rt.device.type == "cuda":
-            span = span.pin_memory().to(self.rt.device, non_blocking=True)
-        return span.long()
+    def read(self, step: int, units: range) -> np.ndarray:
+        """The tokens of a part of a step and the one that follows them.  # int32 [len(units) * unit + 1]"""
+        return self.stream.read(step * self.batch_tokens + units.start * self.unit, len(units) * self.unit + 1)
 
-    def micro_batches(self, per_token: Tensor) -> Tensor:
+    def to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.rt.device, non_blocking=True) if self.rt.on_cuda else tensor
+
+    def span(self, step: int, units: range) -> Tensor:
+        """What `read` gives, on the device.  # int64 [len(units) * unit + 1]"""
+        return self.to_device(self.read(step, units)).long()
+
+    def micro_batches(self, per_token: Tensor, seq_len: int = 0) -> Tensor:
         """One number per token of this rank, as its micro-batches.  # [tokens] -> [micro_steps, rows, seq_len]"""
-        return per_token.view(self.micro_steps, -1, self.seq_len)
+        return per_token.view(self.micro_steps, -1, seq_len or self.seq_len)
 
-    def batch(self, step: int):
+    def batch(self, step: int, seq_len: int = 0):
         """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, seq_len] each"""
-        span = self.span(step, self.rows())
-        yield from zip(self.micro_batches(span[:-1]), self.micro_batches(span[1:]))
+        span = self.span(step, self.units())
+        yield from zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
+
+    def training_batch(self, step: int, seq_len: int):
+        """Yields what `batch` does and nothing more or, with PACK=documents, in one row, and the documents in it."""
+        if self.bos_id < 0:
+            yield from ((inputs, targets, {}) for inputs, targets in self.batch(step, seq_len))
+            return
+        ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
+        for row, (inputs, targets) in zip(ids, self.batch(step)):
+            starts = self.to_device(document_starts(row, self.bos_id, seq_len))
+            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
+
+
+def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
+    """Where the documents of a stream begin: at its start, at each BOS, and every `longest` tokens of one; then the end
+    of the stream, so often that the size hardly ever changes, because each size needs a graph.  # int32 [n]"""
+    begins = np.union1d(0, np.flatnonzero(ids == bos_id))
+    pieces = [np.arange(begin, end, longest) for begin, end in zip(begins, [*begins[1:], len(ids)])]
+    starts, room = np.concatenate(pieces), max(64, len(ids) // 128)
+    while room <= len(starts):
+        room *= 2
+    return np.pad(starts, (0, room - len(starts)), constant_values=len(ids)).astype(np.int32)
 
 
 def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
@@ -2488,6 +2545,7 @@ class StepPlan:
     momentum: float
     qat: bool
     snapshot: bool         # SWA takes one after this step
+    seq_len: int = 0       # of the training sequences; 0: TRAIN_SEQ_LEN
     looped: bool = True    # the loop of layers is on
     hardness: float = 1.0  # of soft-rounding QAT: from 0 at its start to 1, the export's rounding, in its last tenth
 
@@ -2502,8 +2560,20 @@ def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) 
                     momentum=(1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum,
                     qat=qat is not None,
                     snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
-                    looped=spent >= cfg.enable_looping_at,
+                    **stage(cfg, spent),
                     hardness=min(max((qat or 0.0) / 0.9, 0.0), 1.0))
+
+
+def stage(cfg: Hyperparameters, spent: float) -> dict:
+    """What changes the shapes of a training step, at a share of the budget: fields of StepPlan."""
+    return {"seq_len": next(length for length, until in cfg.seq_stages if spent <= until),
+            "looped": not cfg.num_loops or spent >= cfg.enable_looping_at}
+
+
+def stage_shares(cfg: Hyperparameters) -> list[float]:
+    """A share of the budget in each stage of a run."""
+    begins = {0.0, *(math.nextafter(until, 2.0) for _, until in cfg.seq_stages[:-1])}
+    return sorted(begins | {cfg.enable_looping_at} if cfg.num_loops else begins)
 
 
 def qat_progress(cfg: Hyperparameters, step: int, scale: float, spent: float) -> float | None:
@@ -2618,13 +2688,14 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span, mine = data.span(step, range(data.batch_tokens // data.seq_len)), data.rows()
+        span, mine = data.span(step, range(data.batch_tokens // data.unit)), data.units()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
-        return data.micro_batches((weights / weights.mean())[mine.start * data.seq_len:mine.stop * data.seq_len])
+        return data.micro_batches((weights / weights.mean())[mine.start * data.unit:mine.stop * data.unit])
 
 
 MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
+REWARM_STEPS = 32  # after a change of the sequence length, PR 2014
 
 
 @dataclass
@@ -2639,12 +2710,14 @@ class TrainState:
     step: int = 0
     qat: bool = False
     first_step_s: float = 0.0
+    seq_len: int = 0
+    seq_step: int = -REWARM_STEPS  # when the sequence length changed
     skipped: int = 0  # steps in a row
 
     @classmethod
     def initial(cls, model: GPT, cfg: Hyperparameters, rt: Runtime) -> TrainState:
         return cls(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())),
-                   BigramCounts(cfg, rt.device), Stopwatch())
+                   BigramCounts(cfg, rt.device), Stopwatch(), seq_len=cfg.seq_stages[0][0])
 
     def pace(self, elapsed_s: float) -> float:
         """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
@@ -2658,10 +2731,19 @@ class TrainState:
         """Whether something that happens every so many steps (0: never) is due now."""
         return bool(every) and self.step % every == 0
 
+    def rewarmed(self, rt: Runtime, plan: StepPlan) -> StepPlan:
+        """The plan, with the learning rate rising anew over REWARM_STEPS where the sequence length has changed."""
+        if plan.seq_len != self.seq_len:
+            self.seq_len, self.seq_step = plan.seq_len, self.step
+            rt.log(f"train_seq_len:{plan.seq_len} step:{self.step}", "train_seq_len", step=self.step)
+        share = min((self.step - self.seq_step + 1) / REWARM_STEPS, 1.0)
+        return dataclasses.replace(plan, lr_scale=plan.lr_scale * share)
+
     def pack(self) -> dict:
         return {"model": self.model.state_dict(), "optimisers": self.optimisers.state(),
                 "averager": self.averager.state(), "bigrams": [self.bigrams.pairs, self.bigrams.firsts],
-                "step": self.step, "qat": self.qat, "first_step_s": self.first_step_s}
+                "step": self.step, "qat": self.qat, "first_step_s": self.first_step_s,
+                "seq_len": [self.seq_len, self.seq_step]}
 
     def unpack(self, packed: dict) -> None:
         self.model.load_state_dict(packed["model"])
@@ -2669,6 +2751,7 @@ class TrainState:
         self.averager.load(packed["averager"])
         self.bigrams.pairs, self.bigrams.firsts = packed["bigrams"]
         self.step, self.qat, self.first_step_s = packed["step"], packed["qat"], packed["first_step_s"]
+        self.seq_len, self.seq_step = packed["seq_len"]
 
 
 def checkpoint_path(rt: Runtime) -> Path:
@@ -2770,8 +2853,9 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> t
     total = 0.0
     if state.qat:
         state.model.refresh_scales(plan.hardness)
-    for (inputs, targets), weights in zip(data.batch(state.step), state.bigrams.weigh(data, state.step)):
-        loss = loss_fn(inputs, targets, state.qat, None, weights) / (data.micro_steps * data.rt.world_size)
+    batch = data.training_batch(state.step, plan.seq_len)
+    for (inputs, targets, packed), weights in zip(batch, state.bigrams.weigh(data, state.step)):
+        loss = loss_fn(inputs, targets, state.qat, None, weights, **packed) / (data.micro_steps * data.rt.world_size)
         loss.backward()
         total = total + loss.detach()
     return total, state.optimisers.step(plan)
@@ -2791,16 +2875,17 @@ def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
     """Compile every graph training will need before the clock starts, by steps that are then undone."""
-    rt.log(f"warm-up: {cfg.warmup_steps} steps, before the clock starts")
-    start = copy.deepcopy(state.pack())
     may_round = cfg.qat_enabled or cfg.late_qat and (cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0)
-    graphs = [(looped, qat) for looped in ((False, True) if cfg.num_loops else (True,))
-              for qat in ((False, True) if may_round else (False,))]
-    for i in range(cfg.warmup_steps):
-        state.model.looped, state.qat = graphs[i * len(graphs) // cfg.warmup_steps]
-        train_step(state, data, plan_step(cfg, 0, 0.0, 0.0), loss_fn)
-        if cfg.warmup_steps <= 20 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
-            rt.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
+    stages = [stage(cfg, share) for share in stage_shares(cfg)]
+    graphs = [(parts, qat) for parts in stages for qat in (False, True)[:1 + may_round]]
+    steps, start = max(cfg.warmup_steps, len(graphs)), copy.deepcopy(state.pack())
+    rt.log(f"warm-up: {steps} steps, before the clock starts")
+    for i in range(steps):
+        parts, state.qat = graphs[i * len(graphs) // steps]
+        state.model.looped = parts["looped"]
+        train_step(state, data, dataclasses.replace(plan_step(cfg, 0, 0.0, 0.0), **parts), loss_fn)
+        if steps <= 20 or (i + 1) % 10 == 0 or i + 1 == steps:
+            rt.log(f"warmup_step:{i + 1}/{steps}")
     state.unpack(start)
 
 
@@ -2838,6 +2923,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
         announce(rt, state, plan, cfg)
+        plan = state.rewarmed(rt, plan)
         loss, norm = train_step(state, data, plan, loss_fn)
         state.step += 1
         state.averager.update(state.step, plan)

@@ -48,7 +48,8 @@ def newton_schulz(cfg: tg.Hyperparameters, gpus: int) -> Row:
 def rows(cfg: tg.Hyperparameters, gpus: int = estimate.GPUS) -> list[Row]:
     """The step of a configuration: its operations in the order of the forward pass, then those of the weights."""
     n, dim, mlp, kv = cfg.train_batch_tokens // gpus, cfg.model_dim, cfg.mlp_dim, cfg.num_kv_heads * cfg.head_dim
-    deep, own, counts = n * cfg.num_layers, n * cfg.xsa_last_n, estimate.parameters(cfg)
+    visits = n * estimate.passes(cfg)
+    deep, own, counts = visits * cfg.num_layers, visits * cfg.xsa_last_n, estimate.parameters(cfg)
     bank, weights = counts["attn"] + counts["mlp"], sum(counts.values())
 
     def product(name, tokens, *sizes, fused=()):
