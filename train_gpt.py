@@ -608,7 +608,7 @@ def link(place: Path, file: Path) -> None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends the run, which leaves in order; `number` is that of the signal."""
+    """A signal, of this number, ends the run."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -636,10 +636,8 @@ class Signals:
     @contextlib.contextmanager
     def caught(self):
         """Inside, they come here, but for those that the process ignores."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-        for number in before:
-            signal.signal(number, self)
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self) for number in heard}
         try:
             yield
         finally:
@@ -951,7 +949,7 @@ class Runtime:
     groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
     kernels: str = "torch"
     notes: list[str] = dataclasses.field(default_factory=list)  # for the log, which opens later
-    restarted: bool = False  # by torchrun --max-restarts, after a rank failed
+    resumes: bool = False  # RESUME=1, or torchrun has restarted the ranks
     unwritten: list[str] = dataclasses.field(default_factory=list)  # files that failed, for the end of the run
     threads: list[threading.Thread] = dataclasses.field(default_factory=list)  # at most one: see in_background
     signals: Signals = dataclasses.field(default_factory=Signals)
@@ -982,9 +980,9 @@ class Runtime:
         rt = cls(rank, world_size, device, dtype, compiles, attention, attend, "", Path(cfg.artifact_dir), None, groups,
                  kernels, notes)
         run_id = rt.broadcast_object(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        log = RunLog(rt.folder, run_id, active=rank == 0, append=cfg.resume or restarted)
-        return dataclasses.replace(rt, run_id=run_id, log=log, restarted=restarted, signals=signals or Signals())
+        resumes = cfg.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        log = RunLog(rt.folder, run_id, active=rank == 0, append=resumes)
+        return dataclasses.replace(rt, run_id=run_id, log=log, resumes=resumes, signals=signals or Signals())
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive. If
@@ -2758,9 +2756,9 @@ def checkpoint_path(rt: Runtime) -> Path:
     return rt.run_folder / "checkpoint.pt"
 
 
-def older_checkpoint(path: Path) -> Path:
-    """The place of the checkpoint before the newest, whose place is `path`."""
-    return path.with_suffix(".before.pt")
+def older_checkpoint(rt: Runtime) -> Path:
+    """The place of the checkpoint before the newest."""
+    return checkpoint_path(rt).with_suffix(".before.pt")
 
 
 def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
@@ -2777,16 +2775,15 @@ def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Copy the state off the device; a thread writes it, and keeps the checkpoint before. Weights that are not finite
-    are not saved."""
-    elapsed_s, path = state.watch.elapsed(), checkpoint_path(rt)
+    """Copy the state off the device, for a thread to write. Weights that are not finite are not saved."""
+    elapsed_s = state.watch.elapsed()
     if not torch.nn.utils.get_total_norm(list(state.model.parameters())).isfinite():
         return rt.log(f"warning: no checkpoint of step {state.step}: its weights are not finite")
     packed = state.pack()  # on every rank: shards are gathered
     if rt.rank == 0:
         packed = copy_to_host({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
-        older = older_checkpoint(path)
-        rt.in_background(lambda: rt.attempt(write_atomically, path, with_digest(torch_bytes(packed)), older))
+        rt.in_background(lambda: rt.attempt(write_atomically, checkpoint_path(rt), with_digest(torch_bytes(packed)),
+                                            older_checkpoint(rt)))
     rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
 
 
@@ -2807,9 +2804,9 @@ def with_digest(data: bytes) -> bytes:
 def newest_checkpoint(rt: Runtime) -> tuple[Path, bytes]:
     """The newest checkpoint of RUN_ID that is whole. Raises UserError if there is none."""
     newest, damaged = checkpoint_path(rt), []
-    for stale in newest.parent.glob(f".{newest.name}.*.tmp"):  # killed while it was written
+    for stale in newest.parent.glob(".*.tmp"):  # of a run that was killed while it wrote
         stale.unlink()
-    for path in (newest, older_checkpoint(newest)):
+    for path in (newest, older_checkpoint(rt)):
         with contextlib.suppress(FileNotFoundError):
             data = path.read_bytes()
             if with_digest(data[:-32]) == data:
@@ -2830,8 +2827,8 @@ def torch_bytes(value) -> bytes:
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
     """Resume from the newest checkpoint of RUN_ID, which rank 0 reads for all. Returns the seconds of training it took.
     Raises UserError if it is missing, damaged or of other settings."""
-    if rt.restarted and not cfg.resume and not rt.agree(float(checkpoint_path(rt).exists())):
-        return 0.0  # the first part did not come that far
+    if not cfg.resume and not rt.agree(float(checkpoint_path(rt).exists())):
+        return 0.0  # a restart, and the first part did not come that far
     path, data = rt.from_first(lambda: newest_checkpoint(rt))
     try:
         packed = torch.load(io.BytesIO(data), map_location=rt.device, weights_only=True)
@@ -2892,7 +2889,7 @@ def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainDat
 def begin_training(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, loss_fn) -> TrainState:
     """The state of the first step, or of the checkpoint with RESUME=1, once every graph is compiled. Its clock runs."""
     state = TrainState.initial(model, cfg, rt)
-    spent_s = load_checkpoint(cfg, rt, state) if cfg.resume or rt.restarted else 0.0
+    spent_s = load_checkpoint(cfg, rt, state) if rt.resumes else 0.0
     if cfg.warmup_steps and not state.ended(cfg, spent_s):
         with rt.signals.act(at_once=True):
             warm_up(cfg, rt, state, data, loss_fn)
@@ -4174,7 +4171,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
             cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
-        older = older_place(path) if path.exists() and not cfg.resume else None
+        older = older_place(path) if path.exists() and not rt.resumes else None
         try:
             write_atomically(path, artifact.blob, older)
         except UserError as error:
@@ -4320,7 +4317,7 @@ def origin(cfg: Hyperparameters, rt: Runtime, path: str | Path) -> list[str]:
 def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
     """What `make_artifact` returned before a run to be resumed was stopped, if its artifact is still there."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        held = json.loads(export_path(rt).read_bytes() if cfg.resume or rt.restarted else "null")
+        held = json.loads(export_path(rt).read_bytes() if rt.resumes else "null")
         path = held["made"]["artifact_path"]
         if held["belongs_to"] == origin(cfg, rt, path):
             rt.log(f"resume:artifact {path} of step {held['made']['steps']} is finished; its scores start over", "resume",
