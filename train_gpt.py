@@ -979,8 +979,9 @@ class Runtime:
             groups["cpu"] = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
         rt = cls(rank, world_size, device, dtype, compiles, attention, attend, "", Path(cfg.artifact_dir), None, groups,
                  kernels, notes)
-        run_id = rt.broadcast_object(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
+        run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         resumes = cfg.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        run_id, resumes = rt.broadcast_object((run_id, resumes))  # a machine that comes back counts from 0
         log = RunLog(rt.folder, run_id, active=rank == 0, append=resumes)
         return dataclasses.replace(rt, run_id=run_id, log=log, resumes=resumes, signals=signals or Signals())
 
@@ -2827,7 +2828,7 @@ def torch_bytes(value) -> bytes:
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
     """Resume from the newest checkpoint of RUN_ID, which rank 0 reads for all. Returns the seconds of training it took.
     Raises UserError if it is missing, damaged or of other settings."""
-    if not cfg.resume and not rt.agree(float(checkpoint_path(rt).exists())):
+    if not rt.agree(float(cfg.resume or checkpoint_path(rt).exists())):
         return 0.0  # a restart, and the first part did not come that far
     path, data = rt.from_first(lambda: newest_checkpoint(rt))
     try:
