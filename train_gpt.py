@@ -2763,13 +2763,14 @@ def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> flo
         then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
         changed = sorted(name.upper() for name in now if then.get(name) != now[name])
         if not changed:
+            spent_s = float(packed["elapsed_s"])
             state.unpack(packed)
     except Exception as error:  # torch raises many kinds for what is no checkpoint
         raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}); start without RESUME=1") from None
     if changed:
         raise UserError(f"checkpoint {path} was made with another {', '.join(changed)}")
     rt.log(f"resume:step:{state.step} from {path}", "resume", step=state.step)
-    return packed["elapsed_s"]
+    return spent_s
 
 
 def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> tuple[Tensor, Tensor]:
@@ -4316,7 +4317,7 @@ def how_to_go_on(rt: Runtime | None) -> str:
         return ""
     rt.finish_writing()
     return (f"; to go on from the last checkpoint: bash run.sh ... RESUME=1 RUN_ID={rt.run_id}"
-            if checkpoint_path(rt).exists() else "; it has no checkpoint yet")
+            if checkpoint_path(rt).exists() else "; there is no checkpoint to go on from")
 
 
 def main(arguments: list[str]) -> int:

@@ -390,7 +390,7 @@ def test_a_signal_outside_of_training_ends_the_run_at_once(run, signalled, name,
     """train_step's second call is in the warm-up."""
     done = signalled([signal.SIGTERM], tg, name, at, **{**WHOLE, "WARMUP_STEPS": 3})
     assert done.code == 143 and done.out.count("warmup_step:") == (3 if saved else at - 1)
-    assert done.err == f"interrupted (SIGTERM){TO_GO_ON if saved else '; it has no checkpoint yet' + chr(10)}"
+    assert done.err == f"interrupted (SIGTERM){TO_GO_ON if saved else '; there is no checkpoint to go on from' + chr(10)}"
     assert "legal_ttt_exact" not in done.out
 
 
@@ -533,6 +533,16 @@ def test_another_run_s_checkpoint_is_refused_in_one_line_and_survives(run, varia
     names = ", ".join(sorted(variables))
     assert done.code == 2 and done.err == f"error: checkpoint {path} was made with another {names}\n"
     assert path.read_bytes() == before and (run.folder / "final_model.ptz").read_bytes() == artifact
+
+
+@pytest.mark.parametrize("left_out", ["settings", "elapsed_s", "model", "step", "averager"])
+def test_a_whole_file_that_is_no_checkpoint(saved, rt, left_out):
+    path = tg.checkpoint_path(rt)
+    held = torch.load(path, weights_only=True)
+    del held[left_out]
+    path.write_bytes(tg.with_digest(tg.torch_bytes(held)))
+    with pytest.raises(tg.UserError, match=r"cannot be read \(KeyError\); start without RESUME=1"):
+        saved[1](saved[0])
 
 
 def test_a_checkpoint_is_no_pickle_of_code(config, rt):
