@@ -121,6 +121,10 @@ class Hyperparameters:
                                "dataset.json, if there is one, names tokenizer and vocabulary size", section="Data")
     tokenizer_path: str = env_field("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of that data")
     train_batch_tokens: int = env_field(786_432, "tokens per optimiser step, over all ranks", lo=1)
+    pack: str = env_field("rows", "a training batch: rows of TRAIN_SEQ_LEN tokens, or one stream whose attention stops "
+                          "where a document begins and at TRAIN_SEQ_LEN (PR 1530)", choices="rows documents")
+    train_seq_schedule: str = env_field("", "TRAIN_SEQ_LEN grows: lengths and the share of the budget until which each "
+                                        "is used, like 1024:0.1,2048:0.7,3072:1 (PR 2014)")
     micro_batch_tokens: int = env_field(0, "maximum tokens per forward pass; 0: 98,304 on CUDA, 4,096 on CPU", lo=0)
     # Model
     vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536, section="Model")
@@ -347,6 +351,23 @@ class Hyperparameters:
         return self.parallel_start_layer > 0 and self.parallel_form == "lanes"
 
     @property
+    def seq_stages(self) -> tuple[tuple[int, float], ...]:
+        """Training lengths, each with the share of the budget until which it is used. Raises UserError."""
+        def parse(parts):
+            stages = tuple((int(length), float(until)) for length, until in (part.split(":") for part in parts))
+            ends = [0.0, *(until for _, until in stages)]
+            if ends != sorted(set(ends)) or ends[-1] != 1 or min(stages)[0] < 2:
+                raise ValueError
+            return stages
+        return parse_list("TRAIN_SEQ_SCHEDULE", self.train_seq_schedule or f"{self.train_seq_len}:1",
+                          "lengths and growing shares of the budget, the last of them 1, like 1024:0.1,2048:1", parse)
+
+    @property
+    def seq_unit(self) -> int:
+        """The fewest tokens that are whole sequences of every training length."""
+        return math.lcm(*(length for length, _ in self.seq_stages))
+
+    @property
     def ve_layer_ids(self) -> tuple[int, ...]:
         """Layers with the value embedding. Raises UserError, as the next three properties do."""
         if self.ve_enabled and self.ve_last_n >= 0:
@@ -477,6 +498,10 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.model_dim % cfg.num_heads == 0, "{model_dim} is not divisible by {num_heads}"
     yield cfg.num_heads % cfg.num_kv_heads == 0, "{num_heads} is not divisible by {num_kv_heads}"
     yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
+    lengths = [length for length, _ in cfg.seq_stages]
+    yield max(lengths) == cfg.train_seq_len, "the longest of {train_seq_schedule} is not {train_seq_len}"
+    yield cfg.train_batch_tokens % cfg.seq_unit == 0, (
+        f"{{train_batch_tokens}} is not divisible by {cfg.seq_unit}, the least that {{train_seq_schedule}} divides")
     yield cfg.mlp_dim >= 1, "{mlp_mult} of {model_dim} leaves an MLP of no width"
     yield cfg.rope_dims <= cfg.head_dim, "{rope_dims} is more than a head's {head_dim} dimensions"
     yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} of {head_dim} (0: all) is odd; rotation works on pairs"
@@ -494,8 +519,8 @@ def combination_rules(cfg: Hyperparameters):
     yield not (cfg.two_lanes and cfg.dtg_enabled), "{dtg_enabled} gates one stream; {parallel_form} has two"
     yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
     yield cfg.attention_window != 1, "{attention_window} is too short to attend; use 0 or at least 2"
-    yield cfg.attention_window <= min(cfg.train_seq_len, cfg.window), (
-        "{attention_window} is longer than the sequences of {train_seq_len} or the windows of {window}")
+    yield cfg.attention_window <= min(*lengths, cfg.window), (
+        f"{{attention_window}} is longer than the training sequences of {min(lengths)} or the windows of {{window}}")
     if cfg.ttt_enabled and cfg.ttt_reset == "stream":
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
         yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
@@ -540,9 +565,9 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_atomically(path: Path, data: bytes, set_aside=None) -> None:
-    """Write a file completely or not at all. An existing file is kept on failure; `set_aside(path)`, if given, may move
-    it before the new one takes its place. Raises UserError."""
+def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
+    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
+    given. Raises UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -550,8 +575,8 @@ def write_atomically(path: Path, data: bytes, set_aside=None) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        if set_aside is not None:
-            set_aside(path)
+        if older is not None and path.exists():
+            os.replace(path, older)
         os.replace(spare, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -559,11 +584,10 @@ def write_atomically(path: Path, data: bytes, set_aside=None) -> None:
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
 
 
-def keep_older(path: Path) -> None:
-    """A file at `path`, unless it is a link, moves to NAME.DATE.SUFFIX."""
-    if path.is_file() and not path.is_symlink():
-        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-        path.rename(path.with_name(f"{path.stem}.{date}{path.suffix}"))
+def older_place(path: Path) -> Path:
+    """Where the file at `path` moves when another run needs its place: NAME.DATE.SUFFIX."""
+    date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    return path.with_name(f"{path.stem}.{date}{path.suffix}")
 
 
 def link(place: Path, file: Path) -> None:
@@ -574,7 +598,8 @@ def link(place: Path, file: Path) -> None:
         spare.unlink(missing_ok=True)
         try:
             spare.symlink_to(os.path.relpath(file.resolve(), place.parent.resolve()))
-            keep_older(place)  # it is not a run's, whose place has links
+            if place.is_file() and not place.is_symlink():  # it is not a run's, whose place has links
+                place.rename(older_place(place))
         except OSError:
             spare.write_bytes(file.read_bytes())
         os.replace(spare, place)
@@ -637,9 +662,8 @@ class RunLog:
 
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
         self.folder, self.base = folder / "runs" / run_id, folder / "logs" / run_id
-        self.active, self.append, self.broken = active, append, False
+        self.active, self.append, self.broken, self.held = active, append, False, None
         self.fresh = {"log.txt", "events.jsonl"}  # not opened yet
-        self.held = None
 
     def link(self, name: str) -> None:
         """Show a file where this field's tools look for it, in logs/ by the name of its run."""
@@ -970,10 +994,10 @@ class Runtime:
         if self.world_size > 1:
             (dist.distributed_c10d._abort_process_group if failed else dist.destroy_process_group)()
 
-    def attempt(self, write, *args) -> None:
-        """Write what a run can do without: its UserError becomes a warning, now and at the end of the run."""
+    def attempt(self, write, *arguments) -> None:
+        """Write what a run can do without: a UserError becomes a warning now and at the end of the run."""
         try:
-            write(*args)
+            write(*arguments)
         except UserError as error:
             self.unwritten.append(str(error))
             self.log(f"warning: {error}; the run goes on")
@@ -1207,47 +1231,79 @@ class TokenStream:
 class TrainData:
     """Batches as a pure function of the step: nothing to rewind after warm-up, nothing to store in a checkpoint.
 
-    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size.
+    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size. Its length may
+    change from step to step; ranks and micro-batches hold whole units of `unit` tokens, which all lengths divide.
     """
 
     stream: TokenStream
     seq_len: int
+    unit: int
     batch_tokens: int
     micro_steps: int
     rt: Runtime
+    bos_id: int = -1   # what begins a document that attention does not leave; -1: rows only
 
     @classmethod
     def open(cls, cfg: Hyperparameters, rt: Runtime) -> TrainData:
-        rows = cfg.train_batch_tokens // cfg.train_seq_len
-        if rows % rt.world_size:
-            raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is {rows} sequences of "
-                            f"{cfg.train_seq_len}, not divisible by {rt.world_size} ranks")
-        most, rows = rt.forward_tokens(cfg), rows // rt.world_size
-        micro_steps = next(n for n in range(1, rows + 1)
-                           if rows % n == 0 and (rows // n * cfg.train_seq_len <= most or n == rows))
-        return cls(TokenStream(cfg.train_files, cfg.vocab_size), cfg.train_seq_len, cfg.train_batch_tokens,
-                   micro_steps, rt)
+        units, bos_id = cfg.train_batch_tokens // cfg.seq_unit, -1
+        if units % rt.world_size:
+            raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is {units} sequences of {cfg.seq_unit}, not "
+                            f"divisible by {rt.world_size} ranks")
+        most, units = rt.forward_tokens(cfg), units // rt.world_size
+        micro_steps = next(n for n in range(1, units + 1)
+                           if units % n == 0 and (units // n * cfg.seq_unit <= most or n == units))
+        stream = TokenStream(cfg.train_files, cfg.vocab_size)
+        if cfg.pack == "documents":
+            bos_id = open_tokenizer(cfg)[0].bos_id()
+            if bos_id not in stream.read(0, min(len(stream), 10 ** 7)):
+                raise UserError(f"PACK=documents: no document begins in {cfg.train_files} (BOS, token {bos_id})")
+        return cls(stream, cfg.train_seq_len, cfg.seq_unit, cfg.train_batch_tokens, micro_steps, rt, bos_id)
 
-    def rows(self) -> range:
-        """This rank's sequences of a global batch."""
-        return self.rt.share_of(self.batch_tokens // self.seq_len)
+    def units(self) -> range:
+        """This rank's part of a global batch, in units."""
+        return self.rt.share_of(self.batch_tokens // self.unit)
 
-    def span(self, step: int, rows: range) -> Tensor:
-        """The tokens of these sequences of a step and the one that follows them.  # int64 [len(rows) * seq_len + 1]"""
-        start = step * self.batch_tokens + rows.start * self.seq_len
-        span = torch.from_numpy(self.stream.read(start, len(rows) * self.seq_len + 1))
-        if self.rt.device.type == "cuda":
-            span = span.pin_memory().to(self.rt.device, non_blocking=True)
-        return span.long()
+    def read(self, step: int, units: range) -> np.ndarray:
+        """The tokens of a part of a step and the one that follows them.  # int32 [len(units) * unit + 1]"""
+        return self.stream.read(step * self.batch_tokens + units.start * self.unit, len(units) * self.unit + 1)
 
-    def micro_batches(self, per_token: Tensor) -> Tensor:
+    def to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.rt.device, non_blocking=True) if self.rt.on_cuda else tensor
+
+    def span(self, step: int, units: range) -> Tensor:
+        """What `read` gives, on the device.  # int64 [len(units) * unit + 1]"""
+        return self.to_device(self.read(step, units)).long()
+
+    def micro_batches(self, per_token: Tensor, seq_len: int = 0) -> Tensor:
         """One number per token of this rank, as its micro-batches.  # [tokens] -> [micro_steps, rows, seq_len]"""
-        return per_token.view(self.micro_steps, -1, self.seq_len)
+        return per_token.view(self.micro_steps, -1, seq_len or self.seq_len)
 
-    def batch(self, step: int):
+    def batch(self, step: int, seq_len: int = 0):
         """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, seq_len] each"""
-        span = self.span(step, self.rows())
-        yield from zip(self.micro_batches(span[:-1]), self.micro_batches(span[1:]))
+        span = self.span(step, self.units())
+        yield from zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
+
+    def training_batch(self, step: int, seq_len: int):
+        """Yields what `batch` does and nothing more or, with PACK=documents, in one row, and the documents in it."""
+        if self.bos_id < 0:
+            yield from ((inputs, targets, {}) for inputs, targets in self.batch(step, seq_len))
+            return
+        ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
+        for row, (inputs, targets) in zip(ids, self.batch(step)):
+            starts = self.to_device(document_starts(row, self.bos_id, seq_len))
+            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
+
+
+def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
+    """Where the documents of a stream begin: at its start, at each BOS, and every `longest` tokens of one; then the end
+    of the stream, so often that the size hardly ever changes, because each size needs a graph.  # int32 [n]"""
+    begins = np.union1d(0, np.flatnonzero(ids == bos_id))
+    pieces = [np.arange(begin, end, longest) for begin, end in zip(begins, [*begins[1:], len(ids)])]
+    starts, room = np.concatenate(pieces), max(64, len(ids) // 128)
+    while room <= len(starts):
+        room *= 2
+    return np.pad(starts, (0, room - len(starts)), constant_values=len(ids)).astype(np.int32)
 
 
 def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
@@ -2488,6 +2544,7 @@ class StepPlan:
     momentum: float
     qat: bool
     snapshot: bool         # SWA takes one after this step
+    seq_len: int = 0       # of the training sequences; 0: TRAIN_SEQ_LEN
     looped: bool = True    # the loop of layers is on
     hardness: float = 1.0  # of soft-rounding QAT: from 0 at its start to 1, the export's rounding, in its last tenth
 
@@ -2502,8 +2559,20 @@ def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) 
                     momentum=(1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum,
                     qat=qat is not None,
                     snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
-                    looped=spent >= cfg.enable_looping_at,
+                    **stage(cfg, spent),
                     hardness=min(max((qat or 0.0) / 0.9, 0.0), 1.0))
+
+
+def stage(cfg: Hyperparameters, spent: float) -> dict:
+    """What changes the shapes of a training step, at a share of the budget: fields of StepPlan."""
+    return {"seq_len": next(length for length, until in cfg.seq_stages if spent <= until),
+            "looped": not cfg.num_loops or spent >= cfg.enable_looping_at}
+
+
+def stage_shares(cfg: Hyperparameters) -> list[float]:
+    """A share of the budget in each stage of a run."""
+    begins = {0.0, *(math.nextafter(until, 2.0) for _, until in cfg.seq_stages[:-1])}
+    return sorted(begins | {cfg.enable_looping_at} if cfg.num_loops else begins)
 
 
 def qat_progress(cfg: Hyperparameters, step: int, scale: float, spent: float) -> float | None:
@@ -2618,13 +2687,14 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span, mine = data.span(step, range(data.batch_tokens // data.seq_len)), data.rows()
+        span, mine = data.span(step, range(data.batch_tokens // data.unit)), data.units()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
-        return data.micro_batches((weights / weights.mean())[mine.start * data.seq_len:mine.stop * data.seq_len])
+        return data.micro_batches((weights / weights.mean())[mine.start * data.unit:mine.stop * data.unit])
 
 
 MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
+REWARM_STEPS = 32  # after a change of the sequence length, PR 2014
 
 
 @dataclass
@@ -2639,12 +2709,14 @@ class TrainState:
     step: int = 0
     qat: bool = False
     first_step_s: float = 0.0
+    seq_len: int = 0
+    seq_step: int = -REWARM_STEPS  # when the sequence length changed
     skipped: int = 0  # steps in a row
 
     @classmethod
     def initial(cls, model: GPT, cfg: Hyperparameters, rt: Runtime) -> TrainState:
         return cls(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())),
-                   BigramCounts(cfg, rt.device), Stopwatch())
+                   BigramCounts(cfg, rt.device), Stopwatch(), seq_len=cfg.seq_stages[0][0])
 
     def pace(self, elapsed_s: float) -> float:
         """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
@@ -2658,10 +2730,19 @@ class TrainState:
         """Whether something that happens every so many steps (0: never) is due now."""
         return bool(every) and self.step % every == 0
 
+    def rewarmed(self, rt: Runtime, plan: StepPlan) -> StepPlan:
+        """The plan, with the learning rate rising anew over REWARM_STEPS where the sequence length has changed."""
+        if plan.seq_len != self.seq_len:
+            self.seq_len, self.seq_step = plan.seq_len, self.step
+            rt.log(f"train_seq_len:{plan.seq_len} step:{self.step}", "train_seq_len", step=self.step)
+        share = min((self.step - self.seq_step + 1) / REWARM_STEPS, 1.0)
+        return dataclasses.replace(plan, lr_scale=plan.lr_scale * share)
+
     def pack(self) -> dict:
         return {"model": self.model.state_dict(), "optimisers": self.optimisers.state(),
                 "averager": self.averager.state(), "bigrams": [self.bigrams.pairs, self.bigrams.firsts],
-                "step": self.step, "qat": self.qat, "first_step_s": self.first_step_s}
+                "step": self.step, "qat": self.qat, "first_step_s": self.first_step_s,
+                "seq_len": [self.seq_len, self.seq_step]}
 
     def unpack(self, packed: dict) -> None:
         self.model.load_state_dict(packed["model"])
@@ -2669,14 +2750,11 @@ class TrainState:
         self.averager.load(packed["averager"])
         self.bigrams.pairs, self.bigrams.firsts = packed["bigrams"]
         self.step, self.qat, self.first_step_s = packed["step"], packed["qat"], packed["first_step_s"]
+        self.seq_len, self.seq_step = packed["seq_len"]
 
 
 def checkpoint_path(rt: Runtime) -> Path:
     return rt.run_folder / "checkpoint.pt"
-
-
-def checkpoint_link(rt: Runtime) -> Path:
-    return rt.folder / "checkpoints" / f"{rt.run_id}.pt"
 
 
 def older_checkpoint(rt: Runtime) -> Path:
@@ -2705,15 +2783,9 @@ def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> Non
     packed = state.pack()  # on every rank: shards are gathered
     if rt.rank == 0:
         packed = copy_to_host({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
-        rt.in_background(lambda: rt.attempt(write_checkpoint, rt, packed))
+        rt.in_background(lambda: rt.attempt(write_atomically, checkpoint_path(rt), with_digest(torch_bytes(packed)),
+                                            older_checkpoint(rt)))
     rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
-
-
-def write_checkpoint(rt: Runtime, packed: dict) -> None:
-    """Raises UserError."""
-    path, older = checkpoint_path(rt), older_checkpoint(rt)
-    write_atomically(path, with_digest(torch_bytes(packed)), lambda old: old.exists() and os.replace(old, older))
-    link(checkpoint_link(rt), path)
 
 
 def copy_to_host(value):
@@ -2735,7 +2807,7 @@ def newest_checkpoint(rt: Runtime) -> tuple[Path, bytes]:
     newest, damaged = checkpoint_path(rt), []
     for stale in newest.parent.glob(".*.tmp"):  # of a run that was killed while it wrote
         stale.unlink()
-    for path in (newest, older_checkpoint(rt), checkpoint_link(rt)):
+    for path in (newest, older_checkpoint(rt)):
         with contextlib.suppress(FileNotFoundError):
             data = path.read_bytes()
             if with_digest(data[:-32]) == data:
@@ -2764,13 +2836,14 @@ def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> flo
         then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
         changed = sorted(name.upper() for name in now if then.get(name) != now[name])
         if not changed:
+            spent_s = float(packed["elapsed_s"])
             state.unpack(packed)
     except Exception as error:  # torch raises many kinds for what is no checkpoint
         raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}); start without RESUME=1") from None
     if changed:
         raise UserError(f"checkpoint {path} was made with another {', '.join(changed)}")
     rt.log(f"resume:step:{state.step} from {path}", "resume", step=state.step)
-    return packed["elapsed_s"]
+    return spent_s
 
 
 def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> tuple[Tensor, Tensor]:
@@ -2779,8 +2852,9 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> t
     total = 0.0
     if state.qat:
         state.model.refresh_scales(plan.hardness)
-    for (inputs, targets), weights in zip(data.batch(state.step), state.bigrams.weigh(data, state.step)):
-        loss = loss_fn(inputs, targets, state.qat, None, weights) / (data.micro_steps * data.rt.world_size)
+    batch = data.training_batch(state.step, plan.seq_len)
+    for (inputs, targets, packed), weights in zip(batch, state.bigrams.weigh(data, state.step)):
+        loss = loss_fn(inputs, targets, state.qat, None, weights, **packed) / (data.micro_steps * data.rt.world_size)
         loss.backward()
         total = total + loss.detach()
     return total, state.optimisers.step(plan)
@@ -2800,16 +2874,17 @@ def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
     """Compile every graph training will need before the clock starts, by steps that are then undone."""
-    rt.log(f"warm-up: {cfg.warmup_steps} steps, before the clock starts")
-    start = copy.deepcopy(state.pack())
     may_round = cfg.qat_enabled or cfg.late_qat and (cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0)
-    graphs = [(looped, qat) for looped in ((False, True) if cfg.num_loops else (True,))
-              for qat in ((False, True) if may_round else (False,))]
-    for i in range(cfg.warmup_steps):
-        state.model.looped, state.qat = graphs[i * len(graphs) // cfg.warmup_steps]
-        train_step(state, data, plan_step(cfg, 0, 0.0, 0.0), loss_fn)
-        if cfg.warmup_steps <= 20 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
-            rt.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
+    stages = [stage(cfg, share) for share in stage_shares(cfg)]
+    graphs = [(parts, qat) for parts in stages for qat in (False, True)[:1 + may_round]]
+    steps, start = max(cfg.warmup_steps, len(graphs)), copy.deepcopy(state.pack())
+    rt.log(f"warm-up: {steps} steps, before the clock starts")
+    for i in range(steps):
+        parts, state.qat = graphs[i * len(graphs) // steps]
+        state.model.looped = parts["looped"]
+        train_step(state, data, dataclasses.replace(plan_step(cfg, 0, 0.0, 0.0), **parts), loss_fn)
+        if steps <= 20 or (i + 1) % 10 == 0 or i + 1 == steps:
+            rt.log(f"warmup_step:{i + 1}/{steps}")
     state.unpack(start)
 
 
@@ -2847,6 +2922,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
         announce(rt, state, plan, cfg)
+        plan = state.rewarmed(rt, plan)
         loss, norm = train_step(state, data, plan, loss_fn)
         state.step += 1
         state.averager.update(state.step, plan)
@@ -4097,15 +4173,16 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
             cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
+        older = older_place(path) if path.exists() and not rt.resumes else None
         try:
-            write_atomically(path, artifact.blob, None if rt.resumes else keep_older)
-            for file in (path, path.with_suffix(".pt")):
-                rt.attempt(link, rt.folder / file.name, file)
+            write_atomically(path, artifact.blob, older)
         except UserError as error:
             path = Path(tempfile.gettempdir(), f"{rt.run_id}.ptz")
             rt.unwritten.append(f"{error}; the artifact is {path}")
             rt.log(f"warning: {error}; it goes to {path}")
             write_atomically(path, artifact.blob)
+        for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
+            rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -4229,7 +4306,7 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainDa
 
 
 def export_path(rt: Runtime) -> Path:
-    return checkpoint_path(rt).with_suffix(".export.json")
+    return rt.run_folder / "export.json"
 
 
 def origin(cfg: Hyperparameters, rt: Runtime, path: str | Path) -> list[str]:
@@ -4317,7 +4394,7 @@ def how_to_go_on(rt: Runtime | None) -> str:
         return ""
     rt.finish_writing()
     return (f"; to go on from the last checkpoint: bash run.sh ... RESUME=1 RUN_ID={rt.run_id}"
-            if checkpoint_path(rt).exists() else "; it has no checkpoint yet")
+            if checkpoint_path(rt).exists() else "; there is no checkpoint to go on from")
 
 
 def main(arguments: list[str]) -> int:

@@ -193,8 +193,8 @@ def test_the_running_score_ends_at_the_score(run):
 def test_what_is_scored_is_what_lies_on_disk(run, monkeypatch):
     """A disk that changes the artifact while it is written: the run must not score what it meant to write."""
     write = tg.write_atomically
-    monkeypatch.setattr(tg, "write_atomically", lambda path, data, **more: write(
-        path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, **more))
+    monkeypatch.setattr(tg, "write_atomically", lambda path, data, *more: write(
+        path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, *more))
     done = run(ITERATIONS=1)
     assert done.code == 2 and "damaged" in done.err and "roundtrip" not in done.out
 
@@ -294,15 +294,15 @@ def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
         (tmp_path / name).write_bytes(old)
     out, err = start(corpus, tmp_path, limit_bytes=15_000, TMPDIR=tmp_path).communicate(timeout=120)
     assert f"error: cannot write {tmp_path / 'tiny.ptz'} (" in err and "Traceback" not in err
-    for name in ("checkpoint.pt", "final_model.pt", "final_model.ptz"):
-        assert f"warning: cannot write {tmp_path / 'runs/tiny' / name} (" in out
+    for path in ("checkpoint.pt", "final_model.pt", "final_model.ptz"):
+        assert f"warning: cannot write {tmp_path / 'runs/tiny' / path} (" in out
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["final_model.pt", "final_model.ptz"]
     assert all((tmp_path / name).read_bytes() == old for name in ("final_model.pt", "final_model.ptz"))
 
 
 OLD_PLACES = {"final_model.ptz": "final_model.ptz", "final_model.pt": "final_model.pt", "logs/{}.txt": "log.txt",
               "logs/{}.jsonl": "events.jsonl", "logs/{}.summary.json": "summary.json", "logs/{}.eval.json": "eval.json",
-              "logs/{}.settings.env": "settings.env", "checkpoints/{}.pt": "checkpoint.pt"}
+              "logs/{}.settings.env": "settings.env"}
 
 
 def test_every_run_is_kept_and_the_newest_one_is_where_tools_look(run):
@@ -310,7 +310,7 @@ def test_every_run_is_kept_and_the_newest_one_is_where_tools_look(run):
     for name in ("first", "second"):
         done = run(RUN_ID=name, SEED=len(name), ITERATIONS=1, TTT_ENABLED=0, CHECKPOINT_EVERY=1, PROFILE="mine")
         files = done.folder / "runs" / name
-        assert {path.name for path in files.iterdir()} == {*OLD_PLACES.values(), "checkpoint.export.json"}
+        assert {path.name for path in files.iterdir()} == {*OLD_PLACES.values(), "checkpoint.pt", "export.json"}
         for place, file in OLD_PLACES.items():
             place = done.folder / place.format(name)
             assert place.samefile(files / file) and not os.path.isabs(os.readlink(place))

@@ -64,8 +64,30 @@ def test_a_window_is_the_same_for_the_last_positions_alone(config, attend, windo
             assert moved.nonzero().flatten().tolist() == list(range(at, at + window + 1))
 
 
-@pytest.mark.parametrize("mode", [{}, {"TTT_MODE": "lora"},
-                                  {"TTT_MODE": "lora", "TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16}])
+ADAPT = {"sgd": {}, "lora": {"TTT_MODE": "lora"}, "documents": {"TTT_MODE": "lora", "TTT_RESET": "document",
+                                                             "TTT_DOC_CHUNK_TOKENS": 16}}
+
+
+@pytest.mark.parametrize("mode", ADAPT.values(), ids=ADAPT)
+def test_a_whole_run_knows_of_all_of_pr_1855(run, mode):
+    """Looped halfway, rounded while training, calibrated, written, read back, adapted."""
+    variables = {name.upper(): int(value) if isinstance(value, bool) else value for name, value in PR1855.items()}
+    done = run(**variables, **mode, POLAR_EXPRESS=1, MUON_ROW_NORMALIZE=1, EMBED_WD=0.085, EMA_RAMP=0, EMA_DECAY=0.5,
+               WARMDOWN_FRAC=0.85, MIN_LR=0.1, LATE_QAT_FRAC=0.5, GPTQ_ENABLED=1, GPTQ_CALIBRATION_BATCHES=1,
+               CLIP_RULE="sdclip", HASH_EMBED_BUCKETS=0 if "TTT_RESET" in mode else 64)
+    assert done.code == 0, done.err
+    assert "layer_loop:enabled step:3 layers:[0, 1, 0, 1, 0, 1, 2]" in done.out and "late_qat:enabled" in done.out
+    cfg, _, weights = tg.unpack((done.folder / "final_model.ptz").read_bytes())
+    assert all(getattr(cfg, name) == value for name, value in PR1855.items())
+    assert len(weights["mlp_up_bank"]) == 3 and len(weights["skip_gates"]) == 3
+    moved = {"smear.scale": 0.0, "skip_gates": 0.0, "lane_keeps": 1.1, "lane_takes": 1.0,
+             "blocks.1.attn.sparse_gate.weight": 0.0}
+    assert all((weights[name] - start).abs().max() > 1e-3 for name, start in moved.items())
+    bpb = [done.summary[f"val_bpb_{key}"] for key in ("pre_quant", "roundtrip", "sliding", "ttt")]
+    assert len(set(bpb)) == 4 and all(0 < x < 9 for x in bpb)
+
+
+@pytest.mark.parametrize("mode", ADAPT.values(), ids=ADAPT)
 def test_a_whole_run_knows_of_all_of_them(run, mode):
     """Trained by AdamW, pruned, written, read back, adapted. What is scored is what was written."""
     variables = {name.upper(): int(value) if isinstance(value, bool) else value for name, value in PLAIN.items()}

@@ -215,8 +215,8 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(ranks):
 def test_a_run_of_two_ranks_goes_on_with_one(ranks, corpus, run):
     """A checkpoint holds whole buffers: one rank goes on from it to nearly the same scores."""
     bpb = ranks[1]["resumed"][0][4]
-    (run.folder / "checkpoints").mkdir()
-    (run.folder / "checkpoints/tiny.pt").write_bytes((ranks[0] / "parts/runs/tiny/checkpoint.before.pt").read_bytes())
+    (run.folder / "runs/tiny").mkdir(parents=True)
+    (run.folder / "runs/tiny/checkpoint.pt").write_bytes((ranks[0] / "parts/runs/tiny/checkpoint.before.pt").read_bytes())
     done = run(RESUME=1, ITERATIONS=9, CHECKPOINT_EVERY=4, NORMUON=1, TTT_ENABLED=0, EVAL_STRIDE=0,
                LATE_QAT_THRESHOLD=0.5, WARMDOWN_ITERS=6)
     assert done.code == 0 and "resume:step:8 from" in done.out, done.err

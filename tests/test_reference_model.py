@@ -367,6 +367,11 @@ def test_initial_values_are_as_documented():
         assert w[name].std().item() == pytest.approx(std, rel=0.03) and abs(w[name].mean()) < 0.05 * std
     assert left == {"qo_bank", "kv_bank", "mlp_up_bank", "tok_emb.weight", "bigram.proj.weight", "trigram.proj.weight",
                     "ve_shared.proj.weight", "ve_shared.embed.weight"}
+    later = dict(tg.GPT(tg.Hyperparameters(**{**BASE, **OPTIONS["PR 1855"]})).named_parameters())
+    for name, value in (("skip_gates", 0.0), ("smear.scale", 0.0), ("smear.gate.weight", 0.0), ("lane_keeps", 1.1),
+                        ("lane_takes", 1.0), *((f"blocks.{i}.attn.sparse_gate.weight", 0.0) for i in range(5))):
+        torch.testing.assert_close(later[name].detach(), torch.tensor(value).expand_as(later[name]), msg=name)
+    assert later["skip_weights"].shape == later["skip_gates"].shape == (4, 24)
     tied = tg.GPT(tg.Hyperparameters(**{**BASE, "vocab_size": 3000, "tied_embed_init_std": 0.007}))
     assert tied.tok_emb.weight.std().item() == pytest.approx(0.007, rel=0.03)
 

@@ -236,8 +236,8 @@ def test_from_a_damaged_checkpoint_to_the_one_before(run, killed, kind):
     assert again.code == 0 and "resume:step:4 from" in again.out, again.err
     assert f"warning: checkpoint {checkpoint(done)} is damaged; going on from the one before\n" in again.out
     assert (done.folder / "final_model.ptz").read_bytes() == (whole.folder / "whole/final_model.ptz").read_bytes()
-    assert sorted(path.name for path in (done.folder / "runs/tiny").iterdir() if "checkpoint" in path.name) == [
-        "checkpoint.before.pt", "checkpoint.export.json", "checkpoint.pt"]
+    assert sorted(path.name for path in (done.folder / "runs/tiny").glob("*checkpoint*")
+                  if path.suffix != ".json") == ["checkpoint.before.pt", "checkpoint.pt"]
 
 
 def test_no_checkpoint_that_is_whole(run, killed):
@@ -279,7 +279,7 @@ def stop_in(patch, phase):
 
 @pytest.mark.parametrize("phase, exported", [
     ("calibrate", 0), ("post_average", 0), ("round_model", 0), ("final_model.pt", 0), ("final_model.ptz", 0),
-    ("checkpoint.export.json", 0), ("final_int6_roundtrip", 1), ("legal_ttt", 1), ("eval.json", 1),
+    ("export.json", 0), ("final_int6_roundtrip", 1), ("legal_ttt", 1), ("eval.json", 1),
     ("summary.json", 1)])
 def test_a_run_stopped_after_training_goes_on_from_there(run, monkeypatch, phase, exported):
     whole = run(**WHOLE)
@@ -317,7 +317,7 @@ def test_a_finished_artifact_is_used_if_it_is_the_one(run, monkeypatch, variable
     assert (again.code, len(taken), len(made)) == (0, steps, exports), again.err
 
 
-@pytest.mark.parametrize("name", ["final_model.pt", "eval.json", "summary.json", "checkpoint.export.json"])
+@pytest.mark.parametrize("name", ["final_model.pt", "eval.json", "summary.json", "export.json"])
 def test_what_a_run_can_do_without_is_missed_at_its_end(run, monkeypatch, name):
     write = tg.write_atomically
 
@@ -390,7 +390,7 @@ def test_a_signal_outside_of_training_ends_the_run_at_once(run, signalled, name,
     """train_step's second call is in the warm-up."""
     done = signalled([signal.SIGTERM], tg, name, at, **{**WHOLE, "WARMUP_STEPS": 3})
     assert done.code == 143 and done.out.count("warmup_step:") == (3 if saved else at - 1)
-    assert done.err == f"interrupted (SIGTERM){TO_GO_ON if saved else '; it has no checkpoint yet' + chr(10)}"
+    assert done.err == f"interrupted (SIGTERM){TO_GO_ON if saved else '; there is no checkpoint to go on from' + chr(10)}"
     assert "legal_ttt_exact" not in done.out
 
 
@@ -471,7 +471,8 @@ def test_under_torchrun_one_line_tells_why(corpus, tmp_path, act, restarts, code
     done = subprocess.run(command, text=True, capture_output=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
     assert (done.returncode, done.stderr) == (code, said)
-    assert "resume:step:4" in done.stdout if restarts else code in (2, 137) or step_in(tmp_path / "runs/tiny/checkpoint.pt") == 6
+    saved = tmp_path / "runs/tiny/checkpoint.pt"
+    assert "resume:step:4" in done.stdout if restarts else code in (2, 137) or step_in(saved) == 6
 
 
 # ---- settings
@@ -527,12 +528,21 @@ def test_what_does_not_may_be_changed(run, killed):
 def test_another_run_s_checkpoint_is_refused_in_one_line_and_survives(run, variables):
     assert run(**{**BRIEF, "ITERATIONS": 4}).code == 0
     path = run.folder / "runs/tiny/checkpoint.pt"
-    assert (run.folder / "checkpoints/tiny.pt").samefile(path)
     before, artifact = path.read_bytes(), (run.folder / "final_model.ptz").read_bytes()
     done = run(**{**BRIEF, "RESUME": 1, **variables})
     names = ", ".join(sorted(variables))
     assert done.code == 2 and done.err == f"error: checkpoint {path} was made with another {names}\n"
     assert path.read_bytes() == before and (run.folder / "final_model.ptz").read_bytes() == artifact
+
+
+@pytest.mark.parametrize("left_out", ["settings", "elapsed_s", "model", "step", "averager"])
+def test_a_whole_file_that_is_no_checkpoint(saved, rt, left_out):
+    path = tg.checkpoint_path(rt)
+    held = torch.load(path, weights_only=True)
+    del held[left_out]
+    path.write_bytes(tg.with_digest(tg.torch_bytes(held)))
+    with pytest.raises(tg.UserError, match=r"cannot be read \(KeyError\); start without RESUME=1"):
+        saved[1](saved[0])
 
 
 def test_a_checkpoint_is_no_pickle_of_code(config, rt):

@@ -98,7 +98,7 @@ class Lab:
         return Fork(self.environment(place, **more), place / "out", limit_bytes)
 
     def left_alone(self, world: int = 1) -> tuple[bytes, list, int]:
-        """Artifact, scores and lines of the log of a run that nothing disturbs. Raises UsageError if it fails all the same."""
+        """Artifact, scores and lines of the log of a run that nothing disturbs. Raises UsageError if it fails."""
         if world not in self.alone:
             place = self.place()
             ranks = self.ranks(place, world)
@@ -203,7 +203,7 @@ def mutate(blob: bytes, chance: random.Random) -> bytes:
 
 
 def mutate_once(blob: bytes, chance: random.Random) -> bytes:
-    """The file with one kind of damage: bits turned, cut off, longer, zeros, a piece elsewhere or out, a large number."""
+    """One kind of damage: bits turned, cut off, longer, zeros, a piece elsewhere or out, a large number."""
     out, at, kind = bytearray(blob), chance.randrange(len(blob)), chance.randrange(8)
     length = chance.choice((1, 4, 64, 1000))
     if kind < 2:
@@ -334,8 +334,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def fill_disk(lab: Lab, count: int) -> Tally:
-    """No file grows beyond a limit, from nothing to the largest there is. What an earlier run left stays whole, and with
-    room again the run goes on."""
+    """No file grows beyond a limit, from nothing to the largest there is. What an earlier run left stays whole, and
+    with room again the run goes on."""
     tally = Tally("disk full, as a limit on file size", "old files intact, then resumed to the same bits")
     old = lab.place()
     lab.start(old, RUN_ID="old").wait(LIMIT_S)
