@@ -16,8 +16,8 @@ def test_a_few_runs_survive(corpus, tmp_path):
     """Killed, stopped, without room on the disk, from damaged files: the command, its table and its exit code."""
     done = subprocess.run([sys.executable, ROOT / "tools" / "survive.py", "--kills", "1", "--terms", "1",
                            "--mutants", "60", "--ranks", "0", "--disks", "1", "--out", tmp_path / "README.md",
-                           f"VOCAB_SIZE={VOCAB}", f"DATA_PATH={corpus.folder}", f"TOKENIZER_PATH={corpus.tokenizer_path}", "ITERATIONS=10",
-                           "BIGRAM_VOCAB_SIZE=0", "GPTQ_CALIBRATION_BATCHES=1"], capture_output=True, text=True)
+                           f"VOCAB_SIZE={VOCAB}", f"DATA_PATH={corpus.folder}",
+                           f"TOKENIZER_PATH={corpus.tokenizer_path}", "ITERATIONS=10", "BIGRAM_VOCAB_SIZE=0", "GPTQ_CALIBRATION_BATCHES=1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| ")]
     assert [row[2] for row in rows[2:]] == ["1 of 1", "1 of 1", "60 of 60", "1 of 1"]
