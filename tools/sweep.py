@@ -319,7 +319,7 @@ def draw(rows: list[Row], path: Path) -> None:
     except ImportError:
         raise tg.UserError("pictures need matplotlib: pip install matplotlib") from None
     rows = [row for row in rows if row.scores]
-    figure = Figure(figsize=(max(4.0, 1.1 * len(rows)), 4.5), layout="constrained")
+    figure = Figure(figsize=(max(4.0, 1.6 * len(rows)), 4.5), layout="constrained")
     panel = figure.subplots()
     for i, row in enumerate(rows):
         panel.plot([i] * len(row.scores), row.scores, "o", color="C0")
