@@ -171,7 +171,8 @@ def low_rank(fixture: Fixture):
 def steps(fixture: Fixture):
     """Three optimiser steps."""
     losses, weights = three_steps(fixture)
-    yield Quantity("losses of three steps", "step_losses", losses, CLOSE)
+    yield Quantity("losses of three steps", "step_losses", losses, CLOSE,
+                   noisy=lambda seed: three_steps(fixture, seed)[0])
     yield Quantity("weights after three steps", "after3/", weights, CLOSE_WEIGHTS,
                    noisy=lambda seed: three_steps(fixture, seed)[1])
 
