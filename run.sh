@@ -19,6 +19,7 @@ bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text tha
                                        AUDIT=1 bash run.sh ... does it after a run
 bash run.sh inspect ARTIFACT [--plot FILE.png] [KEY=VALUE...]     where its bytes are (tools/inspect_artifact.py)
 bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS] [KEY=VALUE...]   text from it (tools/sample.py)
+bash run.sh sweep PROFILE|FILE.toml KEY=a,b,c... [KEY=VALUE...]   runs with each combination of values (tools/sweep.py)
 bash run.sh sweep ARTIFACT KEY=a,b,c... [KEY=VALUE...]   settings of test-time training as a table (tools/ttt_bench.py)
 bash run.sh runs [KEY=VALUE...]        every run that is kept: settings, scores, state (tools/runs.py)
 bash run.sh report [LOG.eval.json] [KEY=VALUE...]    pictures of an evaluation, beside its log (tools/report.py)
@@ -82,6 +83,11 @@ make_venv() {
   problem=$("$base" -m venv --clear .venv 2>&1) || die "cannot make .venv: ${problem##*$'\n'}"
 }
 to_run() { choose_python torch numpy sentencepiece; }
+need() {  # PACKAGE: of tools/requirements.txt, for one command; a python3 of the user's stays as it is
+  if [[ $python == .venv/* ]] && ! $python -c "import $1" 2>/dev/null; then
+    pip_install <(grep "^$1==" tools/requirements.txt)
+  fi
+}
 
 # ---- 3 settings
 take_arguments() {  # KEY=VALUE...: sets $python; exports them if each KEY is a setting or another program's
@@ -259,7 +265,12 @@ case $command in
     run "${@:3}" ;;
   inspect) shift; to_run; tool tools/inspect_artifact.py "$@" ;;
   sample) shift; artifact_tool tools/sample.py "$@" ;;
-  sweep) shift; artifact_tool tools/ttt_bench.py "$@" ;;
+  sweep)
+    shift
+    case ${1:-} in
+      *.ptz | *.pt) artifact_tool tools/ttt_bench.py "$@" ;;
+      *) to_run; need optuna; tool tools/sweep.py "$@" ;;
+    esac ;;
   settings) to_run; exec "$python" train_gpt.py --help ;;
   *) run "$@" ;;
 esac

@@ -58,6 +58,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
 import glob
 import hashlib
@@ -70,8 +71,11 @@ import operator
 import os
 import re
 import resource
+import signal
 import struct
 import sys
+import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -120,6 +124,10 @@ class Hyperparameters:
                                "dataset.json, if there is one, names tokenizer and vocabulary size", section="Data")
     tokenizer_path: str = env_field("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of that data")
     train_batch_tokens: int = env_field(786_432, "tokens per optimiser step, over all ranks", lo=1)
+    pack: str = env_field("rows", "a training batch: rows of TRAIN_SEQ_LEN tokens, or one stream whose attention stops "
+                          "where a document begins and at TRAIN_SEQ_LEN (PR 1530)", choices="rows documents")
+    train_seq_schedule: str = env_field("", "TRAIN_SEQ_LEN grows: lengths and the share of the budget until which each "
+                                        "is used, like 1024:0.1,2048:0.7,3072:1 (PR 2014)")
     micro_batch_tokens: int = env_field(0, "maximum tokens per forward pass; 0: 98,304 on CUDA, 4,096 on CPU", lo=0)
     # Model
     vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536, section="Model")
@@ -212,8 +220,9 @@ class Hyperparameters:
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
     val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
-    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: none", lo=0)
-    resume: bool = env_field(False, "continue from the checkpoint of RUN_ID")
+    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. The last step has one", lo=0)
+    checkpoint_seconds: float = env_field(120.0, "seconds of training between them; 0: not by time", lo=0, hi=1e7)
+    resume: bool = env_field(False, "continue from the last checkpoint of RUN_ID")
     # Averaging
     ema_enabled: bool = env_field(True, "export an exponential moving average of the weights", section="Averaging")
     ema_decay: float = env_field(0.997, "its decay per step", lo=0, hi=0.99999)
@@ -343,6 +352,23 @@ class Hyperparameters:
     @property
     def two_lanes(self) -> bool:
         return self.parallel_start_layer > 0 and self.parallel_form == "lanes"
+
+    @property
+    def seq_stages(self) -> tuple[tuple[int, float], ...]:
+        """Training lengths, each with the share of the budget until which it is used. Raises UserError."""
+        def parse(parts):
+            stages = tuple((int(length), float(until)) for length, until in (part.split(":") for part in parts))
+            ends = [0.0, *(until for _, until in stages)]
+            if ends != sorted(set(ends)) or ends[-1] != 1 or min(stages)[0] < 2:
+                raise ValueError
+            return stages
+        return parse_list("TRAIN_SEQ_SCHEDULE", self.train_seq_schedule or f"{self.train_seq_len}:1",
+                          "lengths and growing shares of the budget, the last of them 1, like 1024:0.1,2048:1", parse)
+
+    @property
+    def seq_unit(self) -> int:
+        """The fewest tokens that are whole sequences of every training length."""
+        return math.lcm(*(length for length, _ in self.seq_stages))
 
     @property
     def ve_layer_ids(self) -> tuple[int, ...]:
@@ -475,6 +501,10 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.model_dim % cfg.num_heads == 0, "{model_dim} is not divisible by {num_heads}"
     yield cfg.num_heads % cfg.num_kv_heads == 0, "{num_heads} is not divisible by {num_kv_heads}"
     yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
+    lengths = [length for length, _ in cfg.seq_stages]
+    yield max(lengths) == cfg.train_seq_len, "the longest of {train_seq_schedule} is not {train_seq_len}"
+    yield cfg.train_batch_tokens % cfg.seq_unit == 0, (
+        f"{{train_batch_tokens}} is not divisible by {cfg.seq_unit}, the least that {{train_seq_schedule}} divides")
     yield cfg.mlp_dim >= 1, "{mlp_mult} of {model_dim} leaves an MLP of no width"
     yield cfg.rope_dims <= cfg.head_dim, "{rope_dims} is more than a head's {head_dim} dimensions"
     yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} of {head_dim} (0: all) is odd; rotation works on pairs"
@@ -492,8 +522,8 @@ def combination_rules(cfg: Hyperparameters):
     yield not (cfg.two_lanes and cfg.dtg_enabled), "{dtg_enabled} gates one stream; {parallel_form} has two"
     yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
     yield cfg.attention_window != 1, "{attention_window} is too short to attend; use 0 or at least 2"
-    yield cfg.attention_window <= min(cfg.train_seq_len, cfg.window), (
-        "{attention_window} is longer than the sequences of {train_seq_len} or the windows of {window}")
+    yield cfg.attention_window <= min(*lengths, cfg.window), (
+        f"{{attention_window}} is longer than the training sequences of {min(lengths)} or the windows of {{window}}")
     if cfg.ttt_enabled and cfg.ttt_reset == "stream":
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
         yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
@@ -538,9 +568,9 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
-    """Write a file completely or not at all. An existing file is kept on failure, with `keep` on success, too. Raises
-    UserError."""
+def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
+    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
+    given. Raises UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -548,8 +578,8 @@ def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        if keep:
-            keep_older(path)
+        if older is not None and path.exists():
+            os.replace(path, older)
         os.replace(spare, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -557,11 +587,10 @@ def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
 
 
-def keep_older(path: Path) -> None:
-    """A file at `path`, unless it is a link, moves to NAME.DATE.SUFFIX."""
-    if path.is_file() and not path.is_symlink():
-        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-        path.rename(path.with_name(f"{path.stem}.{date}{path.suffix}"))
+def older_place(path: Path) -> Path:
+    """Where the file at `path` moves when another run needs its place: NAME.DATE.SUFFIX."""
+    date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    return path.with_name(f"{path.stem}.{date}{path.suffix}")
 
 
 def link(place: Path, file: Path) -> None:
@@ -572,12 +601,64 @@ def link(place: Path, file: Path) -> None:
         spare.unlink(missing_ok=True)
         try:
             spare.symlink_to(os.path.relpath(file.resolve(), place.parent.resolve()))
-            keep_older(place)  # it is not a run's, whose place has links
+            if place.is_file() and not place.is_symlink():  # it is not a run's, whose place has links
+                place.rename(older_place(place))
         except OSError:
             spare.write_bytes(file.read_bytes())
         os.replace(spare, place)
     except OSError as error:
         raise UserError(f"cannot write {place}: {error.strerror}") from None
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the run, which leaves in order; `number` is that of the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = int(number)
+
+
+class Signals:
+    """SIGINT and SIGTERM. The first one of this rank is `number`: raised as Interrupted at once, or noted for the code
+    that is running to act on, when all ranks have `agreed` on one. A second one stops the process."""
+
+    SAME_S = 1.0  # torchrun passes on what the terminal has already sent
+
+    def __init__(self):
+        self.number, self.agreed, self.raises, self.first_s = 0, 0, False, 0.0
+
+    def __call__(self, number: int, frame) -> None:
+        if self.number and time.monotonic() > self.first_s + self.SAME_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.number:
+            self.number, self.first_s = number, time.monotonic()
+            if self.raises:
+                raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def caught(self):
+        """Inside, they come here, but for those that the process ignores."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def act(self, at_once: bool):
+        """Whether the first one is raised inside, or noted."""
+        before, self.raises = self.raises, at_once
+        try:
+            yield
+        finally:
+            self.raises = before
+        if before and self.number:
+            raise Interrupted(self.number)
 
 
 class RunLog:
@@ -586,7 +667,7 @@ class RunLog:
 
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
         self.folder, self.base = folder / "runs" / run_id, folder / "logs" / run_id
-        self.active, self.append, self.broken = active, append, False
+        self.active, self.append, self.broken, self.held = active, append, False, None
         self.fresh = {"log.txt", "events.jsonl"}  # not opened yet
 
     def link(self, name: str) -> None:
@@ -611,10 +692,28 @@ class RunLog:
         if event:
             self._append("events.jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
+    def hold(self):
+        """The log, locked until it is closed or this process ends, in whatever way. Raises UserError if another process
+        holds it."""
+        path = self.folder / "log.txt"
+        held = open(path, "a")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
+        except OSError:
+            pass  # a file system without locks
+        return held
+
+    def close(self) -> None:
+        if self.held:
+            self.held.close()
+
     def _append(self, name: str, text: str) -> None:
         path, begins = self.folder / name, name in self.fresh
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self.held = self.held or self.hold()
             with open(path, "w" if begins and not self.append else "a", encoding="utf-8") as f:
                 f.write(text + "\n")
             if begins:
@@ -856,10 +955,14 @@ class Runtime:
     groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
     kernels: str = "torch"
     notes: list[str] = dataclasses.field(default_factory=list)  # for the log, which opens later
+    restarted: bool = False  # by torchrun --max-restarts, after a rank failed
+    unwritten: list[str] = dataclasses.field(default_factory=list)  # files that failed, for the end of the run
+    threads: list[threading.Thread] = dataclasses.field(default_factory=list)  # at most one: see in_background
+    signals: Signals = dataclasses.field(default_factory=Signals)
     in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # see keep_pace
 
     @classmethod
-    def open(cls, cfg: Hyperparameters) -> Runtime:
+    def open(cls, cfg: Hyperparameters, signals: Signals | None = None) -> Runtime:
         """Join the process group, choose device, precision and kernels, open the log. Raises UserError."""
         rank, world_size, local_rank = read_ranks(os.environ)
         if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -883,15 +986,36 @@ class Runtime:
         rt = cls(rank, world_size, device, dtype, compiles, attention, attend, "", Path(cfg.artifact_dir), None, groups,
                  kernels, notes)
         run_id = rt.broadcast_object(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
-        log = RunLog(rt.folder, run_id, active=rank == 0, append=cfg.resume)
-        return dataclasses.replace(rt, run_id=run_id, log=log)
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        log = RunLog(rt.folder, run_id, active=rank == 0, append=cfg.resume or restarted)
+        return dataclasses.replace(rt, run_id=run_id, log=log, restarted=restarted, signals=signals or Signals())
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive. If
         this rank `failed`, at once: an orderly end would wait for ranks that wait for this one."""
+        self.finish_writing()
+        self.log.close()
         self.groups.clear()
         if self.world_size > 1:
             (dist.distributed_c10d._abort_process_group if failed else dist.destroy_process_group)()
+
+    def attempt(self, write, *arguments) -> None:
+        """Write what a run can do without: a UserError becomes a warning now and at the end of the run."""
+        try:
+            write(*arguments)
+        except UserError as error:
+            self.unwritten.append(str(error))
+            self.log(f"warning: {error}; the run goes on")
+
+    def in_background(self, function) -> None:
+        """Call it in a thread, once the last one's is done."""
+        self.finish_writing()
+        self.threads.append(threading.Thread(target=function))
+        self.threads[0].start()
+
+    def finish_writing(self) -> None:
+        while self.threads:
+            self.threads.pop().join()
 
     def allow_wait(self, seconds: float) -> None:
         """Ranks that wait longer than this for another one's part of a collective fail. Not for `agree` and
@@ -993,12 +1117,13 @@ class Runtime:
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
 
     def agree(self, value: float) -> float:
-        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not."""
-        if self.world_size == 1:
-            return value
-        box = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(box, src=0, group=self.groups["cpu"])
-        return box.item()
+        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. Along with it
+        travels the signal of any rank."""
+        box = torch.tensor([value if self.rank == 0 else -math.inf, self.signals.number], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.groups["cpu"])
+        value, self.signals.agreed = box.tolist()
+        return value
 
     def copy_first(self, tensors) -> None:
         """Rank 0's values into these tensors of every rank."""
@@ -1011,6 +1136,17 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.groups["cpu"])
         return box[0]
+
+    def from_first(self, function):
+        """What it returns, or the UserError it raises, on rank 0, on every rank."""
+        try:
+            value = function() if self.rank == 0 else None
+        except UserError as error:
+            value = error
+        value = self.broadcast_object(value)
+        if isinstance(value, UserError):
+            raise value
+        return value
 
     def forward_tokens(self, cfg: Hyperparameters) -> int:
         """Maximum tokens of a forward pass: what fills a GPU, or what fits into a CPU's caches."""
@@ -1100,47 +1236,79 @@ class TokenStream:
 class TrainData:
     """Batches as a pure function of the step: nothing to rewind after warm-up, nothing to store in a checkpoint.
 
-    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size.
+    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size. Its length may
+    change from step to step; ranks and micro-batches hold whole units of `unit` tokens, which all lengths divide.
     """
 
     stream: TokenStream
     seq_len: int
+    unit: int
     batch_tokens: int
     micro_steps: int
     rt: Runtime
+    bos_id: int = -1   # what begins a document that attention does not leave; -1: rows only
 
     @classmethod
     def open(cls, cfg: Hyperparameters, rt: Runtime) -> TrainData:
-        rows = cfg.train_batch_tokens // cfg.train_seq_len
-        if rows % rt.world_size:
-            raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is {rows} sequences of "
-                            f"{cfg.train_seq_len}, not divisible by {rt.world_size} ranks")
-        most, rows = rt.forward_tokens(cfg), rows // rt.world_size
-        micro_steps = next(n for n in range(1, rows + 1)
-                           if rows % n == 0 and (rows // n * cfg.train_seq_len <= most or n == rows))
-        return cls(TokenStream(cfg.train_files, cfg.vocab_size), cfg.train_seq_len, cfg.train_batch_tokens,
-                   micro_steps, rt)
+        units, bos_id = cfg.train_batch_tokens // cfg.seq_unit, -1
+        if units % rt.world_size:
+            raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is {units} sequences of {cfg.seq_unit}, not "
+                            f"divisible by {rt.world_size} ranks")
+        most, units = rt.forward_tokens(cfg), units // rt.world_size
+        micro_steps = next(n for n in range(1, units + 1)
+                           if units % n == 0 and (units // n * cfg.seq_unit <= most or n == units))
+        stream = TokenStream(cfg.train_files, cfg.vocab_size)
+        if cfg.pack == "documents":
+            bos_id = open_tokenizer(cfg)[0].bos_id()
+            if bos_id not in stream.read(0, min(len(stream), 10 ** 7)):
+                raise UserError(f"PACK=documents: no document begins in {cfg.train_files} (BOS, token {bos_id})")
+        return cls(stream, cfg.train_seq_len, cfg.seq_unit, cfg.train_batch_tokens, micro_steps, rt, bos_id)
 
-    def rows(self) -> range:
-        """This rank's sequences of a global batch."""
-        return self.rt.share_of(self.batch_tokens // self.seq_len)
+    def units(self) -> range:
+        """This rank's part of a global batch, in units."""
+        return self.rt.share_of(self.batch_tokens // self.unit)
 
-    def span(self, step: int, rows: range) -> Tensor:
-        """The tokens of these sequences of a step and the one that follows them.  # int64 [len(rows) * seq_len + 1]"""
-        start = step * self.batch_tokens + rows.start * self.seq_len
-        span = torch.from_numpy(self.stream.read(start, len(rows) * self.seq_len + 1))
-        if self.rt.device.type == "cuda":
-            span = span.pin_memory().to(self.rt.device, non_blocking=True)
-        return span.long()
+    def read(self, step: int, units: range) -> np.ndarray:
+        """The tokens of a part of a step and the one that follows them.  # int32 [len(units) * unit + 1]"""
+        return self.stream.read(step * self.batch_tokens + units.start * self.unit, len(units) * self.unit + 1)
 
-    def micro_batches(self, per_token: Tensor) -> Tensor:
+    def to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.rt.device, non_blocking=True) if self.rt.on_cuda else tensor
+
+    def span(self, step: int, units: range) -> Tensor:
+        """What `read` gives, on the device.  # int64 [len(units) * unit + 1]"""
+        return self.to_device(self.read(step, units)).long()
+
+    def micro_batches(self, per_token: Tensor, seq_len: int = 0) -> Tensor:
         """One number per token of this rank, as its micro-batches.  # [tokens] -> [micro_steps, rows, seq_len]"""
-        return per_token.view(self.micro_steps, -1, self.seq_len)
+        return per_token.view(self.micro_steps, -1, seq_len or self.seq_len)
 
-    def batch(self, step: int):
+    def batch(self, step: int, seq_len: int = 0):
         """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, seq_len] each"""
-        span = self.span(step, self.rows())
-        yield from zip(self.micro_batches(span[:-1]), self.micro_batches(span[1:]))
+        span = self.span(step, self.units())
+        yield from zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
+
+    def training_batch(self, step: int, seq_len: int):
+        """Yields what `batch` does and nothing more or, with PACK=documents, in one row, and the documents in it."""
+        if self.bos_id < 0:
+            yield from ((inputs, targets, {}) for inputs, targets in self.batch(step, seq_len))
+            return
+        ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
+        for row, (inputs, targets) in zip(ids, self.batch(step)):
+            starts = self.to_device(document_starts(row, self.bos_id, seq_len))
+            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
+
+
+def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
+    """Where the documents of a stream begin: at its start, at each BOS, and every `longest` tokens of one; then the end
+    of the stream, so often that the size hardly ever changes, because each size needs a graph.  # int32 [n]"""
+    begins = np.union1d(0, np.flatnonzero(ids == bos_id))
+    pieces = [np.arange(begin, end, longest) for begin, end in zip(begins, [*begins[1:], len(ids)])]
+    starts, room = np.concatenate(pieces), max(64, len(ids) // 128)
+    while room <= len(starts):
+        room *= 2
+    return np.pad(starts, (0, room - len(starts)), constant_values=len(ids)).astype(np.int32)
 
 
 def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
@@ -2381,6 +2549,7 @@ class StepPlan:
     momentum: float
     qat: bool
     snapshot: bool         # SWA takes one after this step
+    seq_len: int = 0       # of the training sequences; 0: TRAIN_SEQ_LEN
     looped: bool = True    # the loop of layers is on
     hardness: float = 1.0  # of soft-rounding QAT: from 0 at its start to 1, the export's rounding, in its last tenth
 
@@ -2395,8 +2564,20 @@ def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) 
                     momentum=(1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum,
                     qat=qat is not None,
                     snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
-                    looped=spent >= cfg.enable_looping_at,
+                    **stage(cfg, spent),
                     hardness=min(max((qat or 0.0) / 0.9, 0.0), 1.0))
+
+
+def stage(cfg: Hyperparameters, spent: float) -> dict:
+    """What changes the shapes of a training step, at a share of the budget: fields of StepPlan."""
+    return {"seq_len": next(length for length, until in cfg.seq_stages if spent <= until),
+            "looped": not cfg.num_loops or spent >= cfg.enable_looping_at}
+
+
+def stage_shares(cfg: Hyperparameters) -> list[float]:
+    """A share of the budget in each stage of a run."""
+    begins = {0.0, *(math.nextafter(until, 2.0) for _, until in cfg.seq_stages[:-1])}
+    return sorted(begins | {cfg.enable_looping_at} if cfg.num_loops else begins)
 
 
 def qat_progress(cfg: Hyperparameters, step: int, scale: float, spent: float) -> float | None:
@@ -2511,13 +2692,14 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span, mine = data.span(step, range(data.batch_tokens // data.seq_len)), data.rows()
+        span, mine = data.span(step, range(data.batch_tokens // data.unit)), data.units()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
-        return data.micro_batches((weights / weights.mean())[mine.start * data.seq_len:mine.stop * data.seq_len])
+        return data.micro_batches((weights / weights.mean())[mine.start * data.unit:mine.stop * data.unit])
 
 
 MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
+REWARM_STEPS = 32  # after a change of the sequence length, PR 2014
 
 
 @dataclass
@@ -2532,12 +2714,14 @@ class TrainState:
     step: int = 0
     qat: bool = False
     first_step_s: float = 0.0
+    seq_len: int = 0
+    seq_step: int = -REWARM_STEPS  # when the sequence length changed
     skipped: int = 0  # steps in a row
 
     @classmethod
     def initial(cls, model: GPT, cfg: Hyperparameters, rt: Runtime) -> TrainState:
         return cls(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())),
-                   BigramCounts(cfg, rt.device), Stopwatch())
+                   BigramCounts(cfg, rt.device), Stopwatch(), seq_len=cfg.seq_stages[0][0])
 
     def pace(self, elapsed_s: float) -> float:
         """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
@@ -2551,10 +2735,19 @@ class TrainState:
         """Whether something that happens every so many steps (0: never) is due now."""
         return bool(every) and self.step % every == 0
 
+    def rewarmed(self, rt: Runtime, plan: StepPlan) -> StepPlan:
+        """The plan, with the learning rate rising anew over REWARM_STEPS where the sequence length has changed."""
+        if plan.seq_len != self.seq_len:
+            self.seq_len, self.seq_step = plan.seq_len, self.step
+            rt.log(f"train_seq_len:{plan.seq_len} step:{self.step}", "train_seq_len", step=self.step)
+        share = min((self.step - self.seq_step + 1) / REWARM_STEPS, 1.0)
+        return dataclasses.replace(plan, lr_scale=plan.lr_scale * share)
+
     def pack(self) -> dict:
         return {"model": self.model.state_dict(), "optimisers": self.optimisers.state(),
                 "averager": self.averager.state(), "bigrams": [self.bigrams.pairs, self.bigrams.firsts],
-                "step": self.step, "qat": self.qat, "first_step_s": self.first_step_s}
+                "step": self.step, "qat": self.qat, "first_step_s": self.first_step_s,
+                "seq_len": [self.seq_len, self.seq_step]}
 
     def unpack(self, packed: dict) -> None:
         self.model.load_state_dict(packed["model"])
@@ -2562,28 +2755,74 @@ class TrainState:
         self.averager.load(packed["averager"])
         self.bigrams.pairs, self.bigrams.firsts = packed["bigrams"]
         self.step, self.qat, self.first_step_s = packed["step"], packed["qat"], packed["first_step_s"]
+        self.seq_len, self.seq_step = packed["seq_len"]
 
 
 def checkpoint_path(rt: Runtime) -> Path:
     return rt.run_folder / "checkpoint.pt"
 
 
-def resumable_settings(cfg: Hyperparameters) -> str:
-    """JSON of the settings a checkpoint must share with the run that resumes from it."""
+def older_checkpoint(path: Path) -> Path:
+    """The place of the checkpoint before the newest, whose place is `path`."""
+    return path.with_suffix(".before.pt")
+
+
+def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
+    """JSON of the settings a checkpoint must share with the run that resumes from it; `exported`: those an artifact
+    must share with it, too."""
     free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
-            "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size", "profile",
-            "micro_batch_tokens"}
-    late = ("eval_", "ttt_", "hash_embed_", "compress", "artifact_", "gptq_", "size_fit")
+            "checkpoint_seconds", "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens",
+            "profile"}
+    late = ("eval_", "ttt_", "hash_embed_")
+    if not exported:
+        free |= {"iterations", "max_wallclock_seconds", "code_bytes", "size_fit"}
+        late += "compress", "artifact_", "gptq_"
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
+    """Copy the state off the device; a thread writes it, and keeps the checkpoint before. Weights that are not finite
+    are not saved."""
+    elapsed_s, path = state.watch.elapsed(), checkpoint_path(rt)
+    if not torch.nn.utils.get_total_norm(list(state.model.parameters())).isfinite():
+        return rt.log(f"warning: no checkpoint of step {state.step}: its weights are not finite")
     packed = state.pack()  # on every rank: shards are gathered
     if rt.rank == 0:
-        packed |= {"settings": resumable_settings(cfg), "elapsed_s": state.watch.elapsed()}
-        write_atomically(checkpoint_path(rt), torch_bytes(packed))
-        link(rt.folder / "checkpoints" / f"{rt.run_id}.pt", checkpoint_path(rt))
+        packed = copy_to_host({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
+        older = older_checkpoint(path)
+        rt.in_background(lambda: rt.attempt(write_atomically, path, with_digest(torch_bytes(packed)), older))
     rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
+
+
+def copy_to_host(value):
+    """The same dictionaries, lists and tuples, with copies of the tensors in them."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_host(part) for key, part in value.items()}
+    return type(value)(map(copy_to_host, value)) if isinstance(value, (list, tuple)) else value
+
+
+def with_digest(data: bytes) -> bytes:
+    """The bytes and their sha256, which torch.load passes over."""
+    return data + hashlib.sha256(data).digest()
+
+
+def newest_checkpoint(rt: Runtime) -> tuple[Path, bytes]:
+    """The newest checkpoint of RUN_ID that is whole. Raises UserError if there is none."""
+    newest, damaged = checkpoint_path(rt), []
+    for stale in newest.parent.glob(f".{newest.name}.*.tmp"):  # killed while it was written
+        stale.unlink()
+    for path in (newest, older_checkpoint(newest)):
+        with contextlib.suppress(FileNotFoundError):
+            data = path.read_bytes()
+            if with_digest(data[:-32]) == data:
+                if damaged:
+                    rt.log(f"warning: checkpoint {newest} is damaged; going on from the one before")
+                return path, data
+            damaged.append(path)
+    raise UserError(f"checkpoint {damaged[0]} is damaged, and there is no other one; start without RESUME=1" if damaged
+                    else f"RESUME=1, but there is no checkpoint {newest}")
 
 
 def torch_bytes(value) -> bytes:
@@ -2593,21 +2832,21 @@ def torch_bytes(value) -> bytes:
 
 
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
-    """Resume from the checkpoint of RUN_ID. Returns the seconds of training it took. Raises UserError if it is missing,
-    damaged or of other settings."""
-    path = checkpoint_path(rt)
-    path = path if path.exists() else rt.folder / "checkpoints" / f"{rt.run_id}.pt"
+    """Resume from the newest checkpoint of RUN_ID, which rank 0 reads for all. Returns the seconds of training it took.
+    Raises UserError if it is missing, damaged or of other settings."""
+    if rt.restarted and not cfg.resume and not rt.agree(float(checkpoint_path(rt).exists())):
+        return 0.0  # the first part did not come that far
+    path, data = rt.from_first(lambda: newest_checkpoint(rt))
     try:
-        packed = torch.load(path, map_location=rt.device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"RESUME=1, but there is no checkpoint {path}") from None
-    except Exception as error:  # torch raises many kinds for a damaged file
+        packed = torch.load(io.BytesIO(data), map_location=rt.device, weights_only=True)
+        then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
+        changed = sorted(name.upper() for name in now if then.get(name) != now[name])
+        if not changed:
+            state.unpack(packed)
+    except Exception as error:  # torch raises many kinds for what is no checkpoint
         raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}); start without RESUME=1") from None
-    then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
-    changed = sorted(name.upper() for name in now if then.get(name) != now[name])
     if changed:
         raise UserError(f"checkpoint {path} was made with another {', '.join(changed)}")
-    state.unpack(packed)
     rt.log(f"resume:step:{state.step} from {path}", "resume", step=state.step)
     return packed["elapsed_s"]
 
@@ -2618,8 +2857,9 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> t
     total = 0.0
     if state.qat:
         state.model.refresh_scales(plan.hardness)
-    for (inputs, targets), weights in zip(data.batch(state.step), state.bigrams.weigh(data, state.step)):
-        loss = loss_fn(inputs, targets, state.qat, None, weights) / (data.micro_steps * data.rt.world_size)
+    batch = data.training_batch(state.step, plan.seq_len)
+    for (inputs, targets, packed), weights in zip(batch, state.bigrams.weigh(data, state.step)):
+        loss = loss_fn(inputs, targets, state.qat, None, weights, **packed) / (data.micro_steps * data.rt.world_size)
         loss.backward()
         total = total + loss.detach()
     return total, state.optimisers.step(plan)
@@ -2639,25 +2879,27 @@ def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
     """Compile every graph training will need before the clock starts, by steps that are then undone."""
-    rt.log(f"warm-up: {cfg.warmup_steps} steps, before the clock starts")
-    start = copy.deepcopy(state.pack())
     may_round = cfg.qat_enabled or cfg.late_qat and (cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0)
-    graphs = [(looped, qat) for looped in ((False, True) if cfg.num_loops else (True,))
-              for qat in ((False, True) if may_round else (False,))]
-    for i in range(cfg.warmup_steps):
-        state.model.looped, state.qat = graphs[i * len(graphs) // cfg.warmup_steps]
-        train_step(state, data, plan_step(cfg, 0, 0.0, 0.0), loss_fn)
-        if cfg.warmup_steps <= 20 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
-            rt.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
+    stages = [stage(cfg, share) for share in stage_shares(cfg)]
+    graphs = [(parts, qat) for parts in stages for qat in (False, True)[:1 + may_round]]
+    steps, start = max(cfg.warmup_steps, len(graphs)), copy.deepcopy(state.pack())
+    rt.log(f"warm-up: {steps} steps, before the clock starts")
+    for i in range(steps):
+        parts, state.qat = graphs[i * len(graphs) // steps]
+        state.model.looped = parts["looped"]
+        train_step(state, data, dataclasses.replace(plan_step(cfg, 0, 0.0, 0.0), **parts), loss_fn)
+        if steps <= 20 or (i + 1) % 10 == 0 or i + 1 == steps:
+            rt.log(f"warmup_step:{i + 1}/{steps}")
     state.unpack(start)
 
 
 def begin_training(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, loss_fn) -> TrainState:
     """The state of the first step, or of the checkpoint with RESUME=1, once every graph is compiled. Its clock runs."""
     state = TrainState.initial(model, cfg, rt)
-    spent_s = load_checkpoint(cfg, rt, state) if cfg.resume else 0.0
+    spent_s = load_checkpoint(cfg, rt, state) if cfg.resume or rt.restarted else 0.0
     if cfg.warmup_steps and not state.ended(cfg, spent_s):
-        warm_up(cfg, rt, state, data, loss_fn)
+        with rt.signals.act(at_once=True):
+            warm_up(cfg, rt, state, data, loss_fn)
     rt.synchronize()  # the device has done with the warm-up
     state.watch = Stopwatch(spent_s)
     return state
@@ -2673,7 +2915,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     state = begin_training(cfg, rt, model, data, loss_fn)
     model.train()
     rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
-    elapsed = rt.agree(state.watch.elapsed())
+    elapsed = saved_s = rt.agree(state.watch.elapsed())
     while True:
         done = state.ended(cfg, elapsed)
         if done or state.due(cfg.val_loss_every):
@@ -2685,6 +2927,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
         announce(rt, state, plan, cfg)
+        plan = state.rewarmed(rt, plan)
         loss, norm = train_step(state, data, plan, loss_fn)
         state.step += 1
         state.averager.update(state.step, plan)
@@ -2692,12 +2935,18 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         count_skipped(rt, state, rt.keep_pace(norm, behind=0 if ends or not pace else 1))
         elapsed = rt.agree(state.watch.elapsed())
         state.first_step_s = state.first_step_s or elapsed
-        if cfg.train_log_every and (state.step <= 10 or state.ended(cfg, elapsed) or state.due(cfg.train_log_every)):
+        ended = state.ended(cfg, elapsed)
+        if cfg.train_log_every and (state.step <= 10 or ended or state.due(cfg.train_log_every)):
             loss = rt.sum_(loss).item()
             log_losses(cfg, rt, state, elapsed, "train", {"train_loss": loss}, lr_scale=plan.lr_scale)
-        if state.due(cfg.checkpoint_every):
+        due = state.due(cfg.checkpoint_every) or 0 < cfg.checkpoint_seconds <= elapsed - saved_s
+        if ended or due or rt.signals.agreed:
+            saved_s = elapsed
             with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
+        if rt.signals.agreed:
+            rt.finish_writing()
+            raise Interrupted(rt.signals.agreed)
     model.looped = True
     if state.step < cfg.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{state.step}/{cfg.iterations}")
@@ -3921,7 +4170,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         if skipped:
             rt.log(f"export_excluding_mtp_params:{skipped}")
         whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
-        write_atomically(path.with_suffix(".pt"), whole)
+        rt.attempt(write_atomically, path.with_suffix(".pt"), whole)
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
         total = len(artifact.blob) + code_bytes
@@ -3929,9 +4178,16 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
             cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
-        write_atomically(path, artifact.blob, keep=not cfg.resume)
-        for file in (path, path.with_suffix(".pt")):
-            link(rt.folder / file.name, file)
+        older = older_place(path) if path.exists() and not cfg.resume else None
+        try:
+            write_atomically(path, artifact.blob, older)
+        except UserError as error:
+            path = Path(tempfile.gettempdir(), f"{rt.run_id}.ptz")
+            rt.unwritten.append(f"{error}; the artifact is {path}")
+            rt.log(f"warning: {error}; it goes to {path}")
+            write_atomically(path, artifact.blob)
+        for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
+            rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -4001,7 +4257,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         traces[key] = {**trace.tables(rt), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
-    rt.log.write("eval.json", json.dumps(traces))
+    rt.attempt(rt.log.write, "eval.json", json.dumps(traces))
     return results
 
 
@@ -4011,7 +4267,8 @@ def log_score(rt: Runtime, label: str, r: EvalResult, note: str = "") -> None:
 
 
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
-    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
+    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary. What a run
+    to be resumed has finished is not done again: training, then the artifact; its scores start over."""
     watch, specs = Stopwatch(), quant_specs(cfg, parameter_shapes(cfg))
     codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
     if cfg.size_fit and not any(name.endswith("_bank") for name in specs):
@@ -4019,6 +4276,12 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
+    made = rt.from_first(lambda: read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
+    return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
+
+
+def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainData, specs, watch: Stopwatch) -> dict:
+    """Train, quantise and write. Returns what the summary says of it."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.attend, rt.dtype, specs, rt.kernels).to(rt.device)
     rt.copy_first(model.parameters())
@@ -4027,7 +4290,8 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     plan = plan_evaluation(val, cfg, rt, cfg.window, max(tokens // cfg.window, 1))
     plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, plan=plan)
     seconds = {"setup": watch.elapsed()}
-    state = train(cfg, rt, model, data, plain)
+    with rt.signals.act(at_once=False):  # a step is finished first, and saved
+        state = train(cfg, rt, model, data, plain)
     seconds["train"], phase = state.watch.elapsed(), Stopwatch()
     left_s = cfg.max_wallclock_seconds - seconds["train"] if cfg.max_wallclock_seconds else math.inf
     hessians = calibrate(cfg, rt, model, data, state.step, left_s)
@@ -4037,9 +4301,35 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     phase = Stopwatch()
     path = export(cfg, rt, model, val, hessians)
     seconds["export"] = phase.elapsed()
-    summary = score_artifact(cfg, rt, val, path, seconds, watch)
-    return summary | {"val_bpb_pre_quant": averaged.bpb, "steps": state.step,
-                      "tokens": state.step * cfg.train_batch_tokens}
+    made = {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
+            "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
+    rt.finish_writing()
+    if rt.rank == 0:
+        held = {"belongs_to": origin(cfg, rt, path), "made": made}
+        rt.attempt(write_atomically, export_path(rt), json.dumps(held).encode())
+    return made
+
+
+def export_path(rt: Runtime) -> Path:
+    return rt.run_folder / "export.json"
+
+
+def origin(cfg: Hyperparameters, rt: Runtime, path: str | Path) -> list[str]:
+    """What tells whether the artifact at `path` comes from the newest checkpoint and these settings."""
+    digests = [hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "" for p in
+               (Path(path), checkpoint_path(rt))]
+    return [*digests, resumable_settings(cfg, exported=True)]
+
+
+def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
+    """What `make_artifact` returned before a run to be resumed was stopped, if its artifact is still there."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        held = json.loads(export_path(rt).read_bytes() if cfg.resume or rt.restarted else "null")
+        path = held["made"]["artifact_path"]
+        if held["belongs_to"] == origin(cfg, rt, path):
+            rt.log(f"resume:artifact {path} of step {held['made']['steps']} is finished; its scores start over", "resume",
+                   step=held["made"]["steps"])
+            return held["made"]
 
 
 def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
@@ -4072,6 +4362,8 @@ def report(rt: Runtime, summary: dict) -> None:
     """The short summary for people; then the same as one JSON line and file for programs."""
     spent = ", ".join(f"{phase} {s:.1f}" for phase, s in summary["seconds"].items())
     bpb = lambda key: "off" if summary[key] is None else f"{summary[key]:.4f}"
+    text = json.dumps(summary)
+    rt.attempt(rt.log.write, "summary.json", text + "\n")
     for line in (
         "-" * 72,
         f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, "
@@ -4081,26 +4373,38 @@ def report(rt: Runtime, summary: dict) -> None:
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
         f"seconds         {spent}",
         f"files           {summary['artifact_path']}, all else in {rt.run_folder}",
+        *(f"not written     {problem}" for problem in rt.unwritten),
     ):
         rt.log(line)
-    text = json.dumps(summary)
-    rt.log.write("summary.json", text + "\n")
     rt.log(f"summary: {text}")
     if rt.rank == 0:
         for name in ("log.txt", "events.jsonl"):
             rt.log.link(name)  # where there are no links, the copies of the first lines become those of the whole
 
 
-def end_with(error: UserError, rank: int) -> int:
-    """Print a user's error once: rank 0 prints and exits, then torchrun stops the others. Returns 2."""
-    if rank:
-        time.sleep(3.0)  # torchrun ends the other ranks once rank 0 has failed
-    print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-    return 2
+def print_error(message: str, signals: Signals, rank: int, wait_s: float) -> None:
+    """A rank that another one may speak for waits whether torchrun stops it meanwhile."""
+    time.sleep(wait_s)
+    if not (wait_s and signals.number):
+        print(f"error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
+
+
+def lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank did, which knows the reason."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def how_to_go_on(rt: Runtime | None) -> str:
+    if rt is None:
+        return ""
+    rt.finish_writing()
+    return (f"; to go on from the last checkpoint: bash run.sh ... RESUME=1 RUN_ID={rt.run_id}"
+            if checkpoint_path(rt).exists() else "; it has no checkpoint yet")
 
 
 def main(arguments: list[str]) -> int:
-    """Run with the settings of the environment. Returns 0: done, 2: a user's error, 130: interrupted."""
+    """Run with the settings of the environment. Returns 0: done, 1: another rank failed, 2: a user's error, 130 or 143:
+    interrupted by SIGINT or SIGTERM."""
     if arguments == ["--names"]:
         names = [" ".join(env_names(f)) for f in dataclasses.fields(Hyperparameters)]  # of one setting on one line
         print("\n".join([*names, *WITHOUT_EFFECT]))
@@ -4110,32 +4414,45 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{config_table()}" if asked else f"error: no argument {arguments[0]} (settings are "
               "environment variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
+    signals = Signals()
+    with signals.caught():
+        return start(signals)
+
+
+def start(signals: Signals) -> int:
+    """`main` without arguments."""
     rank, rt, failed = 0, None, True
     try:
-        rank = read_ranks(process_environment())[0]
-        cfg = settings_from(process_environment())
-        rt = Runtime.open(cfg)
-        summary = (run_evaluation if cfg.eval_artifact else run)(cfg, rt)
-        report(rt, summary)
-        spent = summary["seconds"]["evaluate"]
-        if cfg.eval_max_seconds and spent > cfg.eval_max_seconds:
-            raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
-                            "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
-        rt.agree(0.0)  # no rank leaves before the first has written its last file
-        failed = False
+        with signals.act(at_once=True):
+            rank = read_ranks(process_environment())[0]
+            cfg = settings_from(process_environment())
+            rt = Runtime.open(cfg, signals)
+            summary = (run_evaluation if cfg.eval_artifact else run)(cfg, rt)
+            report(rt, summary)
+            spent = summary["seconds"]["evaluate"]
+            if cfg.eval_max_seconds and spent > cfg.eval_max_seconds:
+                raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
+                                "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
+            rt.agree(0.0)  # no rank leaves before the first has written its last file
+            failed = False
     except UserError as error:
         if rt is not None and not rt.log.fresh:  # the log has begun
             rt.log(f"error: {error}", "failed", console=False, why=str(error))
-        return end_with(error, rank)
-    except KeyboardInterrupt:
-        print("interrupted; RESUME=1 with the RUN_ID of a training run goes on from its last checkpoint",
-              file=sys.stderr)
-        return 130
-    except Exception:
+        print_error(str(error), signals, rank, wait_s=3.0 if rank else 0.0)
+        return 2
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        if rank == 0:
+            print(f"interrupted ({signal.Signals(number).name}){how_to_go_on(rt)}", file=sys.stderr, flush=True)
+        return 128 + number
+    except Exception as error:  # said before the process group ends: that may take this process with it
         if rt is None or rt.world_size == 1:
             raise
-        traceback.print_exc()  # before the process group ends: that may take this process with it
-        return 1
+        if not lost_a_rank(error):
+            traceback.print_exc()
+            return 1
+        print_error(f"another rank is gone ({str(error).strip().splitlines()[0][-150:]})", signals, rank, wait_s=3.0)
+        return 128 + signals.number if signals.number else 1
     finally:
         if rt is not None:
             rt.close(failed)

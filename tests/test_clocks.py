@@ -28,7 +28,7 @@ def events(folder, kind, name="tiny"):
 def test_only_steps_spend_the_training_time(run, clock, variables):
     clock.charge(tg.Optimisers, "step", 1.0)
     clock.charge(tg.GPT, "nll", 50.0)
-    clock.charge(tg, "write_atomically", 50.0)
+    clock.charge(tg.TrainState, "pack", 50.0)
     done = run(MAX_WALLCLOCK_SECONDS=7, ITERATIONS=100, **BRIEF, **variables)
     assert (done.code, done.summary["steps"], done.summary["seconds"]["train"]) == (0, 7, 7.0)
     assert "stopping_early: wallclock_cap train_time:7000ms step:7/100" in done.out
@@ -67,7 +67,7 @@ def test_with_a_queue_before_a_device_training_ends_within_one_step(run, clock, 
     validation and checkpoints hold nothing that training has queued."""
     FakeDevice(clock, tg.Optimisers, "step", pace)
     clock.charge(tg.GPT, "nll", 50.0)
-    clock.charge(tg, "write_atomically", 50.0)
+    clock.charge(tg.TrainState, "pack", 50.0)
     done = run(MAX_WALLCLOCK_SECONDS=limit, ITERATIONS=100, TRAIN_LOG_EVERY=0, **BRIEF, **variables)
     assert (done.code, done.summary["steps"], done.summary["seconds"]["train"]) == (0, steps, steps * pace), done.err
 

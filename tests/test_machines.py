@@ -50,7 +50,7 @@ def test_a_machine_is_lost_and_comes_back(machine, tmp_path):
     settings = {"ITERATIONS": 150, "CHECKPOINT_EVERY": 5, "TTT_ENABLED": 0, "EVAL_STRIDE": 0, "COMPRESS": "lzma"}
     second, first = machine(1, **settings), machine(0, **settings)  # torchrun would give rank 0 to the first
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("0/**/checkpoints/*")):
+    while not list(tmp_path.glob("0/**/checkpoint.pt")):
         assert time.monotonic() < deadline and first.poll() is None, (tmp_path / "out0").read_text()
         time.sleep(0.02)
     lose(second)

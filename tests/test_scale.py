@@ -220,3 +220,9 @@ def test_runs_end_to_end(profile, corpus, tmp_path, monkeypatch, capsys):
                   if json.loads(line)["event"] == "artifact")
     expected = {stream.name: stream.values for stream in estimate.streams(cfg) if stream.values}
     assert {row[0]: row[2] for row in packed["ledger"]} == expected
+
+
+def test_a_growing_context_keeps_its_stages():
+    was = tg.Hyperparameters(train_seq_schedule="1024:0.1,2048:0.7,3072:1", train_seq_len=3072)
+    now = dataclasses.replace(was, train_seq_len=64)
+    assert scale.seq_schedule(was, now) == "16:0.1,32:0.7,64:1" and scale.seq_schedule(tg.Hyperparameters(), now) == ""

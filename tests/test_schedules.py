@@ -85,8 +85,10 @@ def test_rounding_after_a_share_or_always(spent, late, hard_late, hard_always):
 
 def test_the_loop_switches_on_after_a_share_of_steps_or_time():
     for settings, before, after in ((BY_STEPS, (349, 0.0), (350, 0.0)), (BY_CLOCK, (0, 209.9), (0, 210.0))):
-        assert [plan(settings, *place, 0.1).looped for place in (before, after)] == [False, True]
-    assert plan({**BY_STEPS, "enable_looping_at": 0.0}, 0).looped
+        looped = {**settings, "num_loops": 1}
+        assert [plan(looped, *place, 0.1).looped for place in (before, after)] == [False, True]
+        assert plan(settings, *before, 0.1).looped  # without a loop there is one graph
+    assert plan({**BY_STEPS, "num_loops": 1, "enable_looping_at": 0.0}, 0).looped
 
 
 def test_what_is_switched_off_stays_off():

@@ -193,7 +193,8 @@ SCORES = {"val_bpb_ttt": "test-time training", "val_bpb_sliding": "sliding windo
 EVENTS = {"val_bpb_ttt": "legal_ttt", "val_bpb_sliding": "_sliding_window", "val_bpb_roundtrip": "_roundtrip",
           "val_bpb_pre_quant": "post_average"}  # how the names of these evaluations end
 # Settings in which runs of one record may differ: they change neither the model nor its score.
-FREE = {"seed", "run_id", "artifact_dir", "profile", "resume", "train_log_every", "val_loss_every", "checkpoint_every"}
+FREE = {"seed", "run_id", "artifact_dir", "profile", "resume", "train_log_every", "val_loss_every", "checkpoint_every",
+        "checkpoint_seconds"}
 
 
 def read_events(path: Path) -> dict[str, dict]:

@@ -77,7 +77,8 @@ def rows(cfg: tg.Hyperparameters, gpus: int = estimate.GPUS) -> list[Row]:
         values("soft cap and cross-entropy", 7 * n * cfg.vocab_size, 2 * n * cfg.vocab_size),
         Row("cast of weights and of their gradients", 0, weights * 12, weights * 12),
         Row("rounding of weights (QAT only)", 0, bank * 6, bank * 6),
-        Row("refresh_scales (QAT only)", 0, bank * 5 * (8 + 4), bank * 4),  # five quantiles, five errors; one pass
+        # not compiled: magnitudes and their top-k, then seven operations for each of five errors; own kernel: one pass
+        Row("refresh_scales (QAT only)", 0, bank * (12 + 5 * 56), bank * 4),
         Row("clipping, momentum, update, EMA", 0, weights * (12 + 14 + 12), weights * (12 + 14)),
         newton_schulz(cfg, gpus),
         Row("reduce-scatter (fp32), all-gather (bf16)", 0, 0, 0, link=bank * (4 + 2) * (gpus - 1) / gpus),

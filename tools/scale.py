@@ -87,6 +87,13 @@ def late_qat_threshold(was: Settings, now: Settings) -> float:
     return round(1.01 * tg.lr_scale(now, now.iterations - 2, 0.0, 0.0), 4)
 
 
+def seq_schedule(was: Settings, now: Settings) -> str:
+    """As many lengths at the same shares of the budget, each half of the next longer one."""
+    longer = sorted({length for length, _ in was.seq_stages}, reverse=True)
+    pairs = [f"{now.train_seq_len >> longer.index(length)}:{until:g}" for length, until in was.seq_stages]
+    return ",".join(pairs) if was.train_seq_schedule else ""
+
+
 def size_limit(was: Settings, now: Settings) -> int:
     """A limit that SIZE_FIT has to work for, and can keep: a third of the banks' bytes less than is expected."""
     banks = sum(stream.bytes for stream in estimate.streams(now) if stream.name in ("attn", "mlp"))
@@ -119,6 +126,7 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "ve_dim": lambda was, now: table_width(was.ve_dim, was.num_kv_heads * was.head_dim,
                                            now.num_kv_heads * now.head_dim),
     "train_seq_len": lambda was, now: min(was.train_seq_len, SEQ_LEN),
+    "train_seq_schedule": seq_schedule,
     "rope_train_seq_len": lambda was, now: scaled(was.rope_train_seq_len, was.train_seq_len, now.train_seq_len),
     "train_batch_tokens": lambda was, now: min(was.train_batch_tokens, SEQUENCES * now.train_seq_len),
     "iterations": lambda was, now: min(was.iterations, STEPS),

@@ -1,0 +1,387 @@
+"""Sweeps of whole runs: settings and their values, as a table with means, differences and p-values, and a picture.
+
+    bash run.sh sweep smoke LEAKY_SLOPE=0.3,0.5,0.75 SEED=1,2,3            # every combination (grid)
+    bash run.sh sweep smoke MATRIX_LR=0.01..0.1 --sampler tpe --trials 30  # what looks best so far is tried next
+    bash run.sh sweep profiles/sweeps/slope.toml --jobs 8
+    python tools/sweep.py smoke XSA_LAST_N=0,4 SEED=1,2 ITERATIONS=200
+
+Alternatives stand between commas, those of settings that are lists themselves between slashes (VE_LAYERS=1,2/2,3); a range
+for the TPE sampler is low..high. Everything lies in sweeps/NAME/ in ARTIFACT_DIR, the runs in runs/NAME.VALUES/. The same command
+goes on where an earlier one was stopped, from the checkpoints of its runs; on several machines with one file system it shares
+the work. A run that fails is tried once more. --prune ends runs that validate worse than the median at the same step (tpe: always).
+The first combination of the table is the baseline: p is two-sided, of equal means (Welch).
+
+FILE.toml: profile = "smoke"; sampler, trials, jobs, prune, name as above; [settings] that all runs share; [sweep] with lists of values
+or low/high ranges as strings ("0.01..0.1").
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import dataclasses
+import hashlib
+import io
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train_gpt as tg  # noqa: E402
+import profiles  # noqa: E402
+import runlog  # noqa: E402
+import shell  # noqa: E402
+import stats  # noqa: E402
+import study  # noqa: E402
+
+NAMES = [name for f in dataclasses.fields(tg.Hyperparameters) for name in tg.env_names(f)]
+POLL_SECONDS = 1.0
+RESERVED = {"RUN_ID", "ARTIFACT_DIR", "OUT_DIR", "RESUME", "PROFILE", "CODE_BYTES", "EVAL_ARTIFACT"}
+
+
+# ---- what is swept -----------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Plan:
+    profile: str
+    settings: dict[str, str]                            # that all runs share
+    axes: dict[str, list[str] | study.Range]
+    name: str = ""
+    sampler: str = "grid"
+    trials: int = 0
+    jobs: int = 1
+    prune: bool = False
+
+    def check(self) -> None:
+        """Every combination, before anything runs. Raises UsageError, and UserError of the settings."""
+        for key in [*self.settings, *self.axes]:
+            if key in RESERVED:
+                raise shell.UsageError(f"{key} is what a sweep sets itself")
+            if key not in NAMES and key != "SCALE" and not key.startswith(shell.OTHERS):
+                raise shell.unknown(key, NAMES)
+        if not self.axes:
+            raise shell.UsageError("nothing varies: a sweep needs KEY=a,b or a range KEY=low..high")
+        ranges = [key for key, axis in self.axes.items() if isinstance(axis, study.Range)]
+        if self.sampler == "grid" and ranges:
+            raise shell.UsageError(f"{ranges[0]} is a range, which needs --sampler tpe")
+        if self.sampler == "tpe" and (self.trials < 1 or "SEED" in self.axes):
+            raise shell.UsageError("--sampler tpe needs --trials N, and one SEED")
+        if self.jobs < 1:
+            raise shell.UsageError(f"--jobs {self.jobs} is out of range: 1 or more")
+        profile = profiles.load(self.profile)
+        here = {key: value for key, value in os.environ.items() if key in NAMES and key not in RESERVED}
+        ends = {key: axis if isinstance(axis, list) else [str(axis.low), str(axis.high)]
+                for key, axis in self.axes.items()}
+        for changes in study.grid(ends):
+            profiles.settings(profile, {**here, **self.settings, **changes})
+
+    def title(self) -> str:
+        """The name, or one that the same sweep has again."""
+        text = repr((self.profile, sorted(self.settings.items()), self.axes, self.sampler))
+        return self.name or f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def read_toml(path: Path) -> Plan:
+    try:
+        import tomllib
+    except ImportError:
+        raise shell.UsageError("sweep files need Python 3.11 or newer") from None
+    try:
+        given = tomllib.loads(runlog.read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise shell.UsageError(f"{path} is not TOML: {error}") from None
+    as_text = lambda value: str(int(value) if isinstance(value, bool) else value)
+    settings = {key: as_text(value) for key, value in given.pop("settings", {}).items()}
+    axes = {key: [as_text(value) for value in values] if isinstance(values, list) else study.read_axis(key, str(values))
+            for key, values in given.pop("sweep", {}).items()}
+    kinds = {"profile": str, "name": str, "sampler": str, "trials": int, "jobs": int, "prune": bool}
+    for key, value in given.items():
+        if not isinstance(value, kinds.get(key, ())):
+            raise shell.UsageError(f"{path}: {key} = {value!r} is not understood (python tools/sweep.py --help)")
+    return Plan(given.pop("profile", "smoke"), settings, axes, **{"name": path.stem, **given})
+
+
+def plan_of(args: argparse.Namespace, given: dict[str, str]) -> Plan:
+    """From the arguments, over those of a file."""
+    if args.what.endswith(".toml"):
+        plan = read_toml(Path(args.what))
+    else:
+        plan = Plan(args.what, {}, {})
+    for key, text in given.items():
+        axis = study.read_axis(key, text)
+        plan.settings.pop(key, None), plan.axes.pop(key, None)
+        if isinstance(axis, list) and len(axis) == 1:
+            plan.settings[key] = axis[0]
+        else:
+            plan.axes[key] = axis
+    changes = {key: value for key in ("name", "sampler", "trials", "jobs", "prune")
+               if (value := getattr(args, key)) is not None}
+    return dataclasses.replace(plan, **changes)
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+def die_with_parent() -> None:
+    """A sweep that is killed takes its runs along: they go on when it does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class Sweep:
+    def __init__(self, plan: Plan, folder: Path, command: list[str]):
+        self.plan, self.folder, self.command = plan, folder, command
+        self.place = folder / "sweeps" / plan.title()
+        self.study = study.Study(self.place / "study.journal", plan.axes, plan.sampler, plan.trials,
+                                 plan.prune or plan.sampler == "tpe")
+        self.stop, self.error = threading.Event(), None
+
+    def run_id(self, settings: dict) -> str:
+        values = re.sub(r"[^\w.+-]", "-", "_".join(f"{value}" for value in settings.values()))
+        short = values if len(values) < 60 else hashlib.sha256(values.encode()).hexdigest()[:12]
+        return f"{self.plan.title()}.{short}"
+
+    def environment(self, settings: dict, job: int) -> dict[str, str]:
+        """One job's share of the GPUs or of the cores, and where its files go."""
+        env = {**os.environ, "RUN_ID": self.run_id(settings), "ARTIFACT_DIR": str(self.folder.resolve())}
+        gpus = gpus_here()
+        if gpus:
+            share = max(len(gpus) // self.plan.jobs, 1)
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(job * share + i) % len(gpus)] for i in range(share))
+        else:
+            env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // self.plan.jobs, 1))
+        return env
+
+    def work(self, job: int) -> None:
+        """Trials until there are none left."""
+        try:
+            while not self.stop.is_set() and (trial := self.study.take()) is not None:
+                self.run(trial, job)
+        except Exception as error:
+            self.error = self.error or error
+            self.stop.set()
+
+    def run(self, trial, job: int) -> None:
+        settings, begun = dict(trial.params), time.time()
+        env, out = self.environment(settings, job), self.place / "output" / f"{trial.number}.txt"
+        files = self.folder / "runs" / env["RUN_ID"]
+        if (files / "checkpoint.pt").exists() and trial.user_attrs.get("attempt", 1) == 1:
+            env["RESUME"] = "1"
+        found = runlog.read(files) if (files / "events.jsonl").exists() else None
+        hopeless, code = False, 0
+        if found is None or found.state != "done":
+            out.parent.mkdir(parents=True, exist_ok=True)
+            pairs = [f"{key}={value}" for key, value in {**self.plan.settings, **settings}.items()]
+            with open(out, "w", encoding="utf-8") as file:
+                child = subprocess.Popen([*self.command, self.plan.profile, *pairs], cwd=ROOT, env=env, stdout=file,
+                                         stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
+                hopeless = self.watch(trial, child, files)
+            code = child.returncode
+            if self.stop.is_set() and code:
+                return  # it stays as it is: the next sweep goes on with it
+            found = runlog.read(files) if (files / "events.jsonl").exists() else None
+        name = " ".join(f"{key}={value}" for key, value in settings.items())
+        if hopeless:
+            self.study.done(trial, 0.0, pruned=True)
+            self.say(f"{name}: ended early, worse than the median")
+        elif code or found is None or found.score is None:
+            why = last_error(out) or (found.why if found else "") or f"exit code {code}"
+            again = self.study.failed(trial, why)
+            self.say(f"{name}: failed{', once more' if again else ''}: {why}")
+        else:
+            self.study.done(trial, found.score, bpb=found.bpb, bytes=found.total_bytes, run=env["RUN_ID"],
+                            seconds=found.train_seconds, steps=max((step for step, *_ in found.validations), default=0))
+            self.say(f"{name}: {found.score:.4f} bits per byte, {found.total_bytes or 0:,} bytes, "
+                     f"{time.time() - begun:.0f} s ({env['RUN_ID']})")
+        self.write_tables()
+
+    def watch(self, trial, child: subprocess.Popen, files: Path) -> bool:
+        """Until the run ends. Returns whether it was ended because it is hopeless."""
+        told = 0
+        while True:
+            try:
+                child.wait(POLL_SECONDS)
+                return False
+            except subprocess.TimeoutExpired:
+                pass
+            if self.stop.is_set():
+                child.terminate()
+            elif self.plan.prune or self.plan.sampler == "tpe":
+                seen = runlog.read(files).validations if (files / "events.jsonl").exists() else []
+                for step, _, bpb in [v for v in seen if v[0] > told]:
+                    told = step
+                    if self.study.hopeless(trial, step, bpb):
+                        child.terminate()
+                        child.wait()
+                        return True
+
+    def say(self, text: str) -> None:
+        ended = [t for t in self.study.trials_by_state() if t.state.is_finished()]
+        total = self.plan.trials or len(study.grid(self.plan.axes))
+        print(f"{time.strftime('%H:%M:%S')}  {len(ended)} of {total}  {text}", flush=True)
+
+    def write_tables(self) -> None:
+        trials = self.study.trials_by_state()
+        for name, text in (("table.csv", csv_of(trials, list(self.plan.axes))), ("table.md", self.markdown(trials))):
+            tg.write_atomically(self.place / name, text.encode())
+
+    def markdown(self, trials: list) -> str:
+        return "\n".join([f"# {self.plan.title()}", "", f"Profile `{self.plan.profile}`, all runs with: "
+                          f"`{' '.join(f'{k}={v}' for k, v in self.plan.settings.items()) or 'nothing else'}`", "",
+                          *table(rows_of(trials), [key for key in self.plan.axes if key != "SEED"]), ""])
+
+
+def last_error(path: Path) -> str:
+    """What the program said went wrong, in one line."""
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or \
+        [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
+    return said[-1] if said else ""
+
+
+def gpus_here() -> list[str]:
+    if os.environ.get("DEVICE") == "cpu" or not tg.torch.cuda.is_available():
+        return []
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(tg.torch.cuda.device_count())))).split(",")
+
+
+# ---- results -----------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Row:
+    """All seeds of one combination."""
+
+    settings: dict
+    trials: list
+
+    @property
+    def scores(self) -> list[float]:
+        return [t.value for t in self.trials if t.state.name == "COMPLETE"]
+
+    def mean(self, phase: str) -> float | None:
+        found = [t.user_attrs["bpb"][phase] for t in self.trials if phase in t.user_attrs.get("bpb", {})]
+        return statistics.fmean(found) if found else None
+
+
+def rows_of(trials: list) -> list[Row]:
+    """Trials by what they have in common but for the seed; the first one's are the baseline."""
+    rows: dict[tuple, Row] = {}
+    for trial in sorted(trials, key=lambda t: t.number if t.user_attrs.get("attempt", 1) == 1 else 1e9 + t.number):
+        settings = {key: str(value) for key, value in study.settings_of(trial).items() if key != "SEED"}
+        rows.setdefault(tuple(settings.items()), Row(settings, [])).trials.append(trial)
+    return list(rows.values())
+
+
+def table(rows: list[Row], keys: list[str]) -> list[str]:
+    """Markdown: mean and standard deviation, difference from the baseline with its p-value, phases, bytes."""
+    number = lambda value, form: "-" if value is None else format(value, form)
+    heads = [*keys, "runs", "bpb", "± std", "Δ", "p", *runlog.PHASES, "bytes", "seconds"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    base = rows[0].scores if rows else []
+    for row in rows:
+        got, done = row.scores, [t for t in row.trials if t.state.name == "COMPLETE"]
+        mean = statistics.fmean(got) if got else None
+        lines.append("| " + " | ".join([
+            *(row.settings.get(key, "") for key in keys), str(len(got)), number(mean, ".5f"),
+            number(statistics.stdev(got) if len(got) > 1 else None, ".5f"),
+            number(mean - statistics.fmean(base) if got and base and row is not rows[0] else None, "+.5f"),
+            number(stats.welch(got, base) if row is not rows[0] else None, ".3g"),
+            *(number(row.mean(phase), ".5f") for phase in runlog.PHASES),
+            number(max((t.user_attrs["bytes"] or 0 for t in done), default=None), ",d"),
+            number(statistics.fmean(t.user_attrs["seconds"] for t in done) if done else None, ".0f")]) + " |")
+    ended = {"FAIL": "failed", "PRUNED": "ended early, worse than the median at the same step", "RUNNING": "is running"}
+    lines += [""] + [f"- {' '.join(f'{k}={v}' for k, v in study.settings_of(t).items())}: {ended[t.state.name]}"
+                     + (f": {t.user_attrs['why']}" if "why" in t.user_attrs else "")
+                     for row in rows for t in row.trials if t.state.name in ended]
+    return lines
+
+
+def csv_of(trials: list, keys: list[str]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*keys, "state", "score", *runlog.PHASES, "bytes", "seconds", "steps", "run", "why"])
+    for t in trials:
+        facts = t.user_attrs
+        writer.writerow([*(study.settings_of(t).get(key, "") for key in keys), t.state.name.lower(), t.value,
+                         *(facts.get("bpb", {}).get(phase, "") for phase in runlog.PHASES),
+                         *(facts.get(key, "") for key in ("bytes", "seconds", "steps", "run", "why"))])
+    return out.getvalue()
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Each run as a dot, each mean as a line, by combination. Raises UserError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise tg.UserError("pictures need matplotlib: pip install matplotlib") from None
+    rows = [row for row in rows if row.scores]
+    figure = Figure(figsize=(max(4.0, 1.1 * len(rows)), 4.5), layout="constrained")
+    panel = figure.subplots()
+    for i, row in enumerate(rows):
+        panel.plot([i] * len(row.scores), row.scores, "o", color="C0")
+        panel.hlines(statistics.fmean(row.scores), i - 0.3, i + 0.3, color="C1")
+    panel.set_xticks(range(len(rows)), ["\n".join(f"{k}={v}" for k, v in row.settings.items()) for row in rows],
+                     rotation=60 if len(rows) > 6 else 0, fontsize=8)
+    panel.set(ylabel="bits per byte", title=f"{path.parent.name}: runs and their means")
+    figure.savefig(path, dpi=110)
+
+
+# ---- command line ------------------------------------------------------------------------------------------
+def sweep(plan: Plan, folder: Path, command: list[str]) -> Sweep:
+    """Run all that is left to run. Raises UsageError, KeyboardInterrupt once all runs have ended."""
+    made = Sweep(plan, folder, command)
+    workers = [threading.Thread(target=made.work, args=(job,), daemon=True) for job in range(plan.jobs)]
+    for worker in workers:
+        worker.start()
+    try:
+        while any(worker.is_alive() for worker in workers):
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        made.stop.set()
+        for worker in workers:
+            worker.join()
+        raise
+    if made.error:
+        raise made.error
+    made.write_tables()
+    return made
+
+
+def code_bytes() -> str:
+    """Of the built script, as run.sh counts it: once for all runs."""
+    subprocess.run([sys.executable, str(ROOT / "tools" / "record.py"), "build"], capture_output=True)
+    built = ROOT / "build" / "train_gpt.py"
+    return str(built.stat().st_size) if built.is_file() else "0"
+
+
+@shell.one_line_errors
+def main(argv: list[str]) -> int:
+    parser = shell.Parser(__doc__, epilog="KEY=a,b,c: settings and their values")
+    parser.add_argument("what", metavar="PROFILE or FILE.toml")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time; they share GPUs, or CPU cores, out")
+    parser.add_argument("--sampler", choices=("grid", "tpe"))
+    parser.add_argument("--trials", type=int, metavar="N", help="of tpe: runs in all")
+    parser.add_argument("--prune", action="store_true", default=None, help="end runs that look hopeless")
+    parser.add_argument("--name", metavar="NAME", help="of the folder in sweeps/")
+    args, given = parser.split(argv)
+    folder = Path(given.pop("ARTIFACT_DIR", given.pop("OUT_DIR", os.environ.get("ARTIFACT_DIR") or ".")))
+    plan = plan_of(args, given)
+    plan.check()
+    study.optuna()
+    os.environ.setdefault("CODE_BYTES", code_bytes())
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    made = sweep(plan, folder, ["bash", "run.sh"])
+    rows = rows_of(made.study.trials_by_state())
+    print((made.place / "table.md").read_text(encoding="utf-8"))
+    if any(row.scores for row in rows):
+        draw(rows, made.place / "picture.png")
+        print(f"picture: {made.place / 'picture.png'}")
+    print(f"tables: {made.place / 'table.csv'}, table.md")
+    return 0 if all(t.state.name in ("COMPLETE", "PRUNED") for row in rows for t in row.trials) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
