@@ -90,7 +90,7 @@ def test_help_lists_commands_and_profiles(project):
 
 
 @pytest.mark.parametrize("word, meant", [
-    ("nosuch", ""), ("smoek", "smoke"), ("pr1902", "pr1092"), ("pr1216_int4", "pr1216_int4_ve"), ("tset", "test"),
+    ("nosuch", ""), ("smoek", "smoke"), ("pr109", "pr1092"), ("pr1216_int4", "pr1216_int4_ve"), ("tset", "test"),
     ("pr1254", "pr1254_eval_hash or pr1254_lora_qkvo_last4 or pr1254_sp8192_lora"), ("auditt", "audit")])
 def test_unknown_word_is_one_line_with_what_may_be_meant(project, word, meant):
     """Nothing is installed for it: any python3 may say what is near, and without one all profiles are still listed."""
