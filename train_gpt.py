@@ -32,6 +32,8 @@ Where a technique lives:
     exclusive self-attention (XSA)          subtract_own_value, called by Attention
     activation (LeakyReLU squared)          Block.mlp: SquaredLeakyReLU, or FusedMlp with KERNELS=triton
     soft cap, cross-entropy in chunks       CappedCrossEntropy, called by GPT.loss; multi-token prediction: GPT.loss
+    documents in one stream                 TrainData.training_batch, document_starts; Documents: what a model sees
+    growing context, the graphs of a run    stage, stage_shares; warm_up, TrainState.rewarmed
     smear gate, hashed n-gram tables        GPT.embed: SmearGate, hash_ngrams
     value embeddings, skip connections      GPT.hidden; value residual, gates, attention window: Attention, Block
     initial weights                         GPT.init_weights
@@ -1292,8 +1294,8 @@ class TrainData:
             return
         ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
         for row, (inputs, targets) in zip(ids, self.batch(step)):
-            starts = self.to_device(document_starts(row, self.bos_id, seq_len))
-            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
+            starts = self.to_device(document_starts(row, self.bos_id, seq_len or self.seq_len))
+            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len or self.seq_len)}
 
 
 def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
