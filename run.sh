@@ -22,7 +22,7 @@ bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS] [KEY=VALUE...]   text from it (
 bash run.sh sweep PROFILE|FILE.toml KEY=a,b,c... [KEY=VALUE...]   runs with each combination of values (tools/sweep.py)
 bash run.sh sweep ARTIFACT KEY=a,b,c... [KEY=VALUE...]   settings of test-time training as a table (tools/ttt_bench.py)
 bash run.sh runs [KEY=VALUE...]        every run that is kept: settings, scores, state (tools/runs.py)
-bash run.sh report [LOG.eval.json] [KEY=VALUE...]    pictures of an evaluation, beside its log (tools/report.py)
+bash run.sh report [RUN_ID|LOG]... [KEY=VALUE...]    runs and published logs as one HTML page (tools/report.py)
 bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
 bash run.sh data SUBCOMMAND...         make, fetch, check data: embedded, text, fineweb, check (data/prepare.py)
@@ -31,6 +31,7 @@ bash run.sh parity FOLDER              compare with a published system's own num
 bash run.sh systems                    the profiles as a table: what was published, estimated size (tools/systems.py)
 bash run.sh plan PROFILE [KEY=VALUE...]              estimates before a run: parameters, bytes, FLOPs, memory, time
                                        (tools/plan.py)
+bash run.sh survive [OPTIONS]          kill, stop and damage small runs: do they go on to the same bits? (tools/survive.py)
 bash run.sh settings                   every KEY with its default, range and meaning
 bash run.sh help                       this text
 
@@ -256,7 +257,8 @@ case $command in
       pip_install data/requirements.txt
     fi
     tool data/prepare.py "$@" ;;
-  bench | parity | plan | record | report | runs | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
+  report) shift; to_run; need plotly; tool tools/report.py "$@" ;;
+  bench | parity | plan | record | runs | survive | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     artifact=1

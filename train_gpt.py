@@ -32,13 +32,15 @@ Where a technique lives:
     exclusive self-attention (XSA)          subtract_own_value, called by Attention
     activation (LeakyReLU squared)          Block.mlp: SquaredLeakyReLU, or FusedMlp with KERNELS=triton
     soft cap, cross-entropy in chunks       CappedCrossEntropy, called by GPT.loss; multi-token prediction: GPT.loss
-    documents in one stream                 TrainData.training_batch, document_starts; Documents: what a model sees
-    growing context, the graphs of a run    stage, stage_shares; warm_up, TrainState.rewarmed
-    smear gate, hashed n-gram tables        GPT.embed: SmearGate, hash_ngrams
+    smear gates, hashed n-gram tables       GPT.embed: SmearGate, WindowSmearGate, hash_ngrams
     value embeddings, skip connections      GPT.hidden; value residual, gates, attention window: Attention, Block
+    loop of layers (depth recurrence)       Hyperparameters.visits, applied by GPT.hidden; when: stage
+    growing context, all graphs of a run    stage, stage_shares; warm_up, TrainState.rewarmed
+    parallel residuals, two lanes or joint  Block.forward; where the lanes begin and end: GPT.hidden
+    documents in a flat stream              TrainData.training_batch, document_starts; Documents, attend_varlen
     initial weights                         GPT.init_weights
     learning rate, decay, bits of a tensor  its row of FAMILIES, which names the settings
-    Muon, Newton-Schulz, NorMuon            Muon, newton_schulz, normalise_rows_
+    Muon, Newton-Schulz, Polar Express      Muon, newton_schulz; NorMuon: normalise_rows_; MuonEq-R: launch_update
     late QAT, soft rounding                 when: qat_progress; how: fake_quantise, soft_round
     complementary training                  BigramCounts; pruning: prune
     GPTQ, fitting the size                  gptq, HessianSums; fit_size
@@ -610,7 +612,7 @@ def link(place: Path, file: Path) -> None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends the run, which leaves in order; `number` is that of the signal."""
+    """A signal, of this number, ends the run."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -638,10 +640,8 @@ class Signals:
     @contextlib.contextmanager
     def caught(self):
         """Inside, they come here, but for those that the process ignores."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-        for number in before:
-            signal.signal(number, self)
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self) for number in heard}
         try:
             yield
         finally:
@@ -827,9 +827,10 @@ def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDP
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Documents | None = None,
                 first: SDPBackend | None = None) -> Tensor:
     """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
-    if documents is not None and q.is_cuda and q.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn  # torch 2.10
-        return attend_varlen(varlen_attn, q, k, v, documents, window_size=(window or -1, 0), enable_gqa=True)
+    if documents is not None and q.device.type != "cpu" and q.dtype != torch.float32:
+        # what varlen_attn calls, which torch 2.9 has not, and later ones with other arguments
+        return attend_varlen(torch.ops.aten._flash_attention_forward, q, k, v, documents, dropout_p=0.0, is_causal=True,
+                             return_debug_mask=False, window_size_left=window or None)
     if documents is not None and not torch.compiler.is_compiling():  # no graph: without the masked part's products
         bounds = documents.starts.unique().tolist()
         parts = [[t[:, begin:end] for t in (q, k, v)] for begin, end in zip(bounds, bounds[1:])]
@@ -953,7 +954,7 @@ class Runtime:
     groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
     kernels: str = "torch"
     notes: list[str] = dataclasses.field(default_factory=list)  # for the log, which opens later
-    restarted: bool = False  # by torchrun --max-restarts, after a rank failed
+    resumes: bool = False  # RESUME=1, or torchrun has restarted the ranks
     unwritten: list[str] = dataclasses.field(default_factory=list)  # files that failed, for the end of the run
     threads: list[threading.Thread] = dataclasses.field(default_factory=list)  # at most one: see in_background
     signals: Signals = dataclasses.field(default_factory=Signals)
@@ -983,10 +984,11 @@ class Runtime:
             groups["cpu"] = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
         rt = cls(rank, world_size, device, dtype, compiles, attention, attend, "", Path(cfg.artifact_dir), None, groups,
                  kernels, notes)
-        run_id = rt.broadcast_object(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        log = RunLog(rt.folder, run_id, active=rank == 0, append=cfg.resume or restarted)
-        return dataclasses.replace(rt, run_id=run_id, log=log, restarted=restarted, signals=signals or Signals())
+        run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        resumes = cfg.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        run_id, resumes = rt.broadcast_object((run_id, resumes))  # a machine that comes back counts from 0
+        log = RunLog(rt.folder, run_id, active=rank == 0, append=resumes)
+        return dataclasses.replace(rt, run_id=run_id, log=log, resumes=resumes, signals=signals or Signals())
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive. If
@@ -2760,9 +2762,9 @@ def checkpoint_path(rt: Runtime) -> Path:
     return rt.run_folder / "checkpoint.pt"
 
 
-def older_checkpoint(path: Path) -> Path:
-    """The place of the checkpoint before the newest, whose place is `path`."""
-    return path.with_suffix(".before.pt")
+def older_checkpoint(rt: Runtime) -> Path:
+    """The place of the checkpoint before the newest."""
+    return checkpoint_path(rt).with_suffix(".before.pt")
 
 
 def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
@@ -2779,16 +2781,15 @@ def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Copy the state off the device; a thread writes it, and keeps the checkpoint before. Weights that are not finite
-    are not saved."""
-    elapsed_s, path = state.watch.elapsed(), checkpoint_path(rt)
+    """Copy the state off the device, for a thread to write. Weights that are not finite are not saved."""
+    elapsed_s = state.watch.elapsed()
     if not torch.nn.utils.get_total_norm(list(state.model.parameters())).isfinite():
         return rt.log(f"warning: no checkpoint of step {state.step}: its weights are not finite")
     packed = state.pack()  # on every rank: shards are gathered
     if rt.rank == 0:
         packed = copy_to_host({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
-        older = older_checkpoint(path)
-        rt.in_background(lambda: rt.attempt(write_atomically, path, with_digest(torch_bytes(packed)), older))
+        rt.in_background(lambda: rt.attempt(write_atomically, checkpoint_path(rt), with_digest(torch_bytes(packed)),
+                                            older_checkpoint(rt)))
     rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
 
 
@@ -2809,9 +2810,9 @@ def with_digest(data: bytes) -> bytes:
 def newest_checkpoint(rt: Runtime) -> tuple[Path, bytes]:
     """The newest checkpoint of RUN_ID that is whole. Raises UserError if there is none."""
     newest, damaged = checkpoint_path(rt), []
-    for stale in newest.parent.glob(f".{newest.name}.*.tmp"):  # killed while it was written
+    for stale in newest.parent.glob(".*.tmp"):  # of a run that was killed while it wrote
         stale.unlink()
-    for path in (newest, older_checkpoint(newest)):
+    for path in (newest, older_checkpoint(rt)):
         with contextlib.suppress(FileNotFoundError):
             data = path.read_bytes()
             if with_digest(data[:-32]) == data:
@@ -2832,21 +2833,22 @@ def torch_bytes(value) -> bytes:
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
     """Resume from the newest checkpoint of RUN_ID, which rank 0 reads for all. Returns the seconds of training it took.
     Raises UserError if it is missing, damaged or of other settings."""
-    if rt.restarted and not cfg.resume and not rt.agree(float(checkpoint_path(rt).exists())):
-        return 0.0  # the first part did not come that far
+    if not rt.agree(float(cfg.resume or checkpoint_path(rt).exists())):
+        return 0.0  # a restart, and the first part did not come that far
     path, data = rt.from_first(lambda: newest_checkpoint(rt))
     try:
         packed = torch.load(io.BytesIO(data), map_location=rt.device, weights_only=True)
         then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
         changed = sorted(name.upper() for name in now if then.get(name) != now[name])
         if not changed:
+            spent_s = float(packed["elapsed_s"])
             state.unpack(packed)
     except Exception as error:  # torch raises many kinds for what is no checkpoint
         raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}); start without RESUME=1") from None
     if changed:
         raise UserError(f"checkpoint {path} was made with another {', '.join(changed)}")
     rt.log(f"resume:step:{state.step} from {path}", "resume", step=state.step)
-    return packed["elapsed_s"]
+    return spent_s
 
 
 def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> tuple[Tensor, Tensor]:
@@ -2894,7 +2896,7 @@ def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainDat
 def begin_training(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, loss_fn) -> TrainState:
     """The state of the first step, or of the checkpoint with RESUME=1, once every graph is compiled. Its clock runs."""
     state = TrainState.initial(model, cfg, rt)
-    spent_s = load_checkpoint(cfg, rt, state) if cfg.resume or rt.restarted else 0.0
+    spent_s = load_checkpoint(cfg, rt, state) if rt.resumes else 0.0
     if cfg.warmup_steps and not state.ended(cfg, spent_s):
         with rt.signals.act(at_once=True):
             warm_up(cfg, rt, state, data, loss_fn)
@@ -4176,7 +4178,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
             cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
-        older = older_place(path) if path.exists() and not cfg.resume else None
+        older = older_place(path) if path.exists() and not rt.resumes else None
         try:
             write_atomically(path, artifact.blob, older)
         except UserError as error:
@@ -4322,7 +4324,7 @@ def origin(cfg: Hyperparameters, rt: Runtime, path: str | Path) -> list[str]:
 def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
     """What `make_artifact` returned before a run to be resumed was stopped, if its artifact is still there."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        held = json.loads(export_path(rt).read_bytes() if cfg.resume or rt.restarted else "null")
+        held = json.loads(export_path(rt).read_bytes() if rt.resumes else "null")
         path = held["made"]["artifact_path"]
         if held["belongs_to"] == origin(cfg, rt, path):
             rt.log(f"resume:artifact {path} of step {held['made']['steps']} is finished; its scores start over", "resume",
@@ -4397,7 +4399,7 @@ def how_to_go_on(rt: Runtime | None) -> str:
         return ""
     rt.finish_writing()
     return (f"; to go on from the last checkpoint: bash run.sh ... RESUME=1 RUN_ID={rt.run_id}"
-            if checkpoint_path(rt).exists() else "; it has no checkpoint yet")
+            if checkpoint_path(rt).exists() else "; there is no checkpoint to go on from")
 
 
 def main(arguments: list[str]) -> int:

@@ -133,5 +133,5 @@ def test_built_data_is_clean(tmp_path, capsys):
     held = "".join(json.dumps({"text": text}) + "\n" for text in (texts[7], "New words"))
     (tmp_path / "held.jsonl").write_text(held)
     assert "note: 1 of 2 validation documents" in works(
-        capsys, "text", tmp_path / "docs.jsonl", "--out", tmp_path, "--vocab-size", 300, "--name", "leaky", "--val-file",
-        tmp_path / "held.jsonl", "--allow-copies", 0.5)
+        capsys, "text", tmp_path / "docs.jsonl", "--out", tmp_path, "--vocab-size", 300, "--name", "leaky",
+        "--val-file", tmp_path / "held.jsonl", "--allow-copies", 0.5)

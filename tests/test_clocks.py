@@ -122,11 +122,12 @@ def scored(run, monkeypatch):
     made = run(ITERATIONS=2, TTT_ENABLED=0, EVAL_STRIDE=0)
     assert made.code == 0, made.err
 
-    def score(limit, learn_s=0.0, first_s=0.0, **variables):
+    def score(limit, learn_s=0.0, first_s=0.0, load_s=0.0, **variables):
         with monkeypatch.context() as patch:
             clock = FakeTime(patch)
             clock.charge(tg.GPT, "nll", lambda n, model, ids, *_: 0.001 * ids.numel() + (0 if n else first_s))
             clock.charge(torch.Tensor, "backward", learn_s)
+            clock.charge(tg, "load_model", load_s)
             done = run(**{"EVAL_ARTIFACT": made.summary["artifact_path"], "TTT_ENABLED": 1, "EVAL_STRIDE": 8,
                           "RUN_ID": "again", "EVAL_MAX_SECONDS": limit, "TTT_CHUNK_TOKENS": 64, "TTT_EPOCHS": 2,
                           "TTT_FREEZE_BLOCKS": 0, **variables})
@@ -180,6 +181,11 @@ def test_a_second_graph_s_compilation_is_not_taken_for_the_pace_of_documents(sco
     done = scored(120, TTT_MODE="lora", TTT_RESET="document", TTT_DOC_CHUNK_TOKENS=8, TTT_BATCH_DOCS=4, EVAL_STRIDE=0)
     assert done.code == 0 and len(lengths) > 2 and done.spent > 20, done.err
     assert "ttt_clock" not in done.out
+
+
+def test_reading_the_artifact_is_time_spent(scored):
+    done = scored(60, load_s=70.0)
+    assert done.code == 2 and "do not count" in done.err
 
 
 def test_scoring_that_cannot_be_done_in_time_is_refused_before_it_begins(scored):

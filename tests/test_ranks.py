@@ -30,7 +30,8 @@ def whole_run(cfg, rt, name, **changes):
     """A run of its own in a folder of its own, in the process group there is; returns its summary or its error."""
     folder = rt.folder / name
     cfg = dataclasses.replace(cfg, artifact_dir=str(folder), **changes)
-    rt = dataclasses.replace(rt, folder=folder, log=tg.RunLog(folder, rt.run_id, rt.rank == 0, cfg.resume))
+    rt = dataclasses.replace(rt, folder=folder, log=tg.RunLog(folder, rt.run_id, rt.rank == 0, cfg.resume),
+                             resumes=cfg.resume)
     export, weights = tg.export, []
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -214,7 +215,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(ranks):
 def test_a_run_of_two_ranks_goes_on_with_one(ranks, corpus, run):
     """A checkpoint holds whole buffers: one rank goes on from it to nearly the same scores."""
     bpb = ranks[1]["resumed"][0][4]
-    (run.folder / "checkpoints").mkdir()
+    (run.folder / "runs/tiny").mkdir(parents=True)
     (run.folder / "runs/tiny/checkpoint.pt").write_bytes((ranks[0] / "parts/runs/tiny/checkpoint.before.pt").read_bytes())
     done = run(RESUME=1, ITERATIONS=9, CHECKPOINT_EVERY=4, NORMUON=1, TTT_ENABLED=0, EVAL_STRIDE=0,
                LATE_QAT_THRESHOLD=0.5, WARMDOWN_ITERS=6)

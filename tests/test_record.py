@@ -363,3 +363,39 @@ def test_foreign_runs_and_artifacts_are_refused(fold, scripts, tmp_path):
     assert fold()[0] == 0
     code, error = fold()
     assert code == 2 and "exists already" in error
+
+
+# ---- the folder of kept runs -------------------------------------------------------------------------------
+
+def test_a_record_of_three_kept_runs_passes_its_own_check(scripts, logs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record, "build", cached_build)
+    artifact = scripts.built.parent / "runs/tiny/final_model.ptz"
+    command = ["Three", "r1", "r2", "r3", "--author", "A", "--github-id", "G", "--runs", str(tmp_path), "--date", "2026-01-02",
+               "--records", str(tmp_path / "records"), "--source", str(scripts.readable), "--against", "1.2"]
+
+    def refused(said, *more):
+        assert record.main([*command, *more]) == 2 and not (tmp_path / "records/2026-01-02_Three").exists()
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1, err
+    refused("there is no run 'r1' in")
+    for seed in (1, 2, 3):
+        logs(seed)
+        (tmp_path / f"runs/r{seed}").mkdir(parents=True)
+        shutil.copy(artifact, tmp_path / f"runs/r{seed}")
+    refused("r1 has no audit")
+    for seed in (1, 2, 3):
+        (tmp_path / f"logs/r{seed}.audit.json").write_text("{}")
+    monkeypatch.setattr(record, "audits", lambda *_: [])  # three seeds share one artifact here
+    refused("are not the canonical validation text; --own-data")
+    monkeypatch.setattr(record, "LIMIT_SECONDS", 1e-6)
+    refused("training and calibration took")
+    monkeypatch.setattr(record, "LIMIT_SECONDS", 600)
+    assert record.main([*command, "--own-data"]) == 0, capsys.readouterr().err
+    folder = tmp_path / "records/2026-01-02_Three"
+    entry = json.loads((folder / "submission.json").read_text())
+    assert entry["seeds"] == [1, 2, 3] and entry["p_value"]["beats"] == 1.2 and entry["val_bpb_std"] == 0
+    assert record.main(["--check", str(folder)]) == 0, capsys.readouterr().out
+    assert "2026-01-02_Three: nothing is broken" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    monkeypatch.setattr(record.check_record, "LIMIT_BYTES", 1000)
+    refused("does not pass its own check: train_gpt.py as it is shipped", "--own-data")

@@ -2,6 +2,9 @@
 import json
 import math
 import os
+import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import train_gpt as tg
 from conftest import ROOT
 from test_evaluation import Scores, setting  # noqa: F401  (a fixture)
+from test_runs import FAMILY_A, STEP, write_run
 
 sys.path.append(str(ROOT / "tools"))
 import report  # noqa: E402
@@ -64,15 +68,15 @@ def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "environ", {"PATH": ""})
     (tmp_path / "folder").mkdir()
     parts = '"roundtrip": {"stream": [1], "position": [1], "seconds": {"a": 1}}'
-    for name, text in (("other.json", '{"tokens": 3}'), ("list.json", "[1]"), ("empty.json", ""), ("log.txt", "step:1"),
-                       ("numbers.json", f'{{"tokens": 3, {parts}}}')):
+    for name, text in (("other.eval.json", '{"tokens": 3}'), ("list.eval.json", "[1]"), ("empty.eval.json", ""),
+                       ("log.txt", "step:1"), ("numbers.eval.json", f'{{"tokens": 3, {parts}}}')):
         (tmp_path / name).write_text(text)
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    bad = [([name], "is not the RUN_ID.eval.json") for name in ("other.json", "list.json", "empty.json", "log.txt",
-                                                                "numbers.json", "binary")]
-    for argv, message in (([], "no *.eval.json in logs"), (["nope.eval.json"], "cannot read nope.eval.json: No such"),
-                          (["folder"], "cannot read folder: Is a dir"), (["--nonsense"], "unrecognized arguments"),
-                          (["RUN_ID=a", "ARTIFACT_DIR=folder"], "no a.eval.json in folder/logs"), *bad):
+    (tmp_path / "binary.eval.json").write_bytes(b"\xff\xfe")
+    bad = [([f"{name}.eval.json"], "is not the RUN_ID.eval.json") for name in ("other", "list", "empty", "numbers", "binary")]
+    bad += [(["log.txt"], "has no line of a run"), (["binary.eval.json", "log.txt"], "is not UTF-8 text")]
+    for argv, message in (([], "no runs in runs"), (["nope.eval.json"], "cannot read nope.eval.json: No such"),
+                          (["folder"], "cannot read folder/events.jsonl: No such"), (["--nonsense"], "unrecognized arguments"),
+                          (["a", "ARTIFACT_DIR=folder"], "no run 'a' in folder/runs"), *bad):
         assert report.main(argv) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1 and "artifact" not in err
@@ -83,3 +87,55 @@ def test_the_picture_s_folder_must_exist(run, capsys):
     done = run(ITERATIONS=1, TTT_ENABLED=0)
     assert report.main([str(done.folder / "logs" / "tiny.eval.json"), "--out", str(done.folder / "no" / "x.png")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def page(run, capsys):
+    """A page of two of our runs and a published log, and what was printed."""
+    pytest.importorskip("plotly")
+    for seed in (1, 2):
+        assert run(ITERATIONS=4, SEED=seed, RUN_ID=f"r{seed}", VAL_LOSS_EVERY=2).code == 0
+    (run.folder / "train_<b>.log").write_text(FAMILY_A)
+    assert report.main(["r1", "r2", str(run.folder / "train_<b>.log"), f"ARTIFACT_DIR={run.folder}"]) == 0
+    path = run.folder / "runs/r1/report.html"
+    assert capsys.readouterr().out == f"page: {path}\n"
+    return path
+
+
+def charts_of(text):
+    """The traces of each chart: what Plotly.newPlot is called with."""
+    return [json.loads(found) for found in re.findall(r'Plotly\.newPlot\(\s*"[^"]*",\s*(\[.*?\]),\s*\{"', text)]
+
+
+def test_the_page_needs_nothing_else_and_every_chart_has_data(page):
+    text = page.read_text()
+    assert not re.search(r"<(?:script|link|img)[^>]*(?:src|href)=[\"']?http", text)
+    assert "<td>SEED</td>" in text and "<td>MODEL_DIM" not in text and "<b>.log" not in text
+    charts = charts_of(text)
+    assert len(charts) == 4
+    for traces in charts:
+        assert traces and all(len(trace["x"]) and len(trace["y"]) for trace in traces)
+    assert {trace["name"] for trace in charts[0]} == {"r1", "r2", next(t["name"] for t in charts[0] if "lt;" in t["name"])}
+
+
+def test_the_page_in_a_browser(page, tmp_path):
+    browser = shutil.which("chromium")
+    if not browser:
+        pytest.skip("no chromium")
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking " \
+        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=5000 --dump-dom"
+    done = subprocess.run([browser, *quiet.split(), f"--user-data-dir={tmp_path}/browser", page.as_uri()],
+                          capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr and done.stdout.count('class="main-svg"') >= 4
+
+
+def test_a_page_of_a_run_that_goes_on(tmp_path, capsys):
+    pytest.importorskip("plotly")
+    write_run(tmp_path, "young")
+    assert report.main(["young", f"ARTIFACT_DIR={tmp_path}"]) == 2
+    assert capsys.readouterr().err == "error: young is running and has logged no step so far: there is nothing to draw\n"
+    write_run(tmp_path, "older", STEP, {**STEP, "step": 4})
+    assert report.main(["older", f"ARTIFACT_DIR={tmp_path}", "--out", str(tmp_path / "x.html")]) == 0
+    assert "still running" in capsys.readouterr().out and len(charts_of((tmp_path / "x.html").read_text())) == 1

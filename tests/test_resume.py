@@ -2,7 +2,10 @@
 import dataclasses
 import fcntl
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 import train_gpt as tg
 from clocks import FakeTime
+from conftest import ROOT, environment
 
 BRIEF = {"TTT_ENABLED": 0, "EVAL_STRIDE": 0, "ITERATIONS": 12, "CHECKPOINT_EVERY": 4, "WARMDOWN_ITERS": 9,
          "COMPRESS": "lzma"}
@@ -279,7 +283,7 @@ def stop_in(patch, phase):
     ("summary.json", 1)])
 def test_a_run_stopped_after_training_goes_on_from_there(run, monkeypatch, phase, exported):
     whole = run(**WHOLE)
-    names = ("final_model.pt", "final_model.ptz")
+    names = ("runs/tiny/final_model.pt", "runs/tiny/final_model.ptz")
     files = [(run.folder / name).read_bytes() for name in names]
     for name in names:
         (run.folder / name).unlink()
@@ -386,7 +390,7 @@ def test_a_signal_outside_of_training_ends_the_run_at_once(run, signalled, name,
     """train_step's second call is in the warm-up."""
     done = signalled([signal.SIGTERM], tg, name, at, **{**WHOLE, "WARMUP_STEPS": 3})
     assert done.code == 143 and done.out.count("warmup_step:") == (3 if saved else at - 1)
-    assert done.err == f"interrupted (SIGTERM){TO_GO_ON if saved else '; it has no checkpoint yet' + chr(10)}"
+    assert done.err == f"interrupted (SIGTERM){TO_GO_ON if saved else '; there is no checkpoint to go on from' + chr(10)}"
     assert "legal_ttt_exact" not in done.out
 
 
@@ -436,6 +440,39 @@ def test_torchrun_s_restart_resumes_by_itself(run, killed, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     again = run(**BRIEF)
     assert again.code == 0 and "resume:step:4 from" in again.out
+
+
+UNDER_TORCHRUN = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train_gpt as tg
+step, taken = tg.train_step, []
+def failing(*args):
+    taken.append(1)
+    if len(taken) == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        {act}
+    return step(*args)
+tg.train_step = failing
+sys.exit(tg.main([]))
+"""
+
+
+@pytest.mark.parametrize("act, restarts, code, said", [
+    ("raise tg.UserError('no more')", 0, 2, "error: rank 1: no more\n"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 0, 137, "error: rank 1 was ended by SIGKILL\n"),
+    ("os.kill(os.getppid(), signal.SIGTERM)", 0, 143, f"interrupted (SIGTERM){TO_GO_ON}"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 1, 0, "")], ids=["user's error", "killed", "launcher ended", "restarted"])
+def test_under_torchrun_one_line_tells_why(corpus, tmp_path, act, restarts, code, said):
+    program = tmp_path / "program.py"
+    program.write_text(UNDER_TORCHRUN.format(root=str(ROOT), act=act))
+    command = [sys.executable, str(ROOT / "tools/launch.py"), "--standalone", "--nproc_per_node=2",
+               f"--max-restarts={restarts}", str(program)]
+    variables = environment(corpus, tmp_path, **{**BRIEF, "CHECKPOINT_EVERY": 2, "WARMDOWN_ITERS": 3})
+    done = subprocess.run(command, text=True, capture_output=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+    assert (done.returncode, done.stderr) == (code, said)
+    saved = tmp_path / "runs/tiny/checkpoint.pt"
+    assert "resume:step:4" in done.stdout if restarts else code in (2, 137) or step_in(saved) == 6
 
 
 # ---- settings
@@ -496,6 +533,16 @@ def test_another_run_s_checkpoint_is_refused_in_one_line_and_survives(run, varia
     names = ", ".join(sorted(variables))
     assert done.code == 2 and done.err == f"error: checkpoint {path} was made with another {names}\n"
     assert path.read_bytes() == before and (run.folder / "final_model.ptz").read_bytes() == artifact
+
+
+@pytest.mark.parametrize("left_out", ["settings", "elapsed_s", "model", "step", "averager"])
+def test_a_whole_file_that_is_no_checkpoint(saved, rt, left_out):
+    path = tg.checkpoint_path(rt)
+    held = torch.load(path, weights_only=True)
+    del held[left_out]
+    path.write_bytes(tg.with_digest(tg.torch_bytes(held)))
+    with pytest.raises(tg.UserError, match=r"cannot be read \(KeyError\); start without RESUME=1"):
+        saved[1](saved[0])
 
 
 def test_a_checkpoint_is_no_pickle_of_code(config, rt):

@@ -106,7 +106,7 @@ def test_a_grid_with_a_run_that_fails_once(fake, tmp_path, capsys):
     assert "| 0.3 | 2 | 0.31500 | 0.00707 | - | - |" in table[6]
     assert "| 0.5 | 2 | 0.51500 | 0.00707 | +0.20000 | 0.00125 |" in table[7]
     pytest.importorskip("matplotlib")
-    sweep.draw(sweep.rows_of(made.study.trials_by_state()), tmp_path / "x.png")
+    sweep.draw(sweep.rows_of(made.study.trials_by_state(), plan().axes), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     before = (made.place / "study.journal").stat().st_size
     sweep.sweep(plan(), tmp_path, ["false"])  # nothing is left to run

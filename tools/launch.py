@@ -44,7 +44,8 @@ def start_script(arguments: list[str]) -> None:
 def main(arguments: list[str]) -> int:
     """Start the ranks; takes torchrun's arguments. Returns the exit code of the first rank that failed, that of
     a signal that ended the launcher, or 0."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs each rank that it ends
+    for name in ("", ".agent.server.api"):  # they log each rank that they end, and the signal
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     args = run.parse_args(arguments)
     if args.nnodes != "1" and args.rdzv_backend == "c10d":
         number_by_machine(args)

@@ -3,7 +3,9 @@
     python tools/record.py build                                  # train_gpt.py -> build/train_gpt.py
     python tools/record.py build --source FILE --out FILE
     python tools/record.py show FILE                              # the code inside a built file
+    python tools/record.py NAME RUN_ID... --author A --github-id G        # the folder to submit, of runs in runs/
     python tools/record.py folder NAME --log logs/RUN.txt --artifact final_model.ptz --author A --github-id G
+    python tools/record.py --check FOLDER                         # what of anyone's folder does not hold together
 
 `build` drops comments, docstrings, annotations of arguments and results, and the help texts of settings (class
 Stripper), prints the rest densely, packs it with LZMA2 and puts the bytes into a string literal of a Python file
@@ -16,7 +18,12 @@ counts as code. The same source gives the same bytes, with the pinned minifier a
 `folder` writes records/DATE_NAME/ with README.md, submission.json, the built and the readable script and the
 logs. It takes runs that differ in their seed only, each of this train_gpt.py or of the file built from it by the
 sha256 in its log, whose summary says what RUN.txt and RUN.jsonl measured. A run with AUDIT=1 brings its audit along;
-one that failed, or is of another artifact, is refused.
+one that failed, or is of another artifact, is refused. NAME RUN_ID... does the same of kept runs, and keeps the rules:
+an audit of each, training and calibration as well as evaluation within 600 s, the canonical data unless --own-data says
+otherwise, and nothing that --check calls broken. --against BPB: the p-value of beating a score by 0.005 nats.
+
+--check reads the folder alone: sizes of what is really shipped, times, whether losses, bits per byte, seeds, logs and
+submission.json agree, and patterns in the code (tools/check_record.py). Exit code 1: something is broken.
 """
 from __future__ import annotations
 
@@ -26,6 +33,7 @@ import datetime
 import hashlib
 import json
 import lzma
+import os
 import re
 import shutil
 import statistics
@@ -33,11 +41,12 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import check_record
 from shell import Parser, UsageError, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 10)
-LIMIT_BYTES = 16_000_000
+LIMIT_BYTES, LIMIT_SECONDS = 16_000_000, 600.0
 PAYLOAD = "train_gpt.min.py"  # what the unpacked text is called in tracebacks; never a file
 LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 23, "pb": 0}
 WRAPPER = """\
@@ -192,6 +201,9 @@ SCORES = {"val_bpb_ttt": "test-time training", "val_bpb_sliding": "sliding windo
           "val_bpb_roundtrip": "whole windows"}
 EVENTS = {"val_bpb_ttt": "legal_ttt", "val_bpb_sliding": "_sliding_window", "val_bpb_roundtrip": "_roundtrip",
           "val_bpb_pre_quant": "post_average"}  # how the names of these evaluations end
+# Tokens and bytes of the canonical validation texts, whole (plain SP-8192 and SP-1024, CaseOps, CaseOps with MP3).
+CANONICAL = {f"{tokens} tokens of {size} bytes" for tokens, size in (
+    (47_853_343, 151_080_622), (47_851_520, 151_074_499), (43_767_808, 151_079_389), (40_540_160, 151_078_222))}
 # Settings in which runs of one record may differ: they change neither the model nor its score.
 FREE = {"seed", "run_id", "artifact_dir", "profile", "resume", "train_log_every", "val_loss_every", "checkpoint_every",
         "checkpoint_seconds"}
@@ -277,7 +289,9 @@ def read_run(path: Path, sources: set[str]) -> dict:
     try:
         log.check()
         changed = {k.upper(): v for k, v in log.events["settings"]["changed"].items() if k not in FREE}
-        return {**log.summary, "log": path, "seed": int(log.line(r"^seed:(\d+)")), "common": log.common(),
+        best = next(key for key in SCORES if log.summary.get(key) is not None)
+        loss = next(event["loss"] for name, event in log.events.items() if name.endswith(EVENTS[best]))
+        return {**log.summary, "log": path, "loss": loss, "seed": int(log.line(r"^seed:(\d+)")), "common": log.common(),
                 "settings": " ".join(f"{k}={v}" for k, v in changed.items()) or "none"}
     except (LookupError, TypeError, AttributeError, StopIteration) as error:
         raise RecordError(f"{path} is not the log of a finished run: it lacks {error}") from None
@@ -356,6 +370,35 @@ def readme(record: dict, runs: list[dict], audited: list[Path]) -> str:
         "same program.", ""])
 
 
+def of_runs(args) -> None:
+    """The arguments of `folder` for runs that are kept. Raises RecordError where a rule is broken."""
+    args.log = [args.runs / "logs" / f"{name}.txt" for name in args.run_ids]
+    args.artifact = args.runs / "runs" / args.run_ids[0] / "final_model.ptz"
+    for name, log in zip(args.run_ids, args.log):
+        if not log.is_file():
+            raise RecordError(f"there is no run {name!r} in {args.runs / 'runs'} (bash run.sh runs lists them)")
+        if not log.with_suffix(".audit.json").is_file():
+            raise RecordError(f"{name} has no audit: bash run.sh audit {args.runs}/runs/{name}/final_model.ptz RUN_ID={name}")
+
+
+def keep_the_rules(args, runs: list[dict], record: dict) -> None:
+    """Of a submission. Adds to the record what they need. Raises RecordError."""
+    from stats import below
+    for run in runs:
+        spent = run["seconds"]
+        for what, seconds in (("training and calibration", spent["train"] + spent.get("calibrate", 0.0)),
+                              ("evaluation", spent["evaluate"])):
+            if seconds > LIMIT_SECONDS:
+                raise RecordError(f"{run['log']}: {what} took {seconds:,.1f} s, over {LIMIT_SECONDS:g}")
+    data = runs[0]["common"]["validation text"]
+    if data not in CANONICAL and not args.own_data:
+        raise RecordError(f"{data} are not the canonical validation text; --own-data says that this is meant")
+    if args.against:
+        losses = [run["loss"] for run in runs]
+        bound = args.against * runs[0]["loss"] / record["seed_results"][str(runs[0]["seed"])]["val_bpb"] - 0.005
+        record["p_value"] = {"beats": args.against, "by_nats": 0.005, "p": below(losses, bound)}
+
+
 def make_folder(args) -> Path:
     """The record's folder, whole or not at all."""
     if not re.fullmatch(r"\w[\w.-]*", args.name):
@@ -368,6 +411,8 @@ def make_folder(args) -> Path:
     runs = [read_run(log, {sha256(source.encode()), sha256(built)}) for log in args.log]
     require_alike(runs)
     record = submission(runs, args, len(built))
+    if args.command == "runs":
+        keep_the_rules(args, runs, record)
     if not args.artifact.is_file() or args.artifact.stat().st_size not in {r["artifact_bytes"] for r in runs}:
         raise RecordError(f"{args.artifact} is not the artifact of these runs: there is none of that size")
     artifact = args.artifact.read_bytes()
@@ -381,6 +426,11 @@ def make_folder(args) -> Path:
         (half / name).write_bytes(data)
     for path in (ROOT / "requirements.txt", *args.log, *audited):
         shutil.copy(path, half)
+    if args.command == "runs":
+        wrong = [finding.text for finding in check_record.check(half) if finding.broken]
+        if wrong:
+            shutil.rmtree(half)
+            raise RecordError(f"the folder does not pass its own check: {wrong[0]}")
     half.rename(folder)
     return folder
 
@@ -400,13 +450,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="logs/RUN.txt of each seed, RUN.summary.json beside it")
     folder.add_argument("--artifact", type=Path, required=True,
                         help="of one of the runs; its sha256 is recorded")
-    folder.add_argument("--author", required=True)
-    folder.add_argument("--github-id", required=True)
-    folder.add_argument("--blurb", default="")
-    folder.add_argument("--date", default=datetime.date.today().isoformat())
-    folder.add_argument("--records", type=Path, default=ROOT / "records")
-    for command in (make, folder):
+    of_kept = commands.add_parser("runs", help="the same of runs in runs/, by their names")
+    of_kept.add_argument("name")
+    of_kept.add_argument("run_ids", nargs="+", metavar="RUN_ID")
+    of_kept.add_argument("--runs", type=Path, default=Path(os.environ.get("ARTIFACT_DIR") or "."), metavar="FOLDER",
+                         help="the ARTIFACT_DIR they are in")
+    of_kept.add_argument("--against", type=float, metavar="BPB", help="a score that is to be beaten")
+    of_kept.add_argument("--own-data", action="store_true", help="another text than the canonical one is meant")
+    checked = commands.add_parser("check", help="what of a record folder does not hold together")
+    checked.add_argument("folder", type=Path)
+    for command in (folder, of_kept):
+        command.add_argument("--author", required=True)
+        command.add_argument("--github-id", required=True)
+        command.add_argument("--blurb", default="")
+        command.add_argument("--date", default=datetime.date.today().isoformat())
+        command.add_argument("--records", type=Path, default=ROOT / "records")
+    for command in (make, folder, of_kept):
         command.add_argument("--source", type=Path, default=ROOT / "train_gpt.py")
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["--check"]:
+        arguments[0] = "check"
+    elif len(arguments) > 1 and arguments[0] not in commands.choices and not arguments[0].startswith("-"):
+        arguments.insert(0, "runs")  # NAME RUN_ID...
     return parser.parse_args(arguments)
 
 
@@ -415,7 +480,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if args.command == "build":
         build_file(args.source, args.out)
+    elif args.command == "check":
+        found = check_record.check(args.folder)
+        print(check_record.table(args.folder, found))
+        return int(any(finding.broken for finding in found))
     else:
+        if args.command == "runs":
+            of_runs(args)
         print(unpack(read_bytes(args.built)) if args.command == "show" else make_folder(args))
     return 0
 

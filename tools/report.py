@@ -1,9 +1,14 @@
-"""Pictures of a run's evaluation, from logs/RUN_ID.eval.json: a PNG beside it, and the numbers as tables.
+"""Runs as charts: one HTML page that needs nothing else, or a PNG of an evaluation.
 
-    python tools/report.py                          # the newest run in logs/; ARTIFACT_DIR=, RUN_ID= name another
+    python tools/report.py                                    # the newest run; ARTIFACT_DIR= says where
+    python tools/report.py RUN_ID other/train_seed42.log      # laid over each other: ours, and logs of published scripts
     python tools/report.py logs/RUN_ID.eval.json --out picture.png
 
-Left: bits per byte along the text, with and without adaptation. Middle: what adaptation gains by position in the
+The page, beside the first run unless --out names it: loss, learning rate and step time against steps and seconds; bits per byte
+after each phase; what adaptation gains along the text and by position in the document; bytes of the artifact; settings that
+differ. Of a run that is still going it shows what there is.
+
+The PNG is made of a RUN_ID.eval.json, which is also printed as tables. Left: bits per byte along the text, with and without adaptation. Middle: what adaptation gains by position in the
 document. Right: seconds that each chunk took to score and to learn from.
 """
 from __future__ import annotations
@@ -17,18 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+import charts  # noqa: E402
+import runlog  # noqa: E402
 import shell  # noqa: E402
 
 NAMES = {"roundtrip": "windows side by side", "sliding": "sliding windows", "ttt": "with adaptation"}
-
-
-def newest(cfg: tg.Hyperparameters) -> Path:
-    """The last evaluation of RUN_ID, or of all runs. Raises UserError."""
-    folder, name = Path(cfg.artifact_dir) / "logs", f"{cfg.run_id or '*'}.eval.json"
-    found = sorted(folder.glob(name), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise tg.UserError(f"no {name} in {folder}: a run writes one when its final scores are done")
-    return found[-1]
 
 
 def read(path: Path) -> dict:
@@ -110,17 +108,37 @@ def draw(traces: dict, path: Path) -> None:
         raise tg.UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-@shell.one_line_errors
-def main(argv: list[str]) -> int:
-    parser = shell.Parser(__doc__)
-    parser.add_argument("traces", nargs="?", type=Path, metavar="RUN_ID.eval.json")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: RUN_ID.eval.png)")
-    args = parser.parse(argv)
-    path = args.traces or newest(tg.Hyperparameters.from_env(os.environ))
-    traces, out = read(path), args.out or path.with_suffix(".png")
+def picture_of(path: Path, out: Path | None) -> None:
+    traces, out = read(path), out or path.with_suffix(".png")
     print("\n".join(tables(traces)))
     draw(traces, out)
     print(f"picture: {out}")
+
+
+def page_of(names: list[str], folder: Path, out: Path | None) -> None:
+    runs = [runlog.find(name, folder) for name in names] or runlog.all_runs(folder)[-1:]
+    if not runs:
+        raise shell.UsageError(f"no runs in {folder / 'runs'}: bash run.sh makes one")
+    for run in runs:
+        if not run.steps and not run.validations and not run.bpb:
+            raise shell.UsageError(f"{run.name} is {run.state} and has logged no step so far: there is nothing to draw")
+        if run.state == "running":
+            print(f"{run.name} is still running: what it has logged so far")
+    out = out or runs[0].path.with_name("report.html")
+    tg.write_atomically(out, charts.page(runs).encode())
+    print(f"page: {out}")
+
+
+@shell.one_line_errors
+def main(argv: list[str]) -> int:
+    parser = shell.Parser(__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN_ID, LOG or EVAL.json")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page or the picture (default: beside its source)")
+    args = parser.parse(argv)
+    if len(args.runs) == 1 and args.runs[0].endswith("eval.json"):
+        picture_of(Path(args.runs[0]), args.out)
+    else:
+        page_of(args.runs, Path(tg.Hyperparameters.from_env(os.environ).artifact_dir), args.out)
     return 0
 
 

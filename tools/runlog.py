@@ -36,6 +36,7 @@ class Run:
     loss: dict[str, float] = field(default_factory=dict)                        # phase -> nats per token
     seconds: dict[str, float] = field(default_factory=dict)                     # phase -> seconds
     total_bytes: int | None = None
+    artifact_bytes: int | None = None
     ledger: list[dict] = field(default_factory=list)                            # rows of train_gpt.LedgerRow
     traces: dict = field(default_factory=dict)                                  # eval.json
 
@@ -126,7 +127,7 @@ def read_events(path: Path) -> Run:
                 run.bpb[phase], run.loss[phase] = event["bpb"], event["loss"]
                 run.seconds[phase] = event["seconds"]
         elif kind == "artifact":
-            run.total_bytes = event["bytes"] + event["code_bytes"]
+            run.total_bytes, run.artifact_bytes = event["bytes"] + event["code_bytes"], event["bytes"]
             keys = "stream codec values raw_bytes entropy_bytes packed_bytes".split()
             run.ledger = [dict(zip(keys, row)) for row in event["ledger"]]
         elif kind == "failed":
@@ -180,6 +181,8 @@ def read_published(path: Path) -> Run:
             run.loss[phase], run.bpb[phase] = float(loss), float(bpb)
     sizes = all_of(r"Total submission size (?:\S+): (\d+) bytes") or all_of(r"Total submission size: (\d+) bytes")
     run.total_bytes = int(sizes[-1]) if sizes else None
+    sizes = all_of(r"Serialized model \S*\+\S*: (\d+) bytes")
+    run.artifact_bytes = int(sizes[-1]) if sizes else None
     if not run.steps and not run.bpb:
         raise UsageError(f"{path} has no line of a run that is known: neither train_loss nor val_bpb with its eval_time")
     run.state = "done" if run.bpb else "stopped"

@@ -232,7 +232,7 @@ class Sweep:
     def markdown(self, trials: list) -> str:
         return "\n".join([f"# {self.plan.title()}", "", f"Profile `{self.plan.profile}`, all runs with: "
                           f"`{' '.join(f'{k}={v}' for k, v in self.plan.settings.items()) or 'nothing else'}`", "",
-                          *table(rows_of(trials), [key for key in self.plan.axes if key != "SEED"]), ""])
+                          *table(rows_of(trials, self.plan.axes), [key for key in self.plan.axes if key != "SEED"]), ""])
 
 
 def last_error(path: Path) -> str:
@@ -266,10 +266,11 @@ class Row:
         return statistics.fmean(found) if found else None
 
 
-def rows_of(trials: list) -> list[Row]:
+def rows_of(trials: list, axes: dict) -> list[Row]:
     """Trials by what they have in common but for the seed; the first one's are the baseline."""
     rows: dict[tuple, Row] = {}
-    for trial in sorted(trials, key=lambda t: t.number if t.user_attrs.get("attempt", 1) == 1 else 1e9 + t.number):
+    place = lambda t: [axis.index(study.settings_of(t)[key]) for key, axis in axes.items() if isinstance(axis, list)]
+    for trial in sorted(trials, key=place):
         settings = {key: str(value) for key, value in study.settings_of(trial).items() if key != "SEED"}
         rows.setdefault(tuple(settings.items()), Row(settings, [])).trials.append(trial)
     return list(rows.values())
@@ -318,7 +319,7 @@ def draw(rows: list[Row], path: Path) -> None:
     except ImportError:
         raise tg.UserError("pictures need matplotlib: pip install matplotlib") from None
     rows = [row for row in rows if row.scores]
-    figure = Figure(figsize=(max(4.0, 1.1 * len(rows)), 4.5), layout="constrained")
+    figure = Figure(figsize=(max(4.0, 1.6 * len(rows)), 4.5), layout="constrained")
     panel = figure.subplots()
     for i, row in enumerate(rows):
         panel.plot([i] * len(row.scores), row.scores, "o", color="C0")
@@ -374,7 +375,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("CODE_BYTES", code_bytes())
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     made = sweep(plan, folder, ["bash", "run.sh"])
-    rows = rows_of(made.study.trials_by_state())
+    rows = rows_of(made.study.trials_by_state(), plan.axes)
     print((made.place / "table.md").read_text(encoding="utf-8"))
     if any(row.scores for row in rows):
         draw(rows, made.place / "picture.png")
