@@ -364,7 +364,7 @@ WITHOUT_EFFECT = {  # published variables that cannot mean anything here -> why;
     **dict.fromkeys(("NORM_RECAL_EPOCHS", "NORM_RECAL_LR", "NORM_RECAL_SEQS", "FISHER_VAL_SEQS"),
                     "training on validation text before it is scored is not legal"),
     "TTT_MAX_SEQS": "every token is scored", "SPEED_MEASURE_STEPS": "the warm-down follows the clock at every step",
-    **dict.fromkeys(("WANDB_ENABLED", "WANDB_PROJECT"), "logs/RUN_ID.jsonl has what would be sent")}
+    "WANDB_ENABLED": "run.sh and tools/track.py send what runs/RUN_ID/events.jsonl has"}
 
 
 def process_environment() -> dict[str, str]:

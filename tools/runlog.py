@@ -144,8 +144,8 @@ def read_events(path: Path) -> Run:
 def state_of(run: Run, process: dict, log: Path) -> str:
     if run.why:
         return "failed"
-    last = (read_text(log).splitlines() or [""])[-1] if log.is_file() else ""
-    if last.startswith("summary: "):
+    text = "\n" + read_text(log) if log.is_file() else ""
+    if text.rfind("\nsummary: ") > text.rfind("\nsettings other than the defaults: "):
         return "done"
     if process.get("host") == os.uname().nodename:
         alive = Path(f"/proc/{process['pid']}").exists() if Path("/proc").exists() else True
