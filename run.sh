@@ -25,12 +25,13 @@ bash run.sh runs [KEY=VALUE...]        every run that is kept: settings, scores,
 bash run.sh report [RUN_ID|LOG]... [KEY=VALUE...]    runs and published logs as one HTML page (tools/report.py)
 bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
-bash run.sh data SUBCOMMAND...         make or fetch data: embedded, text, fineweb (data/prepare.py)
+bash run.sh data SUBCOMMAND...         make, fetch, check data: embedded, text, fineweb, check (data/prepare.py)
 bash run.sh bench ...                  measure speed and memory (tools/bench.py)
 bash run.sh parity FOLDER              compare with a published system's own numbers (tools/parity.py)
 bash run.sh systems                    the profiles as a table: what was published, estimated size (tools/systems.py)
 bash run.sh plan PROFILE [KEY=VALUE...]              estimates before a run: parameters, bytes, FLOPs, memory, time
                                        (tools/plan.py)
+bash run.sh survive [OPTIONS]          kill, stop and damage small runs: do they go on to the same bits? (tools/survive.py)
 bash run.sh settings                   every KEY with its default, range and meaning
 bash run.sh help                       this text
 
@@ -269,7 +270,7 @@ case $command in
     fi
     tool data/prepare.py "$@" ;;
   report) shift; to_run; need plotly; tool tools/report.py "$@" ;;
-  bench | parity | plan | record | runs | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
+  bench | parity | plan | record | runs | survive | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     artifact=1

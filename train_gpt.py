@@ -55,6 +55,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
 import glob
 import hashlib
@@ -67,8 +68,11 @@ import operator
 import os
 import re
 import resource
+import signal
 import struct
 import sys
+import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -117,6 +121,10 @@ class Hyperparameters:
                                "dataset.json, if there is one, names tokenizer and vocabulary size", section="Data")
     tokenizer_path: str = env_field("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of that data")
     train_batch_tokens: int = env_field(786_432, "tokens per optimiser step, over all ranks", lo=1)
+    pack: str = env_field("rows", "a training batch: rows of TRAIN_SEQ_LEN tokens, or one stream whose attention stops "
+                          "where a document begins and at TRAIN_SEQ_LEN (PR 1530)", choices="rows documents")
+    train_seq_schedule: str = env_field("", "TRAIN_SEQ_LEN grows: lengths and the share of the budget until which each "
+                                        "is used, like 1024:0.1,2048:0.7,3072:1 (PR 2014)")
     micro_batch_tokens: int = env_field(0, "maximum tokens per forward pass; 0: 98,304 on CUDA, 4,096 on CPU", lo=0)
     # Model
     vocab_size: int = env_field(1024, "tokens in the vocabulary", lo=2, hi=65536, section="Model")
@@ -134,8 +142,18 @@ class Hyperparameters:
     rope_train_seq_len: int = env_field(1024, "a longer TRAIN_SEQ_LEN scales the rotary base up (NTK); 0: none", lo=0)
     logit_softcap: float = env_field(30.0, "logits are cap*tanh(x/cap); 0: x itself", lo=0, hi=1e4)
     embed_norm: bool = env_field(True, "RMS norm after the embedding; off in PR 1254")
-    smear_gate: str = env_field("after", "smear gate, after or before that norm (PR 550)", choices="after before off")
+    smear_gate: str = env_field("after", "smear gate, after or before that norm (PR 550), or window: from GATE_WINDOW "
+                                "channels, before it and not into BOS (PR 1855)", choices="after before window off")
+    gate_window: int = env_field(12, "first channels that SMEAR_GATE=window and SPARSE_ATTN_GATE read", lo=1)
     unet_skips: bool = env_field(True, "skip connections from the first half of the layers to the second")
+    skip_gates: bool = env_field(False, "learned gates between the stream and its skips", alias="SKIP_GATES_ENABLED")
+    num_loops: int = env_field(0, "further passes through a loop of layers, with the same weights", lo=0, hi=16)
+    loop_start: int = env_field(3, "first layer of that loop (from 0)", lo=0)
+    loop_end: int = env_field(5, "last layer of that loop", lo=0)
+    parallel_start_layer: int = env_field(0, "from this layer on attention and MLP work in parallel; 0: nowhere", lo=0)
+    parallel_form: str = env_field("lanes", "each reads a stream of its own (PR 1204, 1855), or joint: both read the "
+                                   "same (GPT-J; PR 1493)", choices="lanes joint")
+    parallel_final_lane: str = env_field("mean", "which of the two streams is the last state", choices="mean attn mlp")
     residual_mix: bool = env_field(True, "learned scales of attention and MLP, and mixing in of the embedding")
     norm_weights: bool = env_field(False, "learned weights of the RMS norms (PR 1254)")
     norm_eps: float = env_field(0.0, "epsilon of the RMS norms; 0: that of the activation type", lo=0, hi=1)
@@ -154,6 +172,9 @@ class Hyperparameters:
     ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, comma-separated")
     ve_last_n: int = env_field(-1, "instead: the last n layers; -1: off", lo=-1, alias="VALUE_EMBED_LAYERS")
     gated_attention: bool = env_field(False, "a learned gate on each head's output")
+    sparse_attn_gate: bool = env_field(False, "another that reads GATE_WINDOW channels only (PR 1787), half open at "
+                                       "first", alias="SPARSE_ATTN_GATE_ENABLED")
+    sparse_attn_gate_scale: float = env_field(1.0, "its steepness", lo=0, hi=1000)
     value_residual: bool = env_field(False, "mix the first layer's values into every later layer")
     dtg_enabled: bool = env_field(False, "a learned gate on each block's update")
     mtp_num_heads: int = env_field(0, "extra heads that predict tokens further ahead; training only", lo=0, hi=16)
@@ -168,11 +189,14 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = env_field(0.92, "its initial value", lo=0, hi=0.9999)
     muon_momentum_warmup_steps: int = env_field(1500, "steps from the initial value to MUON_MOMENTUM", lo=0)
     muon_backend_steps: int = env_field(5, "Newton-Schulz iterations", lo=1, hi=20)
+    polar_express: bool = env_field(False, "their own coefficients for each of the first five (Polar Express)")
+    muon_row_normalize: bool = env_field(False, "rows of unit length before them (MuonEq-R, PR 1285)")
     muon_wd: float = env_field(0.04, "weight decay of the banks", lo=0, hi=10)
     normuon: bool = env_field(False, "normalise the rows of Muon's update (NorMuon, PR 173); off in PR 1092")
     muon_beta2: float = env_field(0.95, "decay of those row norms; used with NORMUON=1 only", lo=0, hi=0.9999)
     matrix_optimizer: str = env_field("muon", "what trains the banks", choices="muon adamw")
     adam_wd: float = env_field(0.04, "the same of AdamW, but for output heads", lo=0, hi=10, alias="WEIGHT_DECAY")
+    embed_wd: float = env_field(-1.0, "instead, of the tables; -1: ADAM_WD", lo=-1, hi=10)
     beta1: float = env_field(0.9, "AdamW's first beta", lo=0, hi=0.9999)
     beta2: float = env_field(0.95, "AdamW's second beta", lo=0, hi=0.99999)
     adam_eps: float = env_field(1e-8, "AdamW's epsilon", lo=0, hi=1)
@@ -188,14 +212,18 @@ class Hyperparameters:
     warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: off", lo=0, hi=1)
     warmdown_shape: str = env_field("linear", "how it falls", choices="linear cosine")
     min_lr: float = env_field(0.0, "with WARMDOWN_FRAC: lowest learning-rate scale", lo=0, hi=1)
+    enable_looping_at: float = env_field(0.35, "the model loops (NUM_LOOPS) from this fraction of the budget on", lo=0,
+                                         hi=0.99)
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
     val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
-    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: none", lo=0)
-    resume: bool = env_field(False, "continue from the checkpoint of RUN_ID")
+    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. The last step has one", lo=0)
+    checkpoint_seconds: float = env_field(120.0, "seconds of training between them; 0: not by time", lo=0, hi=1e7)
+    resume: bool = env_field(False, "continue from the last checkpoint of RUN_ID")
     # Averaging
     ema_enabled: bool = env_field(True, "export an exponential moving average of the weights", section="Averaging")
-    ema_decay: float = env_field(0.997, "its decay per step; lower in the first steps", lo=0, hi=0.99999)
+    ema_decay: float = env_field(0.997, "its decay per step", lo=0, hi=0.99999)
+    ema_ramp: bool = env_field(True, "lower in the first steps; off as published")
     swa_enabled: bool = env_field(False, "export the mean of snapshots instead (collected, never used, in PR 1092)")
     swa_every: int = env_field(50, "steps between snapshots", lo=1)
     swa_start_frac: float = env_field(0.2, "snapshots start when the learning-rate scale falls below", lo=0, hi=1.01)
@@ -289,6 +317,11 @@ class Hyperparameters:
         return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
 
     @property
+    def table_wd(self) -> float:
+        """Weight decay of the embedding tables."""
+        return self.embed_wd if self.embed_wd >= 0 else self.adam_wd
+
+    @property
     def train_seconds(self) -> float:
         """Seconds for training steps: the time limit less what calibration takes of it. 0: no limit."""
         limit = self.max_wallclock_seconds
@@ -306,6 +339,33 @@ class Hyperparameters:
     def window(self) -> int:
         """Tokens of an evaluation window."""
         return self.eval_seq_len or self.train_seq_len
+
+    def visits(self, looped: bool) -> list[int]:
+        """The layers in the order in which they are applied; `looped`: those of the loop again and again."""
+        layers, again = list(range(self.num_layers)), self.num_loops if looped else 0
+        end = self.loop_end + 1
+        return layers[:end] + layers[self.loop_start:end] * again + layers[end:]
+
+    @property
+    def two_lanes(self) -> bool:
+        return self.parallel_start_layer > 0 and self.parallel_form == "lanes"
+
+    @property
+    def seq_stages(self) -> tuple[tuple[int, float], ...]:
+        """Training lengths, each with the share of the budget until which it is used. Raises UserError."""
+        def parse(parts):
+            stages = tuple((int(length), float(until)) for length, until in (part.split(":") for part in parts))
+            ends = [0.0, *(until for _, until in stages)]
+            if ends != sorted(set(ends)) or ends[-1] != 1 or min(stages)[0] < 2:
+                raise ValueError
+            return stages
+        return parse_list("TRAIN_SEQ_SCHEDULE", self.train_seq_schedule or f"{self.train_seq_len}:1",
+                          "lengths and growing shares of the budget, the last of them 1, like 1024:0.1,2048:1", parse)
+
+    @property
+    def seq_unit(self) -> int:
+        """The fewest tokens that are whole sequences of every training length."""
+        return math.lcm(*(length for length, _ in self.seq_stages))
 
     @property
     def ve_layer_ids(self) -> tuple[int, ...]:
@@ -438,6 +498,10 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.model_dim % cfg.num_heads == 0, "{model_dim} is not divisible by {num_heads}"
     yield cfg.num_heads % cfg.num_kv_heads == 0, "{num_heads} is not divisible by {num_kv_heads}"
     yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
+    lengths = [length for length, _ in cfg.seq_stages]
+    yield max(lengths) == cfg.train_seq_len, "the longest of {train_seq_schedule} is not {train_seq_len}"
+    yield cfg.train_batch_tokens % cfg.seq_unit == 0, (
+        f"{{train_batch_tokens}} is not divisible by {cfg.seq_unit}, the least that {{train_seq_schedule}} divides")
     yield cfg.mlp_dim >= 1, "{mlp_mult} of {model_dim} leaves an MLP of no width"
     yield cfg.rope_dims <= cfg.head_dim, "{rope_dims} is more than a head's {head_dim} dimensions"
     yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} of {head_dim} (0: all) is odd; rotation works on pairs"
@@ -446,10 +510,17 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.ve_last_n <= cfg.num_layers, "{ve_last_n} is more than {num_layers}"
     ids, layers = cfg.ve_layer_ids, set(range(cfg.num_layers))
     yield len(layers.intersection(ids)) == len(ids), "{ve_layers} names a layer twice or outside 0..{last}"
+    yield cfg.gate_window <= cfg.model_dim, "{gate_window} is more than {model_dim}"
+    if cfg.num_loops:
+        yield cfg.loop_start <= cfg.loop_end < cfg.num_layers, "{loop_start} to {loop_end} is no range in 0..{last}"
+        yield not cfg.two_lanes or cfg.loop_end < cfg.parallel_start_layer, (
+            "{loop_end} is in the parallel part, {parallel_start_layer}: a loop cannot join two lanes")
+    yield cfg.parallel_start_layer < cfg.num_layers, "{parallel_start_layer} is outside 0..{last}"
+    yield not (cfg.two_lanes and cfg.dtg_enabled), "{dtg_enabled} gates one stream; {parallel_form} has two"
     yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
     yield cfg.attention_window != 1, "{attention_window} is too short to attend; use 0 or at least 2"
-    yield cfg.attention_window <= min(cfg.train_seq_len, cfg.window), (
-        "{attention_window} is longer than the sequences of {train_seq_len} or the windows of {window}")
+    yield cfg.attention_window <= min(*lengths, cfg.window), (
+        f"{{attention_window}} is longer than the training sequences of {min(lengths)} or the windows of {{window}}")
     if cfg.ttt_enabled and cfg.ttt_reset == "stream":
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
         yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
@@ -494,9 +565,9 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
-    """Write a file completely or not at all. An existing file is kept on failure, with `keep` on success, too. Raises
-    UserError."""
+def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
+    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
+    given. Raises UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -504,8 +575,8 @@ def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        if keep:
-            keep_older(path)
+        if older is not None and path.exists():
+            os.replace(path, older)
         os.replace(spare, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -513,11 +584,10 @@ def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
 
 
-def keep_older(path: Path) -> None:
-    """A file at `path`, unless it is a link, moves to NAME.DATE.SUFFIX."""
-    if path.is_file() and not path.is_symlink():
-        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-        path.rename(path.with_name(f"{path.stem}.{date}{path.suffix}"))
+def older_place(path: Path) -> Path:
+    """Where the file at `path` moves when another run needs its place: NAME.DATE.SUFFIX."""
+    date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    return path.with_name(f"{path.stem}.{date}{path.suffix}")
 
 
 def link(place: Path, file: Path) -> None:
@@ -528,12 +598,62 @@ def link(place: Path, file: Path) -> None:
         spare.unlink(missing_ok=True)
         try:
             spare.symlink_to(os.path.relpath(file.resolve(), place.parent.resolve()))
-            keep_older(place)  # it is not a run's, whose place has links
+            if place.is_file() and not place.is_symlink():  # it is not a run's, whose place has links
+                place.rename(older_place(place))
         except OSError:
             spare.write_bytes(file.read_bytes())
         os.replace(spare, place)
     except OSError as error:
         raise UserError(f"cannot write {place}: {error.strerror}") from None
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal, of this number, ends the run."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = int(number)
+
+
+class Signals:
+    """SIGINT and SIGTERM. The first one of this rank is `number`: raised as Interrupted at once, or noted for the code
+    that is running to act on, when all ranks have `agreed` on one. A second one stops the process."""
+
+    SAME_S = 1.0  # torchrun passes on what the terminal has already sent
+
+    def __init__(self):
+        self.number, self.agreed, self.raises, self.first_s = 0, 0, False, 0.0
+
+    def __call__(self, number: int, frame) -> None:
+        if self.number and time.monotonic() > self.first_s + self.SAME_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.number:
+            self.number, self.first_s = number, time.monotonic()
+            if self.raises:
+                raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def caught(self):
+        """Inside, they come here, but for those that the process ignores."""
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self) for number in heard}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def act(self, at_once: bool):
+        """Whether the first one is raised inside, or noted."""
+        before, self.raises = self.raises, at_once
+        try:
+            yield
+        finally:
+            self.raises = before
+        if before and self.number:
+            raise Interrupted(self.number)
 
 
 class RunLog:
@@ -542,7 +662,7 @@ class RunLog:
 
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
         self.folder, self.base = folder / "runs" / run_id, folder / "logs" / run_id
-        self.active, self.append, self.broken = active, append, False
+        self.active, self.append, self.broken, self.held = active, append, False, None
         self.fresh = {"log.txt", "events.jsonl"}  # not opened yet
 
     def link(self, name: str) -> None:
@@ -567,10 +687,28 @@ class RunLog:
         if event:
             self._append("events.jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
+    def hold(self):
+        """The log, locked until it is closed or this process ends, in whatever way. Raises UserError if another process
+        holds it."""
+        path = self.folder / "log.txt"
+        held = open(path, "a")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
+        except OSError:
+            pass  # a file system without locks
+        return held
+
+    def close(self) -> None:
+        if self.held:
+            self.held.close()
+
     def _append(self, name: str, text: str) -> None:
         path, begins = self.folder / name, name in self.fresh
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self.held = self.held or self.hold()
             with open(path, "w" if begins and not self.append else "a", encoding="utf-8") as f:
                 f.write(text + "\n")
             if begins:
@@ -811,10 +949,14 @@ class Runtime:
     groups: dict = dataclasses.field(default_factory=dict)  # "cpu": the ranks without their devices; `close` empties it
     kernels: str = "torch"
     notes: list[str] = dataclasses.field(default_factory=list)  # for the log, which opens later
+    resumes: bool = False  # RESUME=1, or torchrun has restarted the ranks
+    unwritten: list[str] = dataclasses.field(default_factory=list)  # files that failed, for the end of the run
+    threads: list[threading.Thread] = dataclasses.field(default_factory=list)  # at most one: see in_background
+    signals: Signals = dataclasses.field(default_factory=Signals)
     in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)  # see keep_pace
 
     @classmethod
-    def open(cls, cfg: Hyperparameters) -> Runtime:
+    def open(cls, cfg: Hyperparameters, signals: Signals | None = None) -> Runtime:
         """Join the process group, choose device, precision and kernels, open the log. Raises UserError."""
         rank, world_size, local_rank = read_ranks(os.environ)
         if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -837,16 +979,38 @@ class Runtime:
             groups["cpu"] = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
         rt = cls(rank, world_size, device, dtype, compiles, attention, attend, "", Path(cfg.artifact_dir), None, groups,
                  kernels, notes)
-        run_id = rt.broadcast_object(cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
-        log = RunLog(rt.folder, run_id, active=rank == 0, append=cfg.resume)
-        return dataclasses.replace(rt, run_id=run_id, log=log)
+        run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        resumes = cfg.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        run_id, resumes = rt.broadcast_object((run_id, resumes))  # a machine that comes back counts from 0
+        log = RunLog(rt.folder, run_id, active=rank == 0, append=resumes)
+        return dataclasses.replace(rt, run_id=run_id, log=log, resumes=resumes, signals=signals or Signals())
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group and drop all references to it: gloo's threads may abort a process they outlive. If
         this rank `failed`, at once: an orderly end would wait for ranks that wait for this one."""
+        self.finish_writing()
+        self.log.close()
         self.groups.clear()
         if self.world_size > 1:
             (dist.distributed_c10d._abort_process_group if failed else dist.destroy_process_group)()
+
+    def attempt(self, write, *arguments) -> None:
+        """Write what a run can do without: a UserError becomes a warning now and at the end of the run."""
+        try:
+            write(*arguments)
+        except UserError as error:
+            self.unwritten.append(str(error))
+            self.log(f"warning: {error}; the run goes on")
+
+    def in_background(self, function) -> None:
+        """Call it in a thread, once the last one's is done."""
+        self.finish_writing()
+        self.threads.append(threading.Thread(target=function))
+        self.threads[0].start()
+
+    def finish_writing(self) -> None:
+        while self.threads:
+            self.threads.pop().join()
 
     def allow_wait(self, seconds: float) -> None:
         """Ranks that wait longer than this for another one's part of a collective fail. Not for `agree` and
@@ -948,12 +1112,13 @@ class Runtime:
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
 
     def agree(self, value: float) -> float:
-        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not."""
-        if self.world_size == 1:
-            return value
-        box = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(box, src=0, group=self.groups["cpu"])
-        return box.item()
+        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. Along with it
+        travels the signal of any rank."""
+        box = torch.tensor([value if self.rank == 0 else -math.inf, self.signals.number], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.groups["cpu"])
+        value, self.signals.agreed = box.tolist()
+        return value
 
     def copy_first(self, tensors) -> None:
         """Rank 0's values into these tensors of every rank."""
@@ -967,6 +1132,17 @@ class Runtime:
             dist.broadcast_object_list(box, src=0, group=self.groups["cpu"])
         return box[0]
 
+    def from_first(self, function):
+        """What it returns, or the UserError it raises, on rank 0, on every rank."""
+        try:
+            value = function() if self.rank == 0 else None
+        except UserError as error:
+            value = error
+        value = self.broadcast_object(value)
+        if isinstance(value, UserError):
+            raise value
+        return value
+
     def forward_tokens(self, cfg: Hyperparameters) -> int:
         """Maximum tokens of a forward pass: what fills a GPU, or what fits into a CPU's caches."""
         return cfg.micro_batch_tokens or (98_304 if self.on_cuda else 4096)
@@ -978,25 +1154,44 @@ class Runtime:
 
 # ------------------------------------------------------------------------------------------------ DATA
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+BOS_ID = 1  # SentencePiece's token for the beginning of a document, unless it is told otherwise
 BYTES_MARK = "_bytes_"  # in the name of a byte side-car: a shard of how many bytes of text each token of another one is
 SPACE_MARK = "\u2581"   # SentencePiece's visible space
 CASE_MARKS = "\ue001\ue002\ue003\ue004"  # CaseOps' pieces, which stand for capitals and no bytes (data/transforms.py)
 
 
-def open_shard(path: str) -> np.ndarray:
-    """The tokens of a shard, memory-mapped: 256 little-endian int32 of header, then uint16 ids. Raises UserError."""
-    try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=256)
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}") from None
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
-    count = int(header[2])
-    if count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UserError(f"{path} is damaged: {count:,} tokens by its header, "
-                        f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+class Shard:
+    """The tokens of a file: 256 little-endian int32 of header, then uint16 ids. A slice is read when it is taken: of a
+    memory-mapped file that is cut off meanwhile, the system would end the process without a word. Raises UserError."""
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            self.file = open(path, "rb", buffering=0)
+            header, size = np.fromfile(self.file, "<i4", 256), os.path.getsize(path)
+        except OSError as error:
+            raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+        if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+            raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
+        self.count = int(header[2])
+        if self.count <= 0 or size != SHARD_HEADER_BYTES + 2 * self.count:
+            raise UserError(f"{path} is damaged: {self.count:,} tokens by its header, "
+                            f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """uint16 [tokens of the slice]"""
+        start, stop, _ = part.indices(self.count)
+        try:
+            self.file.seek(SHARD_HEADER_BYTES + 2 * start)
+            tokens = np.fromfile(self.file, "<u2", stop - start)
+        except OSError as error:
+            raise UserError(f"cannot read shard {self.path}: {error.strerror}") from None
+        if len(tokens) < stop - start:
+            raise UserError(f"{self.path} has become shorter since the run began; download it again, then RESUME=1")
+        return tokens
 
 
 class TokenStream:
@@ -1011,7 +1206,7 @@ class TokenStream:
                             if BYTES_MARK not in os.path.basename(path))
         if not self.paths:
             raise UserError(f"no shard matches {pattern}; data/prepare.py makes them")
-        self.shards = [open_shard(path) for path in self.paths]
+        self.shards = [Shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.vocab_size = vocab_size
 
@@ -1036,47 +1231,79 @@ class TokenStream:
 class TrainData:
     """Batches as a pure function of the step: nothing to rewind after warm-up, nothing to store in a checkpoint.
 
-    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size.
+    A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size. Its length may
+    change from step to step; ranks and micro-batches hold whole units of `unit` tokens, which all lengths divide.
     """
 
     stream: TokenStream
     seq_len: int
+    unit: int
     batch_tokens: int
     micro_steps: int
     rt: Runtime
+    bos_id: int = -1   # what begins a document that attention does not leave; -1: rows only
 
     @classmethod
     def open(cls, cfg: Hyperparameters, rt: Runtime) -> TrainData:
-        rows = cfg.train_batch_tokens // cfg.train_seq_len
-        if rows % rt.world_size:
-            raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is {rows} sequences of "
-                            f"{cfg.train_seq_len}, not divisible by {rt.world_size} ranks")
-        most, rows = rt.forward_tokens(cfg), rows // rt.world_size
-        micro_steps = next(n for n in range(1, rows + 1)
-                           if rows % n == 0 and (rows // n * cfg.train_seq_len <= most or n == rows))
-        return cls(TokenStream(cfg.train_files, cfg.vocab_size), cfg.train_seq_len, cfg.train_batch_tokens,
-                   micro_steps, rt)
+        units, bos_id = cfg.train_batch_tokens // cfg.seq_unit, -1
+        if units % rt.world_size:
+            raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is {units} sequences of {cfg.seq_unit}, not "
+                            f"divisible by {rt.world_size} ranks")
+        most, units = rt.forward_tokens(cfg), units // rt.world_size
+        micro_steps = next(n for n in range(1, units + 1)
+                           if units % n == 0 and (units // n * cfg.seq_unit <= most or n == units))
+        stream = TokenStream(cfg.train_files, cfg.vocab_size)
+        if cfg.pack == "documents":
+            bos_id = open_tokenizer(cfg)[0].bos_id()
+            if bos_id not in stream.read(0, min(len(stream), 10 ** 7)):
+                raise UserError(f"PACK=documents: no document begins in {cfg.train_files} (BOS, token {bos_id})")
+        return cls(stream, cfg.train_seq_len, cfg.seq_unit, cfg.train_batch_tokens, micro_steps, rt, bos_id)
 
-    def rows(self) -> range:
-        """This rank's sequences of a global batch."""
-        return self.rt.share_of(self.batch_tokens // self.seq_len)
+    def units(self) -> range:
+        """This rank's part of a global batch, in units."""
+        return self.rt.share_of(self.batch_tokens // self.unit)
 
-    def span(self, step: int, rows: range) -> Tensor:
-        """The tokens of these sequences of a step and the one that follows them.  # int64 [len(rows) * seq_len + 1]"""
-        start = step * self.batch_tokens + rows.start * self.seq_len
-        span = torch.from_numpy(self.stream.read(start, len(rows) * self.seq_len + 1))
-        if self.rt.device.type == "cuda":
-            span = span.pin_memory().to(self.rt.device, non_blocking=True)
-        return span.long()
+    def read(self, step: int, units: range) -> np.ndarray:
+        """The tokens of a part of a step and the one that follows them.  # int32 [len(units) * unit + 1]"""
+        return self.stream.read(step * self.batch_tokens + units.start * self.unit, len(units) * self.unit + 1)
 
-    def micro_batches(self, per_token: Tensor) -> Tensor:
+    def to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.rt.device, non_blocking=True) if self.rt.on_cuda else tensor
+
+    def span(self, step: int, units: range) -> Tensor:
+        """What `read` gives, on the device.  # int64 [len(units) * unit + 1]"""
+        return self.to_device(self.read(step, units)).long()
+
+    def micro_batches(self, per_token: Tensor, seq_len: int = 0) -> Tensor:
         """One number per token of this rank, as its micro-batches.  # [tokens] -> [micro_steps, rows, seq_len]"""
-        return per_token.view(self.micro_steps, -1, self.seq_len)
+        return per_token.view(self.micro_steps, -1, seq_len or self.seq_len)
 
-    def batch(self, step: int):
+    def batch(self, step: int, seq_len: int = 0):
         """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, seq_len] each"""
-        span = self.span(step, self.rows())
-        yield from zip(self.micro_batches(span[:-1]), self.micro_batches(span[1:]))
+        span = self.span(step, self.units())
+        yield from zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
+
+    def training_batch(self, step: int, seq_len: int):
+        """Yields what `batch` does and nothing more or, with PACK=documents, in one row, and the documents in it."""
+        if self.bos_id < 0:
+            yield from ((inputs, targets, {}) for inputs, targets in self.batch(step, seq_len))
+            return
+        ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
+        for row, (inputs, targets) in zip(ids, self.batch(step)):
+            starts = self.to_device(document_starts(row, self.bos_id, seq_len))
+            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
+
+
+def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
+    """Where the documents of a stream begin: at its start, at each BOS, and every `longest` tokens of one; then the end
+    of the stream, so often that the size hardly ever changes, because each size needs a graph.  # int32 [n]"""
+    begins = np.union1d(0, np.flatnonzero(ids == bos_id))
+    pieces = [np.arange(begin, end, longest) for begin, end in zip(begins, [*begins[1:], len(ids)])]
+    starts, room = np.concatenate(pieces), max(64, len(ids) // 128)
+    while room <= len(starts):
+        room *= 2
+    return np.pad(starts, (0, room - len(starts)), constant_values=len(ids)).astype(np.int32)
 
 
 def token_bytes(tokenizer, tokens: np.ndarray) -> np.ndarray:
@@ -1104,12 +1331,12 @@ def read_sidecars(stream: TokenStream) -> np.ndarray | None:
              for folder, name in map(os.path.split, stream.paths)]
     if not any(map(os.path.lexists, paths)):
         return None
-    sizes = [open_shard(path) for path in paths]
+    sizes = [Shard(path) for path in paths]
     for path, size, shard, of in zip(paths, sizes, stream.shards, stream.paths):
         if len(size) != len(shard):
             raise UserError(f"{path} holds the bytes of {len(size):,} tokens, but {of} has {len(shard):,}; download "
                             "both again")
-    return np.concatenate(sizes).astype(np.int32)
+    return np.concatenate([size[:] for size in sizes]).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -1146,6 +1373,8 @@ class ValData:
         if cfg.ttt_enabled and cfg.ttt_reset == "document" and not (tokens[:-1] == bos_id).any():
             why = f"no BOS (token {bos_id}) in {cfg.val_files}" if bos_id >= 0 else f"{cfg.tokenizer_path} has no BOS"
             raise UserError(f"TTT_RESET=document splits the text at BOS tokens: {why}")
+        if cfg.smear_gate == "window" and bos_id not in (BOS_ID, -1):
+            raise UserError(f"SMEAR_GATE=window knows BOS as token {BOS_ID}; in {cfg.tokenizer_path} it is {bos_id}")
         return cls(*(torch.from_numpy(array).to(rt.device) for array in (tokens, sizes)), digest, bos_id)
 
     def take(self, index) -> ValData:
@@ -1173,7 +1402,7 @@ def dataset_facts(folder: str | Path) -> DatasetFacts:
                             str(tokenizer.get("sha256", "")))
     except (FileNotFoundError, NotADirectoryError):
         return DatasetFacts()
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"cannot understand {path}: {error}") from None
 
 
@@ -1224,7 +1453,7 @@ def open_tokenizer(cfg: Hyperparameters):
         size = tokenizer.vocab_size()
     except OSError as error:
         raise UserError(f"cannot read tokenizer {cfg.tokenizer_path}: {error.strerror} (TOKENIZER_PATH)") from None
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the latter: its message is no UTF-8
         pass
     if size == 0:
         raise UserError(f"{cfg.tokenizer_path} is not a SentencePiece model")
@@ -1275,18 +1504,21 @@ class QuantSpec:
         return 2 ** (self.bits - 1) - 1
 
 
-def upper_quantile(magnitudes: Tensor, share: float) -> Tensor:
-    """Linearly interpolated quantile of each row. For shares near 1: topk instead of a sort.  # [..., rows, 1]"""
-    position = share * (magnitudes.size(-1) - 1)
-    below = math.floor(position)
-    largest = magnitudes.topk(magnitudes.size(-1) - below, dim=-1).values  # [..., rows, few], descending
-    low, high = largest[..., -1:], largest[..., -2:][..., :1]
-    return low + (high - low) * (position - below)
+def upper_quantiles(magnitudes: Tensor, shares: tuple[float, ...]) -> Tensor:
+    """Linearly interpolated quantiles of each row, for shares near 1: one topk, no sort.  # [shares, ..., rows, 1]"""
+    last = magnitudes.size(-1) - 1
+    largest = magnitudes.topk(last + 1 - math.floor(min(shares) * last), dim=-1).values  # [..., rows, few], descending
+
+    def quantile(share: float) -> Tensor:
+        below = last - math.floor(share * last)
+        low, high = largest[..., below, None], largest[..., max(below - 1, 0), None]
+        return low + (high - low) * (share * last % 1)
+    return torch.stack([quantile(share) for share in shares])
 
 
 def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """The one rounding: nearest code, ties to even, clipped.  # float, same shape as weight"""
-    return (weight / scale).round().clamp(-spec.max_code, spec.max_code)
+    return (weight / scale).round_().clamp_(-spec.max_code, spec.max_code)
 
 
 def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -1311,8 +1543,9 @@ def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
     magnitudes = weight.abs()
     if spec.clip == "amax":
         return magnitudes.amax(-1, keepdim=True) / spec.max_code
-    scales = torch.stack([storable(upper_quantile(magnitudes, share) / spec.max_code) for share in PERCENTILES])
-    errors = [(round_to(weight, scale, spec) * scale - weight).square().sum(-1, keepdim=True) for scale in scales]
+    scales = storable(upper_quantiles(magnitudes, PERCENTILES) / spec.max_code)
+    errors = [round_to(weight, scale, spec).mul_(scale).sub_(weight).square_().sum(-1, keepdim=True)
+              for scale in scales]
     return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
@@ -1653,6 +1886,7 @@ class CappedCrossEntropy(torch.autograd.Function):
 BIGRAM_FACTORS, BIGRAM_SCALE = (36313, 27191), 0.05            # PR 1092: factors of the token and its predecessors,
 TRIGRAM_FACTORS, TRIGRAM_SCALE = (36313, 27191, 51497), 0.03   # and the initial scale of the table's output
 VALUE_SCALE = 0.1
+LANE_KEEPS = 1.1  # PR 1855: what a lane keeps of itself at first
 
 
 class CastedLinear(nn.Linear):
@@ -1743,11 +1977,25 @@ class SmearGate(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, distance: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor, distance: Tensor | None) -> Tensor:
         """`distance` of each position from the start of its document; None: one document a row."""
         before = F.pad(x, (0, 0, 1, 0))[:, :-1]
         before = before if distance is None else before * (distance > 0).unsqueeze(-1)
         return torch.lerp(x, before, torch.sigmoid(self.gate).to(x.dtype))
+
+
+class WindowSmearGate(nn.Module):
+    """Add to each position a share of its predecessor, which its first channels decide (PR 1667); initially none. BOS
+    gets nothing of the document before it (PR 1851), but a long document's cut in a flat stream counts for nothing."""
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.gate = CastedLinear(window, 1, bias=False)
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, ids: Tensor, distance: Tensor | None) -> Tensor:
+        share = self.scale.to(x.dtype) * torch.sigmoid(self.gate(x[..., :self.gate.in_features]))
+        return torch.addcmul(x, share * (ids != BOS_ID).unsqueeze(-1), F.pad(x, (0, 0, 1, 0))[:, :-1])
 
 
 class ProjectedEmbedding(nn.Module):
@@ -1788,6 +2036,8 @@ class Attention(nn.Module):
         self.window, self.eps = cfg.attention_window, cfg.norm_eps
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)) if cfg.qk_norm else None
         self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
+        sparse = CastedLinear(cfg.gate_window, cfg.num_heads, bias=False) if cfg.sparse_attn_gate else None
+        self.sparse_gate, self.sparse_scale = sparse, cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
     def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
@@ -1812,6 +2062,9 @@ class Attention(nn.Module):
             y = subtract_own_value(y, v[:, -keep:])
         if self.attn_gate is not None:
             y = y * torch.sigmoid(self.attn_gate(recent)).unsqueeze(-1)
+        if self.sparse_gate is not None:
+            channels = recent[..., :self.sparse_gate.in_features]
+            y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
         return project(y.flatten(2), out_w), value
 
 
@@ -1826,23 +2079,35 @@ class Block(nn.Module):
         if cfg.residual_mix:
             self.attn_scale, self.mlp_scale = nn.Parameter(ones), nn.Parameter(ones.clone())
             self.resid_mix = nn.Parameter(torch.stack((ones, torch.zeros(cfg.model_dim))))
-        self.mixes = cfg.residual_mix
+        self.mixes, self.joint = cfg.residual_mix, 0 < cfg.parallel_start_layer <= layer and not cfg.two_lanes
         self.dtg_gate = CastedLinear(cfg.model_dim, 1) if cfg.dtg_enabled else None
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
-    def forward(self, x, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int):
-        """Last `keep` positions of the stream after this block, and the attention's values."""
+    def forward(self, x, lane, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int,
+                keeps=None, takes=None):
+        """Last `keep` positions of the stream after this block and of the MLP's lane, and the attention's values.
+
+        Where the MLP has no `lane`, it reads what attention has written or, in the joint form, what attention reads. In
+        two lanes (PR 1204) each keeps a share of itself, keeps [lane], and takes of both outputs, takes [output, lane].
+        """
+        before = x[:, -keep:]
         if self.mixes:
             mix = self.resid_mix.to(x.dtype)
             x = torch.addcmul(mix[0] * x, mix[1], x0)
         add = lambda x, name, y: torch.addcmul(x, getattr(self, name).to(x.dtype), y) if self.mixes else x + y
         y, value = self.attn(self.attn_norm(x), weights[:4], positions, value_embedding, first_value, keep)
         x = x[:, -keep:]
+        if lane is not None:
+            lane = lane[:, -keep:]
+            z = self.mlp(self.mlp_norm(lane), weights)
+            y, z = (y * self.attn_scale.to(x.dtype), z * self.mlp_scale.to(x.dtype)) if self.mixes else (y, z)
+            x, lane = (keeps[i] * old + takes[0, i] * y + takes[1, i] * z for i, old in enumerate((before, lane)))
+            return x, lane, value
         out = add(x, "attn_scale", y)
-        out = add(out, "mlp_scale", self.mlp(self.mlp_norm(out), weights))
+        out = add(out, "mlp_scale", self.mlp(self.mlp_norm(x if self.joint else out), weights))
         if self.dtg_gate is not None:
             out = x + torch.sigmoid(self.dtg_gate(x.detach())) * (out - x)
-        return out, value
+        return out, None, value
 
     def mlp(self, x: Tensor, weights: LayerWeights) -> Tensor:
         plain = all(isinstance(weight, Tensor) for weight in weights[4:])
@@ -1875,8 +2140,13 @@ class GPT(nn.Module):
         table = lambda rows, *args: ProjectedEmbedding(rows, *args) if rows else None
         self.bigram = table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
         self.trigram = table(cfg.trigram_vocab_size, cfg.trigram_dim, dim, TRIGRAM_SCALE)
-        self.smear = None if cfg.smear_gate == "off" else SmearGate(dim)
-        self.skip_weights = nn.Parameter(torch.ones(layers // 2 if cfg.unet_skips else 0, dim))
+        self.looped = True  # as it is scored; training starts without
+        gate = {"off": lambda: None, "window": lambda: WindowSmearGate(cfg.gate_window)}
+        self.smear = gate.get(cfg.smear_gate, lambda: SmearGate(dim))()
+        self.skip_weights = nn.Parameter(torch.ones(len(cfg.visits(True)) // 2 if cfg.unet_skips else 0, dim))
+        self.skip_gates = nn.Parameter(torch.zeros_like(self.skip_weights)) if cfg.skip_gates else None
+        self.lane_keeps = nn.Parameter(torch.full((layers, 2), LANE_KEEPS)) if cfg.two_lanes else None
+        self.lane_takes = nn.Parameter(torch.ones(layers, 2, 2)) if cfg.two_lanes else None
         self.qo_bank = nn.Parameter(torch.empty(2 * layers, dim, dim))
         self.kv_bank = nn.Parameter(torch.empty(2 * layers, kv_dim, dim))
         self.mlp_up_bank = nn.Parameter(torch.empty(layers, cfg.mlp_dim, dim))
@@ -1915,10 +2185,13 @@ class GPT(nn.Module):
                 if table.proj is not None:
                     nn.init.orthogonal_(table.proj.weight)
         for block in self.blocks:
-            for gate, bias in ((block.attn.attn_gate, 4.0), (block.dtg_gate, 2.0)):
+            for gate, bias in ((block.attn.attn_gate, 4.0), (block.dtg_gate, 2.0), (block.attn.sparse_gate, 0.0)):
                 if gate is not None:
                     gate.weight.zero_()
-                    gate.bias.fill_(bias)
+                    if gate.bias is not None:
+                        gate.bias.fill_(bias)
+        if self.cfg.smear_gate == "window":
+            self.smear.gate.weight.zero_()
 
     @torch.no_grad()
     def refresh_scales(self, hardness: float = 1.0) -> None:
@@ -1937,14 +2210,19 @@ class GPT(nn.Module):
             return weight
         return fake_quantise(weight, self.qat_scales[name], self.qat_specs[name], self.hardness)
 
+    def layer_of(self, visit: int) -> int:
+        """The layer of a visit; -1 of -1, by which a hook knows what belongs to no layer."""
+        return -1 if visit < 0 else self.cfg.visits(self.looped)[visit]
+
     def layer_weights(self, qat: bool, hook=None) -> list[LayerWeights]:
-        """Per layer, its slices of the banks in the activation dtype. One rounding and one cast per bank, and `unbind`
-        rather than indexing: the gradient of a bank is then one stack, not a sum of mostly empty banks."""
+        """Per visit, its layer's slices of the banks in the activation dtype. One rounding and one cast per bank, and
+        `unbind` rather than indexing: the gradient of a bank is then one stack, not a sum of mostly empty banks."""
         qo, kv, up, down = (self.fake_quantised(name, qat).to(self.dtype).unbind()
                             for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"))
-        layers, hook = self.cfg.num_layers, hook or (lambda kind, layer, weight: weight)
-        return [LayerWeights(*(hook(kind, layer, weight) for kind, weight in zip(LayerWeights._fields, weights)))
-                for layer, weights in enumerate(zip(qo, kv, kv[layers:], qo[layers:], up, down))]
+        layers, hook = self.cfg.num_layers, hook or (lambda kind, visit, weight: weight)
+        slices = list(zip(qo, kv, kv[layers:], qo[layers:], up, down))
+        return [LayerWeights(*(hook(kind, visit, weight) for kind, weight in zip(LayerWeights._fields, slices[layer])))
+                for visit, layer in enumerate(self.cfg.visits(self.looped))]
 
     def look_up(self, name: str, index: Tensor, qat: bool) -> Tensor:
         """Rows of the ProjectedEmbedding `name`, in the activation dtype.  # int64 [batch, T] -> [batch, T, width]"""
@@ -1963,9 +2241,16 @@ class GPT(nn.Module):
                 if distance is not None:
                     index = index.where(distance >= len(factors) - 1, table.embed.num_embeddings - 1)
                 x = x + self.look_up(name, index, qat)
-        x = self.smear(x, distance) if self.cfg.smear_gate == "before" else x
+        x = self.smear(x, ids, distance) if self.cfg.smear_gate in ("before", "window") else x
         x = norm(x, eps=self.cfg.norm_eps) if self.cfg.embed_norm else x
-        return self.smear(x, distance) if self.cfg.smear_gate == "after" else x
+        return self.smear(x, ids, distance) if self.cfg.smear_gate == "after" else x
+
+    def merge_skip(self, x: Tensor, skip: Tensor, place: int) -> Tensor:
+        """The stream with a skip connection's state of the first half, at a place of the second.  # [batch, T, dim]"""
+        weight = self.skip_weights[place].to(x.dtype)
+        if self.skip_gates is None:
+            return torch.addcmul(x, weight, skip)
+        return torch.lerp(weight * skip, x, torch.sigmoid(self.skip_gates[place].to(x.dtype)))
 
     def hidden(self, ids: Tensor, keep: int | None = None, qat: bool = False, hook=None,
                documents: Documents | None = None) -> Tensor:
@@ -1974,9 +2259,10 @@ class GPT(nn.Module):
         ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions only.
         With `documents`, ids are a flat stream [1, N], and each document is computed as if it were a row by itself.
 
-        `hook(kind, layer, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
-        input, for instance to add a low-rank term to its output or to record its input. The token table (a function of
-        ids) and the output matrix are kinds "embed" and "head", of layer -1.
+        `hook(kind, visit, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
+        input, for instance to add a low-rank term to its output or to record its input. A visit is a place in the order
+        of layers, of which a loop has several for a layer. The token table (a function of ids) and the output matrix
+        are kinds "embed" and "head", of visit -1.
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
@@ -1985,16 +2271,22 @@ class GPT(nn.Module):
         shared = None if self.ve_shared is None else self.look_up("ve_shared", ids, qat)
         extra = {layer: shared * scale.to(self.dtype) for layer, scale in zip(cfg.ve_layer_ids, self.ve_layer_scales)}
         x = x0 = self.embed(ids, qat, hook, documents)
-        skips, first_value = [], None
-        for layer, (block, weights) in enumerate(zip(self.blocks, self.layer_weights(qat, hook))):
-            decoder = layer - cfg.num_layers // 2
-            if decoder >= 0 and skips:
-                x = torch.addcmul(x, self.skip_weights[decoder].to(x.dtype), skips.pop())
-            kept = keep or length if layer == cfg.num_layers - 1 else length
-            x, value = block(x, x0, weights, positions, extra.get(layer), first_value, kept)
-            first_value = value if layer == 0 else first_value
-            if decoder < 0 and cfg.unet_skips:
+        skips, first_value, lane, order = [], None, None, cfg.visits(self.looped)
+        for visit, (layer, weights) in enumerate(zip(order, self.layer_weights(qat, hook))):
+            place, lanes = visit - len(order) // 2, ()
+            if place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
+                lane, lanes = x if lane is None else lane, (self.lane_keeps[layer], self.lane_takes[layer])
+                lanes = [weight.to(x.dtype) for weight in lanes]
+            if place >= 0 and skips:
+                x = self.merge_skip(x, skips.pop(), place)
+            kept = keep or length if visit == len(order) - 1 else length
+            x, lane, value = self.blocks[layer](x, lane, x0, weights, positions, extra.get(layer), first_value, kept,
+                                                *lanes)
+            first_value = value if visit == 0 else first_value
+            if place < 0 and cfg.unet_skips:
                 skips.append(x)
+        if lane is not None:
+            x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[cfg.parallel_final_lane]
         return self.final_norm(x)
 
     def output_weight(self, qat: bool = False, hook=None):
@@ -2049,18 +2341,18 @@ FAMILIES = (
            "attn_clip_widen"),
     Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp_clip_sigmas",
            "mlp_clip_widen"),
-    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "adam_wd", "embed_bits", "embed_clip_sigmas",
+    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "table_wd", "embed_bits", "embed_clip_sigmas",
            "embed_clip_widen"),
-    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "adam_wd", "bigram_bits",
+    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "table_wd", "bigram_bits",
            "embed_clip_sigmas", "embed_clip_widen"),
-    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "adam_wd", "ve_bits", "embed_clip_sigmas",
+    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "table_wd", "ve_bits", "embed_clip_sigmas",
            "embed_clip_widen"),
     Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas",
            "embed_clip_widen"),
     Family("mtp", r"mtp_heads\.\d+\.weight", "adamw", "head_lr", exported=False),
     Family("proj", r"(bigram|trigram|ve_shared)\.proj\.weight", "adamw", "scalar_lr", "adam_wd"),
-    Family("control", r"skip_weights|final_norm\.weight|smear\.gate|(bigram|trigram|ve_shared)\.scale|"
-           r"ve_layer_scales\.\d+|blocks\.\d+\..+", "adamw", "scalar_lr", "adam_wd"),
+    Family("control", r"skip_(weights|gates)|lane_(keeps|takes)|final_norm\.weight|smear\..+|"
+           r"(bigram|trigram|ve_shared)\.scale|ve_layer_scales\.\d+|blocks\.\d+\..+", "adamw", "scalar_lr", "adam_wd"),
 )
 
 
@@ -2094,7 +2386,13 @@ def parameter_shapes(cfg: Hyperparameters) -> dict[str, tuple[int, ...]]:
 
 
 # ------------------------------------------------------------------------------------------------ OPTIMISERS
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at 0, so five steps do; ends only near 1
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),)  # Keller Jordan's quintic: steep at 0, so five do; ends only near 1
+POLAR_EXPRESS = (  # Amsel et al., arXiv 2505.16932: the best quintic for what the one before it leaves
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 
 def symmetric_product(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0,
@@ -2106,13 +2404,15 @@ def symmetric_product(x: Tensor, add: Tensor | None = None, alpha: float = 1.0, 
     return x @ x.mT if add is None else torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)
 
 
-def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kernels: str = "torch") -> Tensor:
-    """Push the singular values of each matrix towards 1.  # [n, rows, columns], any dtype -> same shape in `dtype`"""
-    a, b, c = NEWTON_SCHULZ
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kernels: str = "torch",
+                  coefficients=NEWTON_SCHULZ) -> Tensor:
+    """Push the singular values of each matrix towards 1; steps after the last coefficients repeat them.
+    # [n, rows, columns], any dtype -> same shape in `dtype`"""
     tall = matrices.size(-2) > matrices.size(-1)
     x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for step in range(steps):
+        a, b, c = coefficients[min(step, len(coefficients) - 1)]
         gram = symmetric_product(x, kernels=kernels)
         x = torch.baddbmm(x, symmetric_product(gram, gram, c, b, kernels), x, beta=a)
     return x.mT if tall else x
@@ -2146,7 +2446,10 @@ class Muon:
         for i, (grad, buffer) in enumerate(zip(shards, self.momentum)):
             buffer.mul_(kept).add_(grad.masked_fill_(self.skipped, 0.0))
             nesterov = grad.add(buffer, alpha=momentum).masked_fill_(self.skipped, 0.0)
-            update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels)
+            if self.cfg.muon_row_normalize:
+                nesterov = F.normalize(nesterov, dim=-1, eps=1e-7)
+            update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels,
+                                   POLAR_EXPRESS if self.cfg.polar_express else NEWTON_SCHULZ)
             if self.row_memory:
                 before = self.row_memory[i].clone()
                 update = normalise_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
@@ -2241,6 +2544,8 @@ class StepPlan:
     momentum: float
     qat: bool
     snapshot: bool         # SWA takes one after this step
+    seq_len: int = 0       # of the training sequences; 0: TRAIN_SEQ_LEN
+    looped: bool = True    # the loop of layers is on
     hardness: float = 1.0  # of soft-rounding QAT: from 0 at its start to 1, the export's rounding, in its last tenth
 
 
@@ -2248,12 +2553,26 @@ def plan_step(cfg: Hyperparameters, step: int, elapsed_s: float, pace_s: float) 
     """The plan of step `step` (from 0), after `elapsed_s` seconds of training at `pace_s` seconds per step."""
     scale = lr_scale(cfg, step, elapsed_s, pace_s)
     ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
-    qat = qat_progress(cfg, step, scale, budget_spent(cfg, step, elapsed_s))
+    spent = budget_spent(cfg, step, elapsed_s)
+    qat = qat_progress(cfg, step, scale, spent)
     return StepPlan(lr_scale=scale,
                     momentum=(1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum,
                     qat=qat is not None,
                     snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
+                    **stage(cfg, spent),
                     hardness=min(max((qat or 0.0) / 0.9, 0.0), 1.0))
+
+
+def stage(cfg: Hyperparameters, spent: float) -> dict:
+    """What changes the shapes of a training step, at a share of the budget: fields of StepPlan."""
+    return {"seq_len": next(length for length, until in cfg.seq_stages if spent <= until),
+            "looped": not cfg.num_loops or spent >= cfg.enable_looping_at}
+
+
+def stage_shares(cfg: Hyperparameters) -> list[float]:
+    """A share of the budget in each stage of a run."""
+    begins = {0.0, *(math.nextafter(until, 2.0) for _, until in cfg.seq_stages[:-1])}
+    return sorted(begins | {cfg.enable_looping_at} if cfg.num_loops else begins)
 
 
 def qat_progress(cfg: Hyperparameters, step: int, scale: float, spent: float) -> float | None:
@@ -2311,7 +2630,8 @@ class Averager:
         """Take in the weights after step number `step` (counted from 1)."""
         cfg = self.cfg
         if self.ema:  # the first steps get a short memory: with 0.997 alone a short run averages its start
-            torch._foreach_lerp_(self.ema, self.params, 1 - min(cfg.ema_decay, (1 + step) / (10 + step)))
+            ramp = (1 + step) / (10 + step) if cfg.ema_ramp else 1.0
+            torch._foreach_lerp_(self.ema, self.params, 1 - min(cfg.ema_decay, ramp))
         if cfg.lawa_enabled:
             if step % cfg.lawa_freq == 0:
                 self.snapshots = [*self.snapshots, self.copy_params()][-cfg.lawa_k:]
@@ -2367,13 +2687,14 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span, mine = data.span(step, range(data.batch_tokens // data.seq_len)), data.rows()
+        span, mine = data.span(step, range(data.batch_tokens // data.unit)), data.units()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
-        return data.micro_batches((weights / weights.mean())[mine.start * data.seq_len:mine.stop * data.seq_len])
+        return data.micro_batches((weights / weights.mean())[mine.start * data.unit:mine.stop * data.unit])
 
 
 MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
+REWARM_STEPS = 32  # after a change of the sequence length, PR 2014
 
 
 @dataclass
@@ -2388,12 +2709,14 @@ class TrainState:
     step: int = 0
     qat: bool = False
     first_step_s: float = 0.0
+    seq_len: int = 0
+    seq_step: int = -REWARM_STEPS  # when the sequence length changed
     skipped: int = 0  # steps in a row
 
     @classmethod
     def initial(cls, model: GPT, cfg: Hyperparameters, rt: Runtime) -> TrainState:
         return cls(model, Optimisers(model, cfg, rt), Averager(cfg, list(model.parameters())),
-                   BigramCounts(cfg, rt.device), Stopwatch())
+                   BigramCounts(cfg, rt.device), Stopwatch(), seq_len=cfg.seq_stages[0][0])
 
     def pace(self, elapsed_s: float) -> float:
         """Seconds per step, without the first one, which may have compiled. 0 when unknown."""
@@ -2407,10 +2730,19 @@ class TrainState:
         """Whether something that happens every so many steps (0: never) is due now."""
         return bool(every) and self.step % every == 0
 
+    def rewarmed(self, rt: Runtime, plan: StepPlan) -> StepPlan:
+        """The plan, with the learning rate rising anew over REWARM_STEPS where the sequence length has changed."""
+        if plan.seq_len != self.seq_len:
+            self.seq_len, self.seq_step = plan.seq_len, self.step
+            rt.log(f"train_seq_len:{plan.seq_len} step:{self.step}", "train_seq_len", step=self.step)
+        share = min((self.step - self.seq_step + 1) / REWARM_STEPS, 1.0)
+        return dataclasses.replace(plan, lr_scale=plan.lr_scale * share)
+
     def pack(self) -> dict:
         return {"model": self.model.state_dict(), "optimisers": self.optimisers.state(),
                 "averager": self.averager.state(), "bigrams": [self.bigrams.pairs, self.bigrams.firsts],
-                "step": self.step, "qat": self.qat, "first_step_s": self.first_step_s}
+                "step": self.step, "qat": self.qat, "first_step_s": self.first_step_s,
+                "seq_len": [self.seq_len, self.seq_step]}
 
     def unpack(self, packed: dict) -> None:
         self.model.load_state_dict(packed["model"])
@@ -2418,28 +2750,73 @@ class TrainState:
         self.averager.load(packed["averager"])
         self.bigrams.pairs, self.bigrams.firsts = packed["bigrams"]
         self.step, self.qat, self.first_step_s = packed["step"], packed["qat"], packed["first_step_s"]
+        self.seq_len, self.seq_step = packed["seq_len"]
 
 
 def checkpoint_path(rt: Runtime) -> Path:
     return rt.run_folder / "checkpoint.pt"
 
 
-def resumable_settings(cfg: Hyperparameters) -> str:
-    """JSON of the settings a checkpoint must share with the run that resumes from it."""
+def older_checkpoint(rt: Runtime) -> Path:
+    """The place of the checkpoint before the newest."""
+    return checkpoint_path(rt).with_suffix(".before.pt")
+
+
+def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
+    """JSON of the settings a checkpoint must share with the run that resumes from it; `exported`: those an artifact
+    must share with it, too."""
     free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
-            "iterations", "max_wallclock_seconds", "train_log_every", "val_loss_every", "val_batch_size", "profile",
-            "micro_batch_tokens"}
-    late = ("eval_", "ttt_", "hash_embed_", "compress", "artifact_", "gptq_", "size_fit")
+            "checkpoint_seconds", "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens",
+            "profile"}
+    late = ("eval_", "ttt_", "hash_embed_")
+    if not exported:
+        free |= {"iterations", "max_wallclock_seconds", "code_bytes", "size_fit"}
+        late += "compress", "artifact_", "gptq_"
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
+    """Copy the state off the device, for a thread to write. Weights that are not finite are not saved."""
+    elapsed_s = state.watch.elapsed()
+    if not torch.nn.utils.get_total_norm(list(state.model.parameters())).isfinite():
+        return rt.log(f"warning: no checkpoint of step {state.step}: its weights are not finite")
     packed = state.pack()  # on every rank: shards are gathered
     if rt.rank == 0:
-        packed |= {"settings": resumable_settings(cfg), "elapsed_s": state.watch.elapsed()}
-        write_atomically(checkpoint_path(rt), torch_bytes(packed))
-        link(rt.folder / "checkpoints" / f"{rt.run_id}.pt", checkpoint_path(rt))
+        packed = copy_to_host({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
+        rt.in_background(lambda: rt.attempt(write_atomically, checkpoint_path(rt), with_digest(torch_bytes(packed)),
+                                            older_checkpoint(rt)))
     rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
+
+
+def copy_to_host(value):
+    """The same dictionaries, lists and tuples, with copies of the tensors in them."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_host(part) for key, part in value.items()}
+    return type(value)(map(copy_to_host, value)) if isinstance(value, (list, tuple)) else value
+
+
+def with_digest(data: bytes) -> bytes:
+    """The bytes and their sha256, which torch.load passes over."""
+    return data + hashlib.sha256(data).digest()
+
+
+def newest_checkpoint(rt: Runtime) -> tuple[Path, bytes]:
+    """The newest checkpoint of RUN_ID that is whole. Raises UserError if there is none."""
+    newest, damaged = checkpoint_path(rt), []
+    for stale in newest.parent.glob(".*.tmp"):  # of a run that was killed while it wrote
+        stale.unlink()
+    for path in (newest, older_checkpoint(rt)):
+        with contextlib.suppress(FileNotFoundError):
+            data = path.read_bytes()
+            if with_digest(data[:-32]) == data:
+                if damaged:
+                    rt.log(f"warning: checkpoint {newest} is damaged; going on from the one before")
+                return path, data
+            damaged.append(path)
+    raise UserError(f"checkpoint {damaged[0]} is damaged, and there is no other one; start without RESUME=1" if damaged
+                    else f"RESUME=1, but there is no checkpoint {newest}")
 
 
 def torch_bytes(value) -> bytes:
@@ -2449,23 +2826,24 @@ def torch_bytes(value) -> bytes:
 
 
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
-    """Resume from the checkpoint of RUN_ID. Returns the seconds of training it took. Raises UserError if it is missing,
-    damaged or of other settings."""
-    path = checkpoint_path(rt)
-    path = path if path.exists() else rt.folder / "checkpoints" / f"{rt.run_id}.pt"
+    """Resume from the newest checkpoint of RUN_ID, which rank 0 reads for all. Returns the seconds of training it took.
+    Raises UserError if it is missing, damaged or of other settings."""
+    if not rt.agree(float(cfg.resume or checkpoint_path(rt).exists())):
+        return 0.0  # a restart, and the first part did not come that far
+    path, data = rt.from_first(lambda: newest_checkpoint(rt))
     try:
-        packed = torch.load(path, map_location=rt.device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"RESUME=1, but there is no checkpoint {path}") from None
-    except Exception as error:  # torch raises many kinds for a damaged file
+        packed = torch.load(io.BytesIO(data), map_location=rt.device, weights_only=True)
+        then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
+        changed = sorted(name.upper() for name in now if then.get(name) != now[name])
+        if not changed:
+            spent_s = float(packed["elapsed_s"])
+            state.unpack(packed)
+    except Exception as error:  # torch raises many kinds for what is no checkpoint
         raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}); start without RESUME=1") from None
-    then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
-    changed = sorted(name.upper() for name in now if then.get(name) != now[name])
     if changed:
         raise UserError(f"checkpoint {path} was made with another {', '.join(changed)}")
-    state.unpack(packed)
     rt.log(f"resume:step:{state.step} from {path}", "resume", step=state.step)
-    return packed["elapsed_s"]
+    return spent_s
 
 
 def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> tuple[Tensor, Tensor]:
@@ -2474,8 +2852,9 @@ def train_step(state: TrainState, data: TrainData, plan: StepPlan, loss_fn) -> t
     total = 0.0
     if state.qat:
         state.model.refresh_scales(plan.hardness)
-    for (inputs, targets), weights in zip(data.batch(state.step), state.bigrams.weigh(data, state.step)):
-        loss = loss_fn(inputs, targets, state.qat, None, weights) / (data.micro_steps * data.rt.world_size)
+    batch = data.training_batch(state.step, plan.seq_len)
+    for (inputs, targets, packed), weights in zip(batch, state.bigrams.weigh(data, state.step)):
+        loss = loss_fn(inputs, targets, state.qat, None, weights, **packed) / (data.micro_steps * data.rt.world_size)
         loss.backward()
         total = total + loss.detach()
     return total, state.optimisers.step(plan)
@@ -2495,23 +2874,27 @@ def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
     """Compile every graph training will need before the clock starts, by steps that are then undone."""
-    rt.log(f"warm-up: {cfg.warmup_steps} steps, before the clock starts")
-    start = copy.deepcopy(state.pack())
     may_round = cfg.qat_enabled or cfg.late_qat and (cfg.late_qat_frac > 0 or cfg.late_qat_threshold > 0)
-    for i in range(cfg.warmup_steps):
-        state.qat = may_round and i >= cfg.warmup_steps // 2
-        train_step(state, data, plan_step(cfg, 0, 0.0, 0.0), loss_fn)
-        if cfg.warmup_steps <= 20 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
-            rt.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
+    stages = [stage(cfg, share) for share in stage_shares(cfg)]
+    graphs = [(parts, qat) for parts in stages for qat in (False, True)[:1 + may_round]]
+    steps, start = max(cfg.warmup_steps, len(graphs)), copy.deepcopy(state.pack())
+    rt.log(f"warm-up: {steps} steps, before the clock starts")
+    for i in range(steps):
+        parts, state.qat = graphs[i * len(graphs) // steps]
+        state.model.looped = parts["looped"]
+        train_step(state, data, dataclasses.replace(plan_step(cfg, 0, 0.0, 0.0), **parts), loss_fn)
+        if steps <= 20 or (i + 1) % 10 == 0 or i + 1 == steps:
+            rt.log(f"warmup_step:{i + 1}/{steps}")
     state.unpack(start)
 
 
 def begin_training(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, loss_fn) -> TrainState:
     """The state of the first step, or of the checkpoint with RESUME=1, once every graph is compiled. Its clock runs."""
     state = TrainState.initial(model, cfg, rt)
-    spent_s = load_checkpoint(cfg, rt, state) if cfg.resume else 0.0
+    spent_s = load_checkpoint(cfg, rt, state) if rt.resumes else 0.0
     if cfg.warmup_steps and not state.ended(cfg, spent_s):
-        warm_up(cfg, rt, state, data, loss_fn)
+        with rt.signals.act(at_once=True):
+            warm_up(cfg, rt, state, data, loss_fn)
     rt.synchronize()  # the device has done with the warm-up
     state.watch = Stopwatch(spent_s)
     return state
@@ -2527,7 +2910,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     state = begin_training(cfg, rt, model, data, loss_fn)
     model.train()
     rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
-    elapsed = rt.agree(state.watch.elapsed())
+    elapsed = saved_s = rt.agree(state.watch.elapsed())
     while True:
         done = state.ended(cfg, elapsed)
         if done or state.due(cfg.val_loss_every):
@@ -2539,6 +2922,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
         announce(rt, state, plan, cfg)
+        plan = state.rewarmed(rt, plan)
         loss, norm = train_step(state, data, plan, loss_fn)
         state.step += 1
         state.averager.update(state.step, plan)
@@ -2546,12 +2930,19 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
         count_skipped(rt, state, rt.keep_pace(norm, behind=0 if ends or not pace else 1))
         elapsed = rt.agree(state.watch.elapsed())
         state.first_step_s = state.first_step_s or elapsed
-        if cfg.train_log_every and (state.step <= 10 or state.ended(cfg, elapsed) or state.due(cfg.train_log_every)):
+        ended = state.ended(cfg, elapsed)
+        if cfg.train_log_every and (state.step <= 10 or ended or state.due(cfg.train_log_every)):
             loss = rt.sum_(loss).item()
             log_losses(cfg, rt, state, elapsed, "train", {"train_loss": loss}, lr_scale=plan.lr_scale)
-        if state.due(cfg.checkpoint_every):
+        due = state.due(cfg.checkpoint_every) or 0 < cfg.checkpoint_seconds <= elapsed - saved_s
+        if ended or due or rt.signals.agreed:
+            saved_s = elapsed
             with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
+        if rt.signals.agreed:
+            rt.finish_writing()
+            raise Interrupted(rt.signals.agreed)
+    model.looped = True
     if state.step < cfg.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{state.step}/{cfg.iterations}")
     rt.allow_wait(600.0)  # compiling, calibrating and scoring take one rank longer than another
@@ -2571,6 +2962,9 @@ def log_losses(cfg: Hyperparameters, rt: Runtime, state: TrainState, elapsed_s: 
 
 def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameters) -> None:
     """Switch late QAT on for the rest of the run, and log the turning points of the schedule."""
+    if plan.looped and not state.model.looped:
+        rt.log(f"layer_loop:enabled step:{state.step} layers:{cfg.visits(True)}", "layer_loop", step=state.step)
+    state.model.looped = plan.looped
     if plan.qat and not state.qat:
         state.qat = True
         rt.log(f"late_qat:enabled step:{state.step} scale:{plan.lr_scale:.4f}", "late_qat", step=state.step)
@@ -2596,19 +2990,21 @@ class HessianSums:
     GPTQ, from one pass over the text. Query, key and value share their input; the head's is the final state."""
 
     def __init__(self, model: GPT):
-        cfg, device = model.cfg, model.qo_bank.device
+        cfg, device, self.layer_of = model.cfg, model.qo_bank.device, model.layer_of
         widths = {"query": cfg.model_dim, "out": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
         self.layers = range(cfg.num_layers)
         self.head = "tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"
         self.sums = {(kind, i): torch.zeros(n, n, device=device) for kind, n in widths.items() for i in self.layers}
         self.sums["head", -1] = torch.zeros(cfg.model_dim, cfg.model_dim, device=device)
 
-    def __call__(self, kind: str, layer: int, weight: Tensor):
+    def __call__(self, kind: str, visit: int, weight: Tensor):
+        place = kind, self.layer_of(visit)
+
         def project_and_sum(x: Tensor) -> Tensor:
             rows = x.flatten(0, -2).float()
-            self.sums[kind, layer].addmm_(rows.t(), rows)
+            self.sums[place].addmm_(rows.t(), rows)
             return F.linear(x, weight)
-        return project_and_sum if (kind, layer) in self.sums else weight
+        return project_and_sum if place in self.sums else weight
 
     def by_parameter(self, rt: Runtime) -> dict[str, Tensor]:
         """Sums over all ranks, in the layout of the parameters.  # [matrices, columns, columns]"""
@@ -3219,7 +3615,7 @@ class Adapter:
             "adam": lambda: torch.optim.AdamW(groups, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=cfg.ttt_adam_eps,
                                               weight_decay=cfg.ttt_weight_decay, fused=True)}[optimiser]()
 
-    def hook(self, kind: str, layer: int, matrix: Tensor):
+    def hook(self, kind: str, visit: int, matrix: Tensor):
         if kind == "embed" and self.table is not None:
             return lambda ids: F.embedding(ids, matrix) + F.embedding(hash_pairs(ids, len(self.table)), self.table)
         return matrix
@@ -3281,7 +3677,7 @@ class SgdAdapter(Adapter):
     filter by parameter name froze hardly anything, because the matrices are in banks.)"""
 
     def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
-        self.frozen = min(cfg.ttt_freeze_blocks, model.cfg.num_layers)
+        self.frozen, self.layer_of = min(cfg.ttt_freeze_blocks, model.cfg.num_layers), model.layer_of
         fixed = tuple(f"blocks.{i}." for i in range(self.frozen))
         settings = {"mlp_down_bank": (cfg.ttt_proj_lr_mult, 3.0), "mlp_up_bank": (cfg.ttt_fc_lr_mult, 0.5)}
         rates = {name: given if given >= 0 else published if cfg.ttt_optimizer == "adamw" else 1.0
@@ -3292,25 +3688,26 @@ class SgdAdapter(Adapter):
         if not self.frozen and self.table is None:
             self.hook = None  # reuses the graphs compiled for scoring without adaptation
 
-    def hook(self, kind: str, layer: int, matrix: Tensor):
+    def hook(self, kind: str, visit: int, matrix: Tensor):
         """A frozen block's slices of the banks get no gradient."""
-        return matrix.detach() if 0 <= layer < self.frozen else super().hook(kind, layer, matrix)
+        return matrix.detach() if 0 <= self.layer_of(visit) < self.frozen else super().hook(kind, visit, matrix)
 
 
 class LoraAdapter(Adapter):
     """Trains low-rank additions to frozen matrices (LoRA; the record of 2026-03-17, PR 550): one set for the stream, or
-    one for each of the documents side by side."""
+    one for each of the documents side by side. Each visit of a looped layer has its own."""
 
     def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
         rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
         self.scale, self.pairs, self.initial, trained = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
         generator = torch.Generator().manual_seed(cfg.seed)
 
-        def add(kind: str, layer: int, matrix: Tensor) -> Tensor:
+        def add(kind: str, visit: int, matrix: Tensor) -> Tensor:
+            layer = model.layer_of(visit)
             if kind in cfg.lora_kinds and (layer < 0 or layer in cfg.lora_layer_ids):
                 a = torch.empty(rank, matrix.size(1)).uniform_(-1, 1, generator=generator) * matrix.size(1) ** -0.5
                 initial = [t.to(matrix.device) for t in (a, torch.zeros(matrix.size(0), rank))]
-                pair = self.pairs[kind, layer] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in initial]
+                pair = self.pairs[kind, visit] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in initial]
                 self.initial += initial
                 trained.extend((cfg.lora_layer_rates.get(layer, 1.0), t) for t in pair)
             return matrix
@@ -3318,9 +3715,9 @@ class LoraAdapter(Adapter):
         model.output_weight(False, add)
         super().__init__(model, cfg, rt, trained, cfg.ttt_lora_lr, cfg.ttt_lora_optimizer, rows)
 
-    def hook(self, kind: str, layer: int, matrix: Tensor):
-        pair = self.pairs.get((kind, layer))
-        return LowRank(matrix, *pair, self.scale) if pair else super().hook(kind, layer, matrix)
+    def hook(self, kind: str, visit: int, matrix: Tensor):
+        pair = self.pairs.get((kind, visit))
+        return LowRank(matrix, *pair, self.scale) if pair else super().hook(kind, visit, matrix)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -3499,23 +3896,26 @@ class EvalClock:
         self.in_step, self.chunks = in_step, len(plan)
         self.planned, self.left_out = epochs * sum(chunk.train_tokens > 0 for chunk in plan), 0
         self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
-        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # laps: (seconds, tokens)
+        self.graphs = set()  # that a lap has used
+        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # (seconds, tokens, compiled?)
 
     def cost(self, what: str) -> float:
-        """Seconds per token. The first lap is left out: it may have compiled."""
-        laps = self.laps[what][1:]
+        """Seconds per token. The first lap of each graph is left out: it may have compiled."""
+        laps = [(seconds, tokens) for seconds, tokens, compiled in self.laps[what] if compiled]
         if laps:
             return sum(seconds for seconds, _ in laps) / sum(tokens for _, tokens in laps)
         share = 1 / self.rt.world_size if self.in_step else 1
         return self.pace if what == "score" else self.cost("score") * self.LEARN_COST * share
 
-    def lap(self, what: str, tokens: int, epochs: int = 1) -> None:
-        """Note the time since the last lap as that of so many epochs over `tokens` tokens."""
+    def lap(self, what: str, graph: bool, tokens: int, epochs: int = 1) -> None:
+        """Note the time since the last lap as that of so many epochs over `tokens` tokens. graph: whether it was the
+        one that is compiled for the first chunks of documents."""
         self.to_do[what] -= tokens
         if tokens * epochs:
             self.rt.synchronize()
             now = self.watch.elapsed()
-            self.laps[what].append((now - self.mark, tokens * epochs))
+            self.laps[what].append((now - self.mark, tokens * epochs, (what, graph) in self.graphs))
+            self.graphs.add((what, graph))
             self.mark = now
 
     def affordable_epochs(self, tokens: int, chunk: int) -> int:
@@ -3609,7 +4009,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             if observe:
                 observe(numbers, values)
             bar.update()
-        clock.lap("score", chunk.reads)
+        clock.lap("score", chunk.resets, chunk.reads)
         if adapter:
             report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
         if epochs and rows:
@@ -3617,7 +4017,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             adapter.learn_rows(nll, counted, epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
-        clock.lap("learn", chunk.train_tokens, epochs)
+        clock.lap("learn", chunk.resets, chunk.train_tokens, epochs)
         nll = rescore = None  # frees the graph of the forward pass
     bar.close()
     clock.end()
@@ -3765,7 +4165,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         if skipped:
             rt.log(f"export_excluding_mtp_params:{skipped}")
         whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
-        write_atomically(path.with_suffix(".pt"), whole)
+        rt.attempt(write_atomically, path.with_suffix(".pt"), whole)
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
         total = len(artifact.blob) + code_bytes
@@ -3773,9 +4173,16 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
             cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
-        write_atomically(path, artifact.blob, keep=not cfg.resume)
-        for file in (path, path.with_suffix(".pt")):
-            link(rt.folder / file.name, file)
+        older = older_place(path) if path.exists() and not rt.resumes else None
+        try:
+            write_atomically(path, artifact.blob, older)
+        except UserError as error:
+            path = Path(tempfile.gettempdir(), f"{rt.run_id}.ptz")
+            rt.unwritten.append(f"{error}; the artifact is {path}")
+            rt.log(f"warning: {error}; it goes to {path}")
+            write_atomically(path, artifact.blob)
+        for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
+            rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -3841,10 +4248,11 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         note = f" stride:{cfg.eval_stride}" if key == "sliding" else ""
         log_score(rt, label, r, note)
         rt.log(f"{label}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
-        traces[key] = {**trace.tables(rt), "seconds": {what: [s for s, _ in laps] for what, laps in clock.laps.items()}}
+        seconds = {what: [lap[0] for lap in laps] for what, laps in clock.laps.items()}
+        traces[key] = {**trace.tables(rt), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
-    rt.log.write("eval.json", json.dumps(traces))
+    rt.attempt(rt.log.write, "eval.json", json.dumps(traces))
     return results
 
 
@@ -3854,7 +4262,8 @@ def log_score(rt: Runtime, label: str, r: EvalResult, note: str = "") -> None:
 
 
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
-    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
+    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary. What a run
+    to be resumed has finished is not done again: training, then the artifact; its scores start over."""
     watch, specs = Stopwatch(), quant_specs(cfg, parameter_shapes(cfg))
     codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
     if cfg.size_fit and not any(name.endswith("_bank") for name in specs):
@@ -3862,6 +4271,12 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
+    made = rt.from_first(lambda: read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
+    return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
+
+
+def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainData, specs, watch: Stopwatch) -> dict:
+    """Train, quantise and write. Returns what the summary says of it."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.attend, rt.dtype, specs, rt.kernels).to(rt.device)
     rt.copy_first(model.parameters())
@@ -3870,7 +4285,8 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     plan = plan_evaluation(val, cfg, rt, cfg.window, max(tokens // cfg.window, 1))
     plain = functools.partial(evaluate, val=val, cfg=cfg, rt=rt, plan=plan)
     seconds = {"setup": watch.elapsed()}
-    state = train(cfg, rt, model, data, plain)
+    with rt.signals.act(at_once=False):  # a step is finished first, and saved
+        state = train(cfg, rt, model, data, plain)
     seconds["train"], phase = state.watch.elapsed(), Stopwatch()
     left_s = cfg.max_wallclock_seconds - seconds["train"] if cfg.max_wallclock_seconds else math.inf
     hessians = calibrate(cfg, rt, model, data, state.step, left_s)
@@ -3880,9 +4296,35 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     phase = Stopwatch()
     path = export(cfg, rt, model, val, hessians)
     seconds["export"] = phase.elapsed()
-    summary = score_artifact(cfg, rt, val, path, seconds, watch)
-    return summary | {"val_bpb_pre_quant": averaged.bpb, "steps": state.step,
-                      "tokens": state.step * cfg.train_batch_tokens}
+    made = {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
+            "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
+    rt.finish_writing()
+    if rt.rank == 0:
+        held = {"belongs_to": origin(cfg, rt, path), "made": made}
+        rt.attempt(write_atomically, export_path(rt), json.dumps(held).encode())
+    return made
+
+
+def export_path(rt: Runtime) -> Path:
+    return rt.run_folder / "export.json"
+
+
+def origin(cfg: Hyperparameters, rt: Runtime, path: str | Path) -> list[str]:
+    """What tells whether the artifact at `path` comes from the newest checkpoint and these settings."""
+    digests = [hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "" for p in
+               (Path(path), checkpoint_path(rt))]
+    return [*digests, resumable_settings(cfg, exported=True)]
+
+
+def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
+    """What `make_artifact` returned before a run to be resumed was stopped, if its artifact is still there."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        held = json.loads(export_path(rt).read_bytes() if rt.resumes else "null")
+        path = held["made"]["artifact_path"]
+        if held["belongs_to"] == origin(cfg, rt, path):
+            rt.log(f"resume:artifact {path} of step {held['made']['steps']} is finished; its scores start over", "resume",
+                   step=held["made"]["steps"])
+            return held["made"]
 
 
 def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
@@ -3915,6 +4357,8 @@ def report(rt: Runtime, summary: dict) -> None:
     """The short summary for people; then the same as one JSON line and file for programs."""
     spent = ", ".join(f"{phase} {s:.1f}" for phase, s in summary["seconds"].items())
     bpb = lambda key: "off" if summary[key] is None else f"{summary[key]:.4f}"
+    text = json.dumps(summary)
+    rt.attempt(rt.log.write, "summary.json", text + "\n")
     for line in (
         "-" * 72,
         f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, "
@@ -3924,26 +4368,38 @@ def report(rt: Runtime, summary: dict) -> None:
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
         f"seconds         {spent}",
         f"files           {summary['artifact_path']}, all else in {rt.run_folder}",
+        *(f"not written     {problem}" for problem in rt.unwritten),
     ):
         rt.log(line)
-    text = json.dumps(summary)
-    rt.log.write("summary.json", text + "\n")
     rt.log(f"summary: {text}")
     if rt.rank == 0:
         for name in ("log.txt", "events.jsonl"):
             rt.log.link(name)  # where there are no links, the copies of the first lines become those of the whole
 
 
-def end_with(error: UserError, rank: int) -> int:
-    """Print a user's error once: rank 0 prints and exits, then torchrun stops the others. Returns 2."""
-    if rank:
-        time.sleep(3.0)  # torchrun ends the other ranks once rank 0 has failed
-    print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-    return 2
+def print_error(message: str, signals: Signals, rank: int, wait_s: float) -> None:
+    """A rank that another one may speak for waits whether torchrun stops it meanwhile."""
+    time.sleep(wait_s)
+    if not (wait_s and signals.number):
+        print(f"error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
+
+
+def lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank did, which knows the reason."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def how_to_go_on(rt: Runtime | None) -> str:
+    if rt is None:
+        return ""
+    rt.finish_writing()
+    return (f"; to go on from the last checkpoint: bash run.sh ... RESUME=1 RUN_ID={rt.run_id}"
+            if checkpoint_path(rt).exists() else "; there is no checkpoint to go on from")
 
 
 def main(arguments: list[str]) -> int:
-    """Run with the settings of the environment. Returns 0: done, 2: a user's error, 130: interrupted."""
+    """Run with the settings of the environment. Returns 0: done, 1: another rank failed, 2: a user's error, 130 or 143:
+    interrupted by SIGINT or SIGTERM."""
     if arguments == ["--names"]:
         names = [" ".join(env_names(f)) for f in dataclasses.fields(Hyperparameters)]  # of one setting on one line
         print("\n".join([*names, *WITHOUT_EFFECT]))
@@ -3953,32 +4409,45 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{config_table()}" if asked else f"error: no argument {arguments[0]} (settings are "
               "environment variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
+    signals = Signals()
+    with signals.caught():
+        return start(signals)
+
+
+def start(signals: Signals) -> int:
+    """`main` without arguments."""
     rank, rt, failed = 0, None, True
     try:
-        rank = read_ranks(process_environment())[0]
-        cfg = settings_from(process_environment())
-        rt = Runtime.open(cfg)
-        summary = (run_evaluation if cfg.eval_artifact else run)(cfg, rt)
-        report(rt, summary)
-        spent = summary["seconds"]["evaluate"]
-        if cfg.eval_max_seconds and spent > cfg.eval_max_seconds:
-            raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
-                            "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
-        rt.agree(0.0)  # no rank leaves before the first has written its last file
-        failed = False
+        with signals.act(at_once=True):
+            rank = read_ranks(process_environment())[0]
+            cfg = settings_from(process_environment())
+            rt = Runtime.open(cfg, signals)
+            summary = (run_evaluation if cfg.eval_artifact else run)(cfg, rt)
+            report(rt, summary)
+            spent = summary["seconds"]["evaluate"]
+            if cfg.eval_max_seconds and spent > cfg.eval_max_seconds:
+                raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
+                                "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
+            rt.agree(0.0)  # no rank leaves before the first has written its last file
+            failed = False
     except UserError as error:
         if rt is not None and not rt.log.fresh:  # the log has begun
             rt.log(f"error: {error}", "failed", console=False, why=str(error))
-        return end_with(error, rank)
-    except KeyboardInterrupt:
-        print("interrupted; RESUME=1 with the RUN_ID of a training run goes on from its last checkpoint",
-              file=sys.stderr)
-        return 130
-    except Exception:
+        print_error(str(error), signals, rank, wait_s=3.0 if rank else 0.0)
+        return 2
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        if rank == 0:
+            print(f"interrupted ({signal.Signals(number).name}){how_to_go_on(rt)}", file=sys.stderr, flush=True)
+        return 128 + number
+    except Exception as error:  # said before the process group ends: that may take this process with it
         if rt is None or rt.world_size == 1:
             raise
-        traceback.print_exc()  # before the process group ends: that may take this process with it
-        return 1
+        if not lost_a_rank(error):
+            traceback.print_exc()
+            return 1
+        print_error(f"another rank is gone ({str(error).strip().splitlines()[0][-150:]})", signals, rank, wait_s=3.0)
+        return 128 + signals.number if signals.number else 1
     finally:
         if rt is not None:
             rt.close(failed)

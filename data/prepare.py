@@ -44,6 +44,9 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts tokens in an int32
 MAX_VOCAB = 2**16  # tokens are stored as uint16
+MAX_SHARDS = 10**6  # a shard's number has six digits
+MAX_PATH = 200  # characters of a path in a manifest
+BOS = 1  # of the published tokenizers
 OPENING_TOKENS = 128  # of a document, which it is recognised by: more than a heading that pages of a site share
 SHARD_TOKENS = 100_000_000  # as published
 
@@ -165,7 +168,7 @@ def read_json(path: Path) -> dict:
     """The object in `path`, or {} when there is none that can be read."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -464,10 +467,14 @@ def leak_line(copied: int, documents: int) -> str:
             f"training text too, or begin as one there does for {OPENING_TOKENS} tokens")
 
 
+def missing_markers(tokenizer: Any) -> list[str]:
+    """The markers of transformed text that a tokenizer has no pieces for."""
+    return [f"U+{ord(mark):04X}" for mark in transforms.MARKERS if tokenizer.is_unknown(tokenizer.piece_to_id(mark))]
+
+
 def require_markers(tokenizer: Any, path: Path, transform: str) -> None:
     """UserError unless a tokenizer has pieces for the markers of transformed text just where the text has them."""
-    missing = [f"U+{ord(mark):04X}" for mark in transforms.MARKERS
-               if tokenizer.is_unknown(tokenizer.piece_to_id(mark))]
+    missing = missing_markers(tokenizer)
     if transform and missing:
         raise UserError(f"{path}: no piece for {', '.join(missing)}, which --transform {transform} writes: use a "
                         "tokenizer made for it, or --vocab-size to make one")
@@ -889,10 +896,12 @@ class Published(NamedTuple):
 
 
 def local_path(path: str) -> str:
-    """A tokenizer's path out of a manifest. Others write manifests: it must not lead to any other place."""
-    parts = PurePosixPath(path).parts
+    """A tokenizer's path out of a manifest. Others write manifests: it must lead to no other place, and to no shard."""
+    parts, suffix = PurePosixPath(path).parts, PurePosixPath(path).suffix
     if not parts or parts[0] not in ("tokenizers", "datasets") or ".." in parts or "\\" in path:
         raise UserError(f"bad manifest: {path!r} is not a path below tokenizers/ or datasets/")
+    if suffix not in (".model", ".vocab") or len(path) > MAX_PATH or not path.isprintable():
+        raise UserError(f"bad manifest: {path[:MAX_PATH]!r} is not the name of a tokenizer's file")
     return path
 
 
@@ -912,10 +921,13 @@ def read_manifest(manifest: object, variant: str, train_shards: int) -> Publishe
         tokenizer = tokenizers[entry["tokenizer_name"]]
         paths = [local_path(tokenizer[key]) for key in ("model_path", "vocab_path") if tokenizer.get(key)]
         vocab_size = int(entry["vocab_size"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise UserError(f"bad manifest: {type(e).__name__} {first_line(e)}") from None
     if not tokenizer.get("model_path"):
         raise UserError(f"variant {variant!r} has no SentencePiece model, and train_gpt.py reads no other tokenizer")
+    if vocab_size < 2 or not (0 < files["val"] <= MAX_SHARDS and 0 <= files["train"] <= MAX_SHARDS):
+        raise UserError(f"bad manifest: {vocab_size:,} tokens in the vocabulary, {files['train']:,} training and "
+                        f"{files['val']:,} validation shards")
     if vocab_size > MAX_VOCAB:
         raise UserError(f"variant {variant!r} has {vocab_size:,} tokens; train_gpt.py reads ids below {MAX_VOCAB:,}")
     if train_shards > files["train"]:
@@ -977,7 +989,7 @@ def fetch_manifest(hub: Hub, stage: Path) -> object:
     print(f"asking {hub.repo_id} what it has", flush=True)  # without a network the library tries for a while
     try:
         return json.loads(hub.fetch("manifest.json", stage).read_bytes())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"bad manifest: not JSON ({first_line(e)})") from None
 
 
@@ -1011,6 +1023,124 @@ def build_fineweb(hub: Hub, out: Path, variant: str, train_shards: int) -> dict:
         print(f"{split:5} {sum(counts):>14,} tokens, shards: {len(counts)}")
     print_settings(folder, model, published.vocab_size)
     return info
+
+
+# ---- check: what a data set is -----------------------------------------------------------------------------
+
+class Canonical(NamedTuple):
+    """The published validation text under one tokenizer, by what the competition's logs say of it.
+
+    Tokens that are scored count in whole windows of 2048, as most systems score them; 0: not known.
+    """
+    scored: int
+    scored_bytes: int = 0
+    tokens: int = 0
+    train_tokens: int = 0
+
+
+CANONICAL_DOCUMENTS, CANONICAL_WINDOW = 50_000, 2048
+CANONICAL_COPIES = 0.01  # share of its documents that the web repeats in the training text, too; more is a mistake
+CANONICAL = {
+    "sp1024": Canonical(62_021_632), "sp8192": Canonical(40_540_160),
+    "sp8192_lossless_caps_caseops_v1_reserved": Canonical(47_851_520, 151_074_499, 47_853_344, 8_000_000_058),
+    "sp8192_lossless_caps_caseops_v1_reserved_mp3": Canonical(43_767_808, 151_079_389)}
+
+
+class Found(NamedTuple):
+    """What the shards of one split hold."""
+    shard_tokens: list[int]
+    openings: array  # of every document
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.shard_tokens)
+
+
+def read_split(paths: list[Path], bos: int, vocab_size: int) -> Found:
+    """Read all shards of a split as one stream. UserError when one is broken, or a token is beyond the vocabulary."""
+    counts, openings, rest = [], array("Q"), np.empty(0, "<u2")
+    for path in paths:
+        counts.append(check_shard(path))
+        tokens = np.concatenate((rest, np.fromfile(path, "<u2", offset=HEADER_BYTES)))
+        if tokens.size and tokens.max() >= vocab_size:
+            raise UserError(f"{path} holds token {tokens.max()}, but the vocabulary has {vocab_size:,}")
+        starts = np.flatnonzero(tokens == bos)
+        ends = np.append(starts[1:], tokens.size)
+        whole = starts.size if path == paths[-1] else starts.size - 1  # the last document may go on in the next shard
+        openings.extend(opening(tokens[start:end]) for start, end in zip(starts[:whole], ends))
+        rest = tokens[starts[whole] :] if whole < starts.size else np.empty(0, "<u2")
+    return Found(counts, openings)
+
+
+def read_sidecars(val: list[Path]) -> np.ndarray | None:
+    """The bytes of text of every validation token; None without side-cars. UserError when one does not fit."""
+    paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in val]
+    if not any(path.exists() for path in paths):
+        return None
+    for path, shard in zip(paths, val):
+        if not path.exists():
+            raise UserError(f"{path} is missing: the bytes of {shard.name}")
+        if check_shard(path) != check_shard(shard):
+            raise UserError(f"{path} holds the bytes of {check_shard(path):,} tokens, but {shard.name} has "
+                            f"{check_shard(shard):,}")
+    return np.concatenate([np.fromfile(path, "<u2", offset=HEADER_BYTES) for path in paths])
+
+
+def not_canonical(known: Canonical, train: Found, val: Found, sizes: np.ndarray | None) -> list[str]:
+    """What tells a data set from the published one of its name, each in a few words."""
+    scored = max(val.tokens - 1, 0) // CANONICAL_WINDOW * CANONICAL_WINDOW
+    pairs = [("validation documents", len(val.openings), CANONICAL_DOCUMENTS),
+             (f"validation tokens in whole windows of {CANONICAL_WINDOW}", scored, known.scored),
+             ("validation tokens", val.tokens, known.tokens),
+             ("bytes of scored text", 0 if sizes is None else int(sizes[1 : scored + 1].sum(dtype=np.int64)),
+              known.scored_bytes)]
+    wrong = [f"{has:,} {what}, not {wanted:,}" for what, has, wanted in pairs if wanted and has != wanted]
+    odd = [count for count in train.shard_tokens[:-1] if count != SHARD_TOKENS]
+    if odd:
+        wrong.append(f"a training shard of {odd[0]:,} tokens, not {SHARD_TOKENS:,}")
+    if known.train_tokens and train.tokens > known.train_tokens:
+        wrong.append(f"{train.tokens:,} training tokens, more than {known.train_tokens:,}")
+    return wrong
+
+
+def tokenizer_of(folder: Path, info: dict, given: Path | None) -> Any:
+    """The tokenizer given, else the one `dataset.json` names, where it can be read; None if there is none."""
+    noted = info.get("tokenizer")
+    name = noted.get("name") if isinstance(noted, dict) else None
+    path = given or (folder.absolute().parents[1] / "tokenizers" / str(name) if name else None)
+    return load_tokenizer(path) if path and (given or path.is_file()) else None
+
+
+def check_dataset(folder: Path, tokenizer_path: Path | None, allowed: float | None) -> None:
+    """Print what a data set holds. UserError when it is not whole, is not the published one whose name it has, or when
+    more than a share `allowed` of its validation documents are in its training text (None: none; published: 1 %)."""
+    shards = {split: sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin")) for split in ("train", "val")}
+    for split, paths in shards.items():
+        if not paths:
+            raise UserError(f"{folder} has no fineweb_{split}_*.bin")
+    info = read_json(folder / "dataset.json")
+    tokenizer = tokenizer_of(folder, info, tokenizer_path)
+    bos = tokenizer.bos_id() if tokenizer else BOS
+    vocab_size = tokenizer.vocab_size() if tokenizer else MAX_VOCAB
+    sizes = read_sidecars(shards["val"])
+    train, val = (read_split(shards[split], bos, vocab_size) for split in ("train", "val"))
+    for split, found in (("train", train), ("val", val)):
+        if not found.openings:
+            raise UserError(f"no document of {folder} begins in the {split} shards (token {bos}); --tokenizer names "
+                            "the model that tells the token")
+        print(f"{split:5} {found.tokens:>14,} tokens {counted(len(found.openings), 'document'):>20} in "
+              f"{counted(len(found.shard_tokens), 'shard')}", flush=True)
+    if sizes is None and tokenizer and not missing_markers(tokenizer):
+        raise UserError(f"{folder} lacks fineweb_val_bytes_*.bin: its tokenizer is made for transformed text")
+    known = CANONICAL.get(folder.absolute().name.removeprefix("fineweb10B_"))
+    if known and (wrong := not_canonical(known, train, val, sizes)):
+        raise UserError(f"{folder} is not the published data set of that name: {'; '.join(wrong)}")
+    copied, documents = copies(train.openings, val.openings), len(val.openings)
+    share = allowed if allowed is not None else CANONICAL_COPIES if known else 0.0
+    if copied > share * documents:
+        raise UserError(f"{folder}: {leak_line(copied, documents)}; train on other text, or --allow-copies a share")
+    print(f"{copied:,} of {counted(documents, 'validation document')} in the training text too"
+          f"{'; the validation text is the published one' if known else ''}")
 
 
 # ---- command line ------------------------------------------------------------------------------------------
@@ -1064,6 +1194,10 @@ def run_text(args: argparse.Namespace) -> None:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", args.files[0].name.split(".")[0])
     name = args.name or stem.lstrip("_-") or "text"
     build_text(source, args.out, name, args.tokenizer, args.vocab_size, args.shard_tokens, args.transform)
+
+
+def run_check(args: argparse.Namespace) -> None:
+    check_dataset(args.folder, args.tokenizer, args.allow_copies)
 
 
 def run_fineweb(args: argparse.Namespace) -> None:
@@ -1121,6 +1255,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--remote-prefix", default="datasets",
                      help="folder in it that holds manifest.json (default: %(default)s)")
     sub.add_argument("--endpoint", metavar="URL", help="another hub server, such as a mirror")
+
+    sub = command("check", run_check, "Whether a data set is whole, the published one, free of validation text.")
+    sub.add_argument("folder", type=Path, metavar="DATASET", help="folder of fineweb_{train,val}_*.bin")
+    sub.add_argument("--tokenizer", type=Path, metavar="MODEL", help="its model (default: what dataset.json names)")
+    sub.add_argument("--allow-copies", type=fraction, metavar="F",
+                     help="share of the validation documents that may begin as a training document does (default: "
+                          f"none; {CANONICAL_COPIES} in the published data sets)")
     return parser
 
 

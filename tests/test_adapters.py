@@ -289,6 +289,36 @@ def test_additions_are_where_they_were_asked_for_and_the_weights_stay(setting, r
     assert all(torch.equal(p, q) for p, q in zip(start.parameters(), model.parameters()))
 
 
+def test_each_visit_of_a_looped_layer_has_its_own_additions(setting, rt):
+    """As if the loop were unrolled into layers with the same weights."""
+    cfg, val, _ = setting
+    shared = {"ln_scale": False, "ve_enabled": False, "xsa_last_n": 9, "skip_gates": True, "ttt_mode": "lora",
+              "ttt_lora_targets": "q,k,v,o,mlp,head"}
+    cfg = dataclasses.replace(cfg, **shared, num_loops=1, loop_start=0, loop_end=1)
+    order, deep = [0, 1, 0, 1, 2], dataclasses.replace(cfg, num_loops=0, num_layers=5)
+    model, unrolled = scrambled(tg.GPT(cfg)), tg.GPT(deep)
+    for name, p in unrolled.named_parameters():
+        parts = name.split(".")
+        source = model.get_parameter(".".join(["blocks", str(order[int(parts[1])]), *parts[2:]] if parts[0] == "blocks"
+                                              else parts)).detach()
+        if name.endswith("_bank"):
+            source = torch.cat([half[order] for half in source.split(3)])
+        p.data.copy_(source)
+    adapter = tg.adapter_for(model, cfg, rt)
+    assert {visit for _, visit in adapter.pairs} == {-1, 0, 1, 2, 3, 4} and len(adapter.pairs) == 6 * 5 + 1
+    for i, (_, b) in enumerate(adapter.pairs.values()):
+        b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
+    ids = val.tokens[:33].long()[None]
+    weights, head = weights_with_additions(unrolled, adapter.pairs, adapter.scale)
+    with torch.no_grad():
+        states = torch.func.functional_call(Trunk(unrolled), {f"model.{n}": p for n, p in weights.items()}, (ids[:, :-1],))
+        wanted = F.cross_entropy(tg.capped_logits(states, head, cfg.logit_softcap)[0], ids[0, 1:], reduction="none")
+        torch.testing.assert_close(model.nll(ids[:, :-1], ids[:, 1:], hook=adapter.hook)[0], wanted, rtol=1e-4, atol=2e-5)
+    frozen, start = dataclasses.replace(cfg, ttt_mode="sgd", ttt_freeze_blocks=1), model.qo_bank.detach().clone()
+    tg.adapter_for(model, frozen, rt).learn(val.tokens[:129], 0.0, 1)
+    assert torch.equal(model.qo_bank[0], start[0]) and not torch.equal(model.qo_bank[1], start[1])
+
+
 def test_hash_of_pairs_as_published(setting, rt):
     ids = torch.tensor([[5, 7, 1023, 1023]])
     assert tg.hash_pairs(ids, 16384).tolist() == [[5 * 2040 % 16384, 10202, (7 * 2039 + 1023) % 16384, 6152]]

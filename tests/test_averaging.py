@@ -97,11 +97,20 @@ def test_without_an_average_the_last_weights_stay(config):
     agree(averaged(config(), snapshots=(10, 20))[0], slow_ema(0.997))  # snapshots that nobody asked for
 
 
+def test_an_average_of_one_decay_begins_with_the_first_weights(config):
+    """As published: 0.9965 from step 0 on."""
+    average = [w.double() for w in WALK[0]]
+    for weights in WALK[1:]:
+        average = [0.9965 * a + 0.0035 * w.double() for a, w in zip(average, weights)]
+    agree(averaged(config(ema_decay=0.9965, ema_ramp=False))[0], average)
+
+
 @pytest.mark.parametrize("reset, step, restarts", [(True, 5, True), (True, 0, False), (False, 5, False)])
 def test_late_rounding_restarts_the_average_once(config, rt, reset, step, restarts):
     cfg = config(ema_reset_at_qat=reset)
     weight = torch.nn.Parameter(torch.zeros(3))
-    state = types.SimpleNamespace(qat=False, step=step, averager=tg.Averager(cfg, [weight]))
+    state = types.SimpleNamespace(qat=False, step=step, averager=tg.Averager(cfg, [weight]),
+                                  model=types.SimpleNamespace(looped=True))
     for value, qat in ((1.0, False), (2.0, True), (3.0, True)):
         weight.data.fill_(value)
         tg.announce(rt, state, tg.StepPlan(0.1, 0.9, qat, False), cfg)

@@ -28,7 +28,7 @@ def events(folder, kind, name="tiny"):
 def test_only_steps_spend_the_training_time(run, clock, variables):
     clock.charge(tg.Optimisers, "step", 1.0)
     clock.charge(tg.GPT, "nll", 50.0)
-    clock.charge(tg, "write_atomically", 50.0)
+    clock.charge(tg.TrainState, "pack", 50.0)
     done = run(MAX_WALLCLOCK_SECONDS=7, ITERATIONS=100, **BRIEF, **variables)
     assert (done.code, done.summary["steps"], done.summary["seconds"]["train"]) == (0, 7, 7.0)
     assert "stopping_early: wallclock_cap train_time:7000ms step:7/100" in done.out
@@ -67,7 +67,7 @@ def test_with_a_queue_before_a_device_training_ends_within_one_step(run, clock, 
     validation and checkpoints hold nothing that training has queued."""
     FakeDevice(clock, tg.Optimisers, "step", pace)
     clock.charge(tg.GPT, "nll", 50.0)
-    clock.charge(tg, "write_atomically", 50.0)
+    clock.charge(tg.TrainState, "pack", 50.0)
     done = run(MAX_WALLCLOCK_SECONDS=limit, ITERATIONS=100, TRAIN_LOG_EVERY=0, **BRIEF, **variables)
     assert (done.code, done.summary["steps"], done.summary["seconds"]["train"]) == (0, steps, steps * pace), done.err
 
@@ -122,11 +122,12 @@ def scored(run, monkeypatch):
     made = run(ITERATIONS=2, TTT_ENABLED=0, EVAL_STRIDE=0)
     assert made.code == 0, made.err
 
-    def score(limit, learn_s=0.0, first_s=0.0, **variables):
+    def score(limit, learn_s=0.0, first_s=0.0, load_s=0.0, **variables):
         with monkeypatch.context() as patch:
             clock = FakeTime(patch)
             clock.charge(tg.GPT, "nll", lambda n, model, ids, *_: 0.001 * ids.numel() + (0 if n else first_s))
             clock.charge(torch.Tensor, "backward", learn_s)
+            clock.charge(tg, "load_model", load_s)
             done = run(**{"EVAL_ARTIFACT": made.summary["artifact_path"], "TTT_ENABLED": 1, "EVAL_STRIDE": 8,
                           "RUN_ID": "again", "EVAL_MAX_SECONDS": limit, "TTT_CHUNK_TOKENS": 64, "TTT_EPOCHS": 2,
                           "TTT_FREEZE_BLOCKS": 0, **variables})
@@ -164,6 +165,27 @@ def test_compilation_is_not_taken_for_the_pace_of_scoring(scored):
     assert 25 < done.spent < 45
     late = scored(60, first_s=70.0)
     assert late.code == 2 and "do not count" in late.err and late.err.count("\n") == 1, "but it is time spent"
+
+
+def test_a_second_graph_s_compilation_is_not_taken_for_the_pace_of_documents(scored, monkeypatch):
+    """Longer chunks than a document's first need a graph of their own. It takes 20 s; adaptation goes on."""
+    honest, lengths = tg.scorer, []
+
+    def scorer(model, rt, adapter=None):
+        def score(ids, *rest):
+            tg.time.perf_counter.now += 20.0 * (bool(adapter) and ids.size(1) > 8 and not lengths)
+            lengths.extend([ids.size(1)] * (bool(adapter) and ids.size(1) > 8))
+            return honest(model, rt, adapter)(ids, *rest)
+        return score
+    monkeypatch.setattr(tg, "scorer", scorer)
+    done = scored(120, TTT_MODE="lora", TTT_RESET="document", TTT_DOC_CHUNK_TOKENS=8, TTT_BATCH_DOCS=4, EVAL_STRIDE=0)
+    assert done.code == 0 and len(lengths) > 2 and done.spent > 20, done.err
+    assert "ttt_clock" not in done.out
+
+
+def test_reading_the_artifact_is_time_spent(scored):
+    done = scored(60, load_s=70.0)
+    assert done.code == 2 and "do not count" in done.err
 
 
 def test_scoring_that_cannot_be_done_in_time_is_refused_before_it_begins(scored):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from operator import attrgetter
 
 import numpy as np
@@ -57,6 +58,39 @@ def test_damaged_shards_are_named(corpus, tmp_path, change, said):
     with pytest.raises(tg.UserError, match=said) as caught:
         tg.TokenStream(broken(corpus, tmp_path, change), 384)
     assert "fineweb_train_000000.bin" in str(caught.value)
+
+
+def test_a_shard_that_is_cut_off_while_it_is_read_is_named(corpus, tmp_path):
+    """Memory-mapped, it ended the process with SIGBUS."""
+    pattern = broken(corpus, tmp_path, lambda b: b)
+    stream = tg.TokenStream(pattern, 384)
+    os.truncate(stream.paths[0], 1024 + 2 * 1000)
+    assert len(stream.read(0, 1000)) == 1000
+    with pytest.raises(tg.UserError, match="fineweb_train_000000.bin has become shorter"):
+        stream.read(999, 2)
+
+
+def test_a_run_whose_shards_are_cut_off_ends_with_one_line(corpus, run, monkeypatch):
+    data = run.folder / "data"
+    data.mkdir()
+    for path in corpus.folder.glob("*.bin"):
+        (data / path.name).write_bytes(path.read_bytes())
+    step = tg.Optimisers.step
+
+    def cut_off(optimisers, plan):
+        for path in data.glob("fineweb_train_*"):
+            os.truncate(path, 2000)
+        return step(optimisers, plan)
+    monkeypatch.setattr(tg.Optimisers, "step", cut_off)
+    done = run(DATA_PATH=data)
+    assert done.code == 2 and done.err.count("\n") == 1 and "has become shorter since the run began" in done.err
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_stays_what_it_was(corpus, tmp_path):
+    """As data/prepare.py replaces one: the name gets another file."""
+    stream = tg.TokenStream(broken(corpus, tmp_path, lambda b: b), 384)
+    prepare.write_shard(stream.paths[0], np.zeros(3, np.uint16))
+    assert np.array_equal(stream.read(5, 20), corpus.train[5:25])
 
 
 def test_ids_beyond_the_vocabulary_are_refused_with_their_shard(corpus):
@@ -287,3 +321,29 @@ def test_tokenizer_of_another_size(config):
 def test_validation_shorter_than_a_window(config, rt):
     with pytest.raises(tg.UserError, match="fewer than one window"):
         tg.ValData.open(config(eval_seq_len=4096), rt)
+
+
+@pytest.mark.parametrize("text", [b"[" * 200_000, b'{"a":' * 100_000, b'{"tokenizer": {"name": 3}}', b"\xff", b"[]"])
+def test_a_note_that_is_none_is_one_line(tmp_path, text):
+    (tmp_path / "dataset.json").write_bytes(text)
+    with pytest.raises(tg.UserError, match="cannot understand .*dataset.json"):
+        tg.dataset_facts(tmp_path)
+
+
+def test_mutated_tokenizers_are_refused_or_read(corpus, config, tmp_path):
+    """SentencePiece's own message may be no UTF-8 (a byte piece with a foreign byte in its name)."""
+    path = tmp_path / "mutated.model"
+    whole, random = corpus.tokenizer_path.read_bytes(), np.random.default_rng(0)
+    spelt = whole.find(b"<0x41>")
+    mutants = [whole[:spelt + 2] + b"\xff\xff\xff" + whole[spelt + 5:], b"", whole[:100]]
+    for _ in range(60):
+        blob = bytearray(whole)
+        blob[random.integers(len(blob))] ^= 1 << random.integers(8)
+        mutants.append(bytes(blob))
+    for blob in mutants:
+        path.write_bytes(blob)
+        try:
+            tokenizer, _ = tg.open_tokenizer(config(tokenizer_path=str(path)))
+            assert len(tg.token_bytes(tokenizer, corpus.val)) == len(corpus.val)
+        except tg.UserError as error:
+            assert "mutated.model" in str(error)

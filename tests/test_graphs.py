@@ -55,6 +55,17 @@ def test_one_graph_for_each_use(graphs, variables, adapting):
     assert graphs(**variables) == {"warm_up": 2, "validation": 1, "measure_pace": 1, **adapting}
 
 
+def test_each_length_has_its_graphs_before_training_s_clock(graphs):
+    found = graphs(PACK="documents", TRAIN_SEQ_SCHEDULE="16:0.5,32:1", TTT_ENABLED=0, EVAL_STRIDE=0)
+    assert found == {"warm_up": 4, "validation": 1}
+
+
+def test_a_loop_has_its_graphs_before_the_clock(graphs):
+    """Plain and looped, each without rounding and with it; validation before the switch and after it."""
+    found = graphs(WARMUP_STEPS=4, NUM_LOOPS=1, LOOP_START=0, LOOP_END=1, ENABLE_LOOPING_AT=0.5, PARALLEL_START_LAYER=2)
+    assert found == {"warm_up": 4, "validation": 2, "measure_pace": 1, "learn": 1}
+
+
 def test_without_a_warm_up_training_s_clock_waits_for_both(graphs):
     found = graphs(WARMUP_STEPS=0, TTT_ENABLED=0, EVAL_STRIDE=0, VAL_LOSS_EVERY=0)
     assert found == {"train_step": 2, "validation": 1}

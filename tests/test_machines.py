@@ -50,7 +50,7 @@ def test_a_machine_is_lost_and_comes_back(machine, tmp_path):
     settings = {"ITERATIONS": 150, "CHECKPOINT_EVERY": 5, "TTT_ENABLED": 0, "EVAL_STRIDE": 0, "COMPRESS": "lzma"}
     second, first = machine(1, **settings), machine(0, **settings)  # torchrun would give rank 0 to the first
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("0/**/checkpoints/*")):
+    while not list(tmp_path.glob("0/**/checkpoint.pt")):
         assert time.monotonic() < deadline and first.poll() is None, (tmp_path / "out0").read_text()
         time.sleep(0.02)
     lose(second)
@@ -58,5 +58,5 @@ def test_a_machine_is_lost_and_comes_back(machine, tmp_path):
     outputs = lambda: "\n".join(path.read_text() for path in sorted(tmp_path.glob("out*")))
     assert first.wait(timeout=120) == 0 and back.wait(timeout=30) == 0, outputs()
     said = (tmp_path / "out0").read_text()
-    assert said.count("world_size:2") == 2 and '"steps": 150' in said
+    assert said.count("world_size:2") == 2 and '"steps": 150' in said and "\nresume:step:" in said
     assert not (tmp_path / "1").exists(), "rank 0 is on machine 0, whatever the machines are called"

@@ -10,7 +10,11 @@ from torch.nn import functional as F
 OPTIONS = [{}, {"trigram_vocab_size": 32, "trigram_dim": 8}, {"gated_attention": True, "value_residual": True},
            {"dtg_enabled": True, "xsa_last_n": 1}, {"tie_embeddings": False, "ve_enabled": False},
            {"num_layers": 1, "ve_layers": "0"}, {"rope_dims": 0, "ln_scale": False, "num_kv_heads": 4},
-           {"bigram_vocab_size": 0, "num_layers": 4}, {"attention_window": 3, "smear_gate": "before"}]
+           {"bigram_vocab_size": 0, "num_layers": 4}, {"attention_window": 3, "smear_gate": "before"},
+           {"num_layers": 6, "num_loops": 2, "loop_start": 1, "loop_end": 3, "parallel_start_layer": 4, "skip_gates": True,
+            "smear_gate": "window", "sparse_attn_gate": True},
+           {"parallel_start_layer": 1, "parallel_form": "joint", "value_residual": True, "num_loops": 1, "loop_start": 0,
+            "loop_end": 2}]
 
 
 @pytest.fixture(params=OPTIONS, ids=lambda o: ",".join(o) or "default")
@@ -52,6 +56,7 @@ def test_a_document_of_a_flat_stream_is_a_row_by_itself(model, attend):
     for block in model.blocks:
         block.attn.attend = attend
     ids, bounds = ids_of(model, 1)[:, :-1], [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    ids[0, bounds[:-1]] = tg.BOS_ID
     starts = torch.tensor([*bounds, 24, 24], dtype=torch.int32)
     flat = model.logits(model.hidden(ids, documents=tg.Documents(starts, max(LENGTHS))))[0]
     rows = [model.logits(model.hidden(ids[:, a:b]))[0] for a, b in zip(bounds, bounds[1:])]

@@ -193,8 +193,8 @@ def test_the_running_score_ends_at_the_score(run):
 def test_what_is_scored_is_what_lies_on_disk(run, monkeypatch):
     """A disk that changes the artifact while it is written: the run must not score what it meant to write."""
     write = tg.write_atomically
-    monkeypatch.setattr(tg, "write_atomically", lambda path, data, **more: write(
-        path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, **more))
+    monkeypatch.setattr(tg, "write_atomically", lambda path, data, *more: write(
+        path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".ptz" else data, *more))
     done = run(ITERATIONS=1)
     assert done.code == 2 and "damaged" in done.err and "roundtrip" not in done.out
 
@@ -233,7 +233,7 @@ def test_exit_codes(run, monkeypatch, capsys):
         raise KeyboardInterrupt
     monkeypatch.setattr(tg, "export", interrupted)
     done = run(ITERATIONS=1)
-    assert done.code == 130 and done.err.startswith("interrupted; RESUME=1") and done.summary is None
+    assert done.code == 130 and done.err.startswith("interrupted (SIGINT); to go on ") and done.summary is None
 
     def wrong(*args, **kwargs):
         raise ZeroDivisionError
@@ -288,19 +288,21 @@ def start(corpus, folder, limit_bytes=None, **variables):
 
 
 def test_a_full_disk_leaves_the_old_artifact_whole(corpus, tmp_path):
-    """A limit on file size stands for the full disk: the float model does not fit any more."""
+    """A limit on file size stands for the full disk: no checkpoint fits, no float model and no artifact, wherever."""
     old = b"the artifact of an earlier run"
     for name in ("final_model.pt", "final_model.ptz"):
         (tmp_path / name).write_bytes(old)
-    out, err = start(corpus, tmp_path, limit_bytes=100_000).communicate(timeout=120)
-    assert "error: cannot write" in err and "Traceback" not in err
+    out, err = start(corpus, tmp_path, limit_bytes=15_000, TMPDIR=tmp_path).communicate(timeout=120)
+    assert f"error: cannot write {tmp_path / 'tiny.ptz'} (" in err and "Traceback" not in err
+    for path in ("checkpoint.pt", "final_model.pt", "final_model.ptz"):
+        assert f"warning: cannot write {tmp_path / 'runs/tiny' / path} (" in out
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["final_model.pt", "final_model.ptz"]
     assert all((tmp_path / name).read_bytes() == old for name in ("final_model.pt", "final_model.ptz"))
 
 
 OLD_PLACES = {"final_model.ptz": "final_model.ptz", "final_model.pt": "final_model.pt", "logs/{}.txt": "log.txt",
               "logs/{}.jsonl": "events.jsonl", "logs/{}.summary.json": "summary.json", "logs/{}.eval.json": "eval.json",
-              "logs/{}.settings.env": "settings.env", "checkpoints/{}.pt": "checkpoint.pt"}
+              "logs/{}.settings.env": "settings.env"}
 
 
 def test_every_run_is_kept_and_the_newest_one_is_where_tools_look(run):
@@ -308,7 +310,7 @@ def test_every_run_is_kept_and_the_newest_one_is_where_tools_look(run):
     for name in ("first", "second"):
         done = run(RUN_ID=name, SEED=len(name), ITERATIONS=1, TTT_ENABLED=0, CHECKPOINT_EVERY=1, PROFILE="mine")
         files = done.folder / "runs" / name
-        assert sorted(path.name for path in files.iterdir()) == sorted(OLD_PLACES.values())
+        assert {path.name for path in files.iterdir()} == {*OLD_PLACES.values(), "checkpoint.pt", "export.json"}
         for place, file in OLD_PLACES.items():
             place = done.folder / place.format(name)
             assert place.samefile(files / file) and not os.path.isabs(os.readlink(place))
@@ -429,9 +431,10 @@ def test_a_checkpoint_of_other_settings_is_refused(run):
     assert run(CHECKPOINT_EVERY=4).code == 0
     refused = run(CHECKPOINT_EVERY=4, RESUME=1, MATRIX_LR=0.5)
     assert refused.code == 2 and "another MATRIX_LR" in refused.err
-    (refused.folder / "checkpoints/tiny.pt").write_bytes(b"PK damaged")
+    for kind in ("", ".before"):
+        (refused.folder / f"runs/tiny/checkpoint{kind}.pt").write_bytes(b"PK damaged")
     damaged = run(CHECKPOINT_EVERY=4, RESUME=1)
-    assert damaged.code == 2 and "cannot be read" in damaged.err
+    assert damaged.code == 2 and "is damaged, and there is no other one" in damaged.err
 
 
 def test_world_size_does_not_change_the_mathematics(corpus, tmp_path):

@@ -851,6 +851,11 @@ def test_fineweb_without_network(hub, tmp_path, capsys):
     lambda m: m["datasets"][0].pop("vocab_size"), lambda m: m["tokenizers"][0].update(model_path=[1]),
     lambda m: m["tokenizers"][0].update(model_path="tokenizers/../../outside"),
     lambda m: m["tokenizers"][0].update(model_path="prepare.py"),
+    lambda m: m["tokenizers"][0].update(model_path="datasets/other/fineweb_train_000000.bin"),
+    lambda m: m["tokenizers"][0].update(vocab_path="tokenizers/\0.vocab"),
+    lambda m: m["tokenizers"][0].update(model_path=f"tokenizers/{'x' * 1000}.model"),
+    lambda m: m["datasets"][0]["stats"].update(files_val=1e308), lambda m: m["datasets"][0]["stats"].update(files_val=0),
+    lambda m: m["datasets"][0]["stats"].update(files_val=float("inf")), lambda m: m["datasets"][0].update(vocab_size=-1),
     lambda m: m["datasets"][0].update(vocab_size=299)])
 def test_fineweb_bad_manifest(hub, tmp_path, capsys, change):
     change(hub.manifest)
@@ -871,8 +876,9 @@ def test_fineweb_fetches_no_shard_that_could_not_be_used(hub, tmp_path, capsys, 
 
 
 def test_fineweb_manifest_is_not_json(hub, tmp_path, capsys):
-    hub.files["datasets/manifest.json"] = b"<html>"
-    assert "bad manifest: not JSON" in fails(capsys, *fineweb(hub, tmp_path))
+    for text in (b"<html>", b"[" * 200_000):
+        hub.files["datasets/manifest.json"] = text
+        assert "bad manifest: not JSON" in fails(capsys, *fineweb(hub, tmp_path))
 
 
 def test_fineweb_does_not_mix_repositories(hub, tmp_path, capsys):

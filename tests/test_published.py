@@ -138,7 +138,7 @@ def test_the_two_typing_errors_of_pr_1092_stop_the_run(run, left_out, said):
 SMALL = {**TINY, "iterations": 3, "train_batch_tokens": 128, "muon_momentum_warmup_steps": 2, "xsa_last_n": 4,
          "attention_window": 24, "trigram_vocab_size": 64, "gptq_calibration_batches": 2, "eval_stride": 16,
          "eval_batch_seqs": 64, "ttt_batch_docs": 4, "ttt_doc_chunk_tokens": 16, "ttt_min_doc_tokens": 16,
-         "ttt_lora_rank": 2, "ttt_lora_layers": "1-2", "ttt_lora_layer_rates": "1:0.6", "hash_embed_buckets": 64}
+         "loop_start": 0, "loop_end": 1, "parallel_start_layer": 2, "gptq_reserve_seconds": 0.0, "ttt_lora_rank": 2, "ttt_lora_layers": "1-2", "ttt_lora_layer_rates": "1:0.6", "hash_embed_buckets": 64}
 CLOCKS = ("max_wallclock_seconds", "eval_max_seconds")
 
 
@@ -225,11 +225,36 @@ pr1254_lora_qkvo_last4
 pr1254_eval_hash
     MODEL_DIM=416 VOCAB_SIZE=8192 HASH_EMBED_BUCKETS=16384 HASH_EMBED_LR_MULT=10 TTT_MODE=sgd TTT_LR=0.005
     TTT_MOMENTUM=0.9 TTT_EPOCHS=3 TTT_CHUNK_TOKENS=32768 ATTENTION_WINDOW=192 NORM_WEIGHTS=1 EVAL_STRIDE=64
+pr1394
+    VOCAB_SIZE=8192 NUM_LAYERS=11 MODEL_DIM=512 MLP_MULT=4 LEAKY_SLOPE=0.5 SMEAR_GATE=off SKIP_GATES=1 NUM_LOOPS=2
+    LOOP_START=4 LOOP_END=5 ENABLE_LOOPING_AT=0.5 PARALLEL_START_LAYER=0 QK_GAIN_INIT=4 XSA_LAST_N=11 ROPE_DIMS=16
+    WARMDOWN_FRAC=0.667 MIN_LR=0 MATRIX_LR=0.02 SCALAR_LR=0.02 TIED_EMBED_LR=0.03 MUON_MOMENTUM=0.99 POLAR_EXPRESS=0
+    MUON_ROW_NORMALIZE=1 MUON_WD=0.085 EMBED_WD=0.085 ADAM_WD=0.02 BETA2=0.95 EMA_DECAY=0.997 EMA_RAMP=0
+    EMBED_BITS=8 MLP_CLIP_SIGMAS=12.85 ATTN_CLIP_SIGMAS=12.85 EMBED_CLIP_SIGMAS=20 GPTQ_CALIBRATION_BATCHES=64
+    GPTQ_RESERVE_SECONDS=12 TTT_ENABLED=0 SEED=1337
+pr1493
+    VOCAB_SIZE=8192 NUM_LAYERS=11 MLP_MULT=4 LEAKY_SLOPE=0.5 SMEAR_GATE=off SKIP_GATES=1 NUM_LOOPS=2 LOOP_START=3
+    LOOP_END=5 ENABLE_LOOPING_AT=0.35 PARALLEL_START_LAYER=7 PARALLEL_FORM=joint QK_GAIN_INIT=5.25 WARMDOWN_FRAC=0.72
+    MATRIX_LR=0.022 MUON_MOMENTUM=0.99 MUON_WD=0.095 EMBED_WD=0.085 EMA_DECAY=0.9965 EMBED_BITS=8 TTT_MODE=sgd
+    TTT_LR=0.005 TTT_MOMENTUM=0.9 TTT_EPOCHS=3 TTT_CHUNK_TOKENS=32768 EVAL_STRIDE=64 SEED=42
+pr1855
+    VOCAB_SIZE=8192 NUM_LAYERS=11 MLP_MULT=4 LEAKY_SLOPE=0.5 SMEAR_GATE=window GATE_WINDOW=12 SKIP_GATES=1 NUM_LOOPS=2
+    LOOP_START=3 LOOP_END=5 ENABLE_LOOPING_AT=0.35 PARALLEL_START_LAYER=8 PARALLEL_FORM=lanes PARALLEL_FINAL_LANE=mean
+    SPARSE_ATTN_GATE=1 SPARSE_ATTN_GATE_SCALE=0.5 QK_GAIN_INIT=5 WARMDOWN_FRAC=0.85 MIN_LR=0.1 MATRIX_LR=0.026
+    SCALAR_LR=0.02 TIED_EMBED_LR=0.03 MUON_MOMENTUM=0.97 POLAR_EXPRESS=1 MUON_ROW_NORMALIZE=1 MUON_WD=0.095
+    EMBED_WD=0.085 ADAM_WD=0.02 BETA2=0.99 EMA_DECAY=0.9965 EMA_RAMP=0 EMBED_BITS=7 MLP_CLIP_SIGMAS=11.5
+    ATTN_CLIP_SIGMAS=13 EMBED_CLIP_SIGMAS=14 TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_LR=1e-4 TTT_BETA1=0
+    TTT_BETA2=0.99 TTT_WEIGHT_DECAY=0.5 TTT_DOC_CHUNK_TOKENS=48 TTT_BATCH_DOCS=64 SEED=42
+pr2014
+    NUM_LOOPS=2 PARALLEL_START_LAYER=8 SMEAR_GATE=window SPARSE_ATTN_GATE=1 QK_GAIN_INIT=5.25 TRAIN_SEQ_LEN=3072
+    EVAL_SEQ_LEN=3072 MATRIX_LR=0.026 WARMDOWN_FRAC=0.85 TTT_LORA_TARGETS=k,o,mlp,head TTT_LORA_LR=0.75e-4
+    TTT_BATCH_DOCS=24 SEED=42
 """)
 # Parameters of the exported model, as published or counted in the published scripts.
 PARAMETERS = {"pr1092": 26_993_756, "pr1216_int4_ve": 30_404_196, "pr1216_banked": 30_404_196,
               "pr1216_int6_xsa_all": 27_067_484, "pr1216_gptq": 27_067_484, "pr550_mtp_small_batch": 26_993_756,
-              "pr1254_sp8192_lora": 20_549_984}
+              "pr1254_sp8192_lora": 20_549_984, "pr1394": 35_943_512, "pr1493": 35_944_536, "pr1855": 35_945_671,
+              "pr2014": 35_945_671}
 # A profile sets these whatever their defaults are, and those below where they make a difference.
 ALWAYS = """
 DATA_PATH TOKENIZER_PATH VOCAB_SIZE SEED NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT LEAKY_SLOPE TIE_EMBEDDINGS
@@ -250,6 +275,10 @@ WHERE_THEY_COUNT = {
     "WARMDOWN_ITERS": lambda cfg: not cfg.warmdown_frac, "MIN_LR": lambda cfg: cfg.warmdown_frac,
     "MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS MUON_BACKEND_STEPS NORMUON":
         lambda cfg: cfg.matrix_optimizer == "muon",
+    "POLAR_EXPRESS MUON_ROW_NORMALIZE EMBED_WD EMA_RAMP SKIP_GATES PARALLEL_START_LAYER": lambda cfg: cfg.num_loops,
+    "LOOP_START LOOP_END ENABLE_LOOPING_AT": lambda cfg: cfg.num_loops,
+    "PARALLEL_FORM": lambda cfg: cfg.parallel_start_layer, "PARALLEL_FINAL_LANE": lambda cfg: cfg.two_lanes,
+    "GATE_WINDOW": lambda cfg: cfg.smear_gate == "window", "SPARSE_ATTN_GATE_SCALE": lambda cfg: cfg.sparse_attn_gate,
     "EMA_DECAY": lambda cfg: cfg.ema_enabled,
     "LATE_QAT_THRESHOLD LATE_QAT_FRAC LATE_QAT_MIN_STEP": lambda cfg: cfg.late_qat,
     "GPTQ_CALIBRATION GPTQ_CALIBRATION_BATCHES GPTQ_RESERVE_SECONDS": lambda cfg: cfg.gptq_enabled,

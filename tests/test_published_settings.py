@@ -10,8 +10,14 @@ from conftest import make_runtime, scrambled
 
 PLAIN = {"attention_window": 12, "qk_norm": False, "logit_softcap": 0.0, "embed_norm": False, "smear_gate": "off",
          "unet_skips": False, "residual_mix": False, "norm_weights": True, "norm_eps": 1e-6, "ln_scale": False}
+LOOP = {"num_loops": 2, "loop_start": 0, "loop_end": 1}
+PR1855 = {**LOOP, "parallel_start_layer": 2, "skip_gates": True, "sparse_attn_gate": True, "sparse_attn_gate_scale": 0.5,
+          "smear_gate": "window", "rope_train_seq_len": 0, "leaky_slope": 0.3, "mlp_mult": 4.0, "qk_gain_init": 5.0}
 ONE_BY_ONE = {**{name: {name: value} for name, value in PLAIN.items() if name != "ln_scale"},
-              "smear before": {"smear_gate": "before"}, "all of PR 1254": PLAIN, "last layers": {"ve_last_n": 1}}
+              "smear before": {"smear_gate": "before"}, "smear window": {"smear_gate": "window"},
+              "skip gates": {"skip_gates": True}, "sparse gate": {"sparse_attn_gate": True}, "loop": LOOP,
+              "joint": {"parallel_start_layer": 1, "parallel_form": "joint"}, "lanes": {"parallel_start_layer": 2},
+              "all of PR 1855": PR1855, "all of PR 1254": PLAIN, "last layers": {"ve_last_n": 1}}
 
 
 def batch_of(cfg, rows=2):
@@ -58,8 +64,30 @@ def test_a_window_is_the_same_for_the_last_positions_alone(config, attend, windo
             assert moved.nonzero().flatten().tolist() == list(range(at, at + window + 1))
 
 
-@pytest.mark.parametrize("mode", [{}, {"TTT_MODE": "lora"},
-                                  {"TTT_MODE": "lora", "TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16}])
+ADAPT = {"sgd": {}, "lora": {"TTT_MODE": "lora"}, "documents": {"TTT_MODE": "lora", "TTT_RESET": "document",
+                                                             "TTT_DOC_CHUNK_TOKENS": 16}}
+
+
+@pytest.mark.parametrize("mode", ADAPT.values(), ids=ADAPT)
+def test_a_whole_run_knows_of_all_of_pr_1855(run, mode):
+    """Looped halfway, rounded while training, calibrated, written, read back, adapted."""
+    variables = {name.upper(): int(value) if isinstance(value, bool) else value for name, value in PR1855.items()}
+    done = run(**variables, **mode, POLAR_EXPRESS=1, MUON_ROW_NORMALIZE=1, EMBED_WD=0.085, EMA_RAMP=0, EMA_DECAY=0.5,
+               WARMDOWN_FRAC=0.85, MIN_LR=0.1, LATE_QAT_FRAC=0.5, GPTQ_ENABLED=1, GPTQ_CALIBRATION_BATCHES=1,
+               CLIP_RULE="sdclip", HASH_EMBED_BUCKETS=0 if "TTT_RESET" in mode else 64)
+    assert done.code == 0, done.err
+    assert "layer_loop:enabled step:3 layers:[0, 1, 0, 1, 0, 1, 2]" in done.out and "late_qat:enabled" in done.out
+    cfg, _, weights = tg.unpack((done.folder / "final_model.ptz").read_bytes())
+    assert all(getattr(cfg, name) == value for name, value in PR1855.items())
+    assert len(weights["mlp_up_bank"]) == 3 and len(weights["skip_gates"]) == 3
+    moved = {"smear.scale": 0.0, "skip_gates": 0.0, "lane_keeps": 1.1, "lane_takes": 1.0,
+             "blocks.1.attn.sparse_gate.weight": 0.0}
+    assert all((weights[name] - start).abs().max() > 1e-3 for name, start in moved.items())
+    bpb = [done.summary[f"val_bpb_{key}"] for key in ("pre_quant", "roundtrip", "sliding", "ttt")]
+    assert len(set(bpb)) == 4 and all(0 < x < 9 for x in bpb)
+
+
+@pytest.mark.parametrize("mode", ADAPT.values(), ids=ADAPT)
 def test_a_whole_run_knows_of_all_of_them(run, mode):
     """Trained by AdamW, pruned, written, read back, adapted. What is scored is what was written."""
     variables = {name.upper(): int(value) if isinstance(value, bool) else value for name, value in PLAIN.items()}
@@ -81,7 +109,13 @@ def test_a_whole_run_knows_of_all_of_them(run, mode):
     ({"ATTENTION_WINDOW": "64", "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "64", "TTT_ENABLED": "0"},
      "ATTENTION_WINDOW=64 is longer than"), ({"PRUNE_FRAC": "1"}, "PRUNE_FRAC=1 is out of range"),
     ({"VALUE_EMBED_LAYERS": "12"}, "VE_LAST_N=12 is more than NUM_LAYERS=11"),
-    ({"SMEAR_GATE": "1"}, "SMEAR_GATE='1' is not one of after, before, off"),
+    ({"SMEAR_GATE": "1"}, "SMEAR_GATE='1' is not one of after, before, window, off"),
+    ({"NUM_LOOPS": "1", "LOOP_START": "3", "LOOP_END": "2"}, "LOOP_START=3 to LOOP_END=2 is no range in 0..10"),
+    ({"NUM_LOOPS": "1", "LOOP_END": "11"}, "LOOP_START=3 to LOOP_END=11 is no range in 0..10"),
+    ({"NUM_LOOPS": "1", "PARALLEL_START_LAYER": "5"}, "LOOP_END=5 is in the parallel part, PARALLEL_START_LAYER=5: a"),
+    ({"PARALLEL_START_LAYER": "11"}, "PARALLEL_START_LAYER=11 is outside 0..10"),
+    ({"PARALLEL_START_LAYER": "7", "DTG_ENABLED": "1"}, "DTG_ENABLED=True gates one stream; PARALLEL_FORM='lanes' has"),
+    ({"GATE_WINDOW": "600"}, "GATE_WINDOW=600 is more than MODEL_DIM=512"),
     ({"MATRIX_OPTIMIZER": "sgd"}, "is not one of muon, adamw"), ({"ADAM_WD": "0.1", "WEIGHT_DECAY": "0.2"}, "different")])
 def test_bad_input_is_one_line(variables, said):
     with pytest.raises(tg.UserError, match=said) as refused:

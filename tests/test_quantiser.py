@@ -43,12 +43,12 @@ def test_gradient_goes_straight_through(shape, spec, seed):
     assert torch.equal(weight.grad, upstream)
 
 
-@given(st.integers(1, 400), st.sampled_from(tg.PERCENTILES), st.integers(0, 5))
+@given(st.integers(1, 400), st.lists(st.sampled_from((0.9, *tg.PERCENTILES)), min_size=1), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
-def test_upper_quantile_is_numpys(columns, share, seed):
+def test_upper_quantiles_are_numpys(columns, shares, seed):
     rows = weight_of((3, columns), seed).abs()
-    wanted = np.quantile(rows.double().numpy(), share, axis=1, keepdims=True)
-    np.testing.assert_allclose(tg.upper_quantile(rows, share).numpy(), wanted, rtol=1e-4)
+    wanted = np.quantile(rows.double().numpy(), shares, axis=1)[..., None]
+    np.testing.assert_allclose(tg.upper_quantiles(rows, tuple(shares)).numpy(), wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
@@ -271,17 +271,19 @@ def trained_like(cfg):
     return scrambled(tg.GPT(cfg)).eval()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_hessians_are_the_sums_of_outer_products_of_inputs(config, rt, tied):
-    cfg = config(tie_embeddings=tied)
+@pytest.mark.parametrize("tied, loops", [(True, 0), (False, 0), (True, 2)])
+def test_hessians_are_the_sums_of_outer_products_of_inputs(config, rt, tied, loops):
+    """Of every visit of a layer that loops."""
+    cfg = config(tie_embeddings=tied, num_loops=loops, loop_start=1, loop_end=1, parallel_start_layer=2)
     model, ids = trained_like(cfg), torch.arange(64).view(2, 32)
     seen = {}
 
-    def keep(kind, layer, weight):
+    def keep(kind, visit, weight):
         if kind == "embed":
             return weight
         def record(x):
-            seen[kind, layer] = x.flatten(0, -2)
+            place = kind, -1 if visit < 0 else [0, *[1] * (1 + loops), 2][visit]
+            seen[place] = torch.cat((seen.get(place, x[:0].flatten(0, -2)), x.flatten(0, -2)))
             return torch.nn.functional.linear(x, weight)
         return record
     with torch.no_grad():

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def whole_run(cfg, rt, name, **changes):
     """A run of its own in a folder of its own, in the process group there is; returns its summary or its error."""
     folder = rt.folder / name
     cfg = dataclasses.replace(cfg, artifact_dir=str(folder), **changes)
-    rt = dataclasses.replace(rt, folder=folder, log=tg.RunLog(folder, rt.run_id, rt.rank == 0, cfg.resume))
+    rt = dataclasses.replace(rt, folder=folder, log=tg.RunLog(folder, rt.run_id, rt.rank == 0, cfg.resume),
+                             resumes=cfg.resume)
     export, weights = tg.export, []
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -95,9 +97,22 @@ def resumed(cfg, rt, patch):
     whole = whole_run(cfg, rt, "whole")
     with pytest.MonkeyPatch.context() as inner:
         in_steps(inner, at_seven)
-        parts = whole_run(cfg, rt, "parts")
-    again = whole_run(cfg, rt, "parts", resume=True)
+        parts = whole_run(cfg, rt, f"parts{rt.rank or ''}")  # the ranks share no files
+    again = whole_run(cfg, rt, f"parts{rt.rank or ''}", resume=True)
     return [whole["weights"], parts["error"], again["weights"], again["steps"], again["val_bpb_roundtrip"]]
+
+
+@scenario
+def signalled(cfg, rt, patch):
+    """SIGTERM reaches rank 1 only, in its third step: both save that step and stop."""
+    def at_three(taken):
+        rt.signals.number = signal.SIGTERM if rt.rank and taken == 2 else rt.signals.number
+    cfg = dataclasses.replace(cfg, ttt_enabled=False, eval_stride=0)
+    with pytest.MonkeyPatch.context() as inner:
+        in_steps(inner, at_three)
+        error = whole_run(cfg, rt, "signalled")["error"]
+    rt.signals.number = rt.signals.agreed = 0
+    return [error, whole_run(cfg, rt, "signalled", resume=True)["steps"]]
 
 
 @scenario
@@ -191,11 +206,17 @@ def test_a_run_of_two_ranks_goes_on_to_the_same_bits(ranks):
     assert whole == parts
 
 
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(ranks):
+    assert ranks[1]["signalled"] == [["interrupted", 6]] * 2
+    log = (ranks[0] / "signalled/logs/tiny.txt").read_text()
+    assert "resume:step:3 from" in log and log.count("step:3/6 train_loss") == 1
+
+
 def test_a_run_of_two_ranks_goes_on_with_one(ranks, corpus, run):
     """A checkpoint holds whole buffers: one rank goes on from it to nearly the same scores."""
     bpb = ranks[1]["resumed"][0][4]
-    (run.folder / "checkpoints").mkdir()
-    (run.folder / "checkpoints/tiny.pt").write_bytes((ranks[0] / "parts/checkpoints/tiny.pt").read_bytes())
+    (run.folder / "runs/tiny").mkdir(parents=True)
+    (run.folder / "runs/tiny/checkpoint.pt").write_bytes((ranks[0] / "parts/runs/tiny/checkpoint.before.pt").read_bytes())
     done = run(RESUME=1, ITERATIONS=9, CHECKPOINT_EVERY=4, NORMUON=1, TTT_ENABLED=0, EVAL_STRIDE=0,
                LATE_QAT_THRESHOLD=0.5, WARMDOWN_ITERS=6)
     assert done.code == 0 and "resume:step:8 from" in done.out, done.err

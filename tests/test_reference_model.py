@@ -31,6 +31,18 @@ OPTIONS = {
     "PR 1254": {"attention_window": 3, "qk_norm": False, "logit_softcap": 0.0, "embed_norm": False, "rope_dims": 0,
                 "smear_gate": "off", "unet_skips": False, "residual_mix": False, "norm_weights": True, "norm_eps": 1e-6,
                 "ln_scale": False, "xsa_last_n": 4, "bigram_vocab_size": 0, "ve_enabled": False, "leaky_slope": 0.5},
+    "smear window": {"smear_gate": "window", "gate_window": 5}, "skip gates": {"skip_gates": True},
+    "sparse gate": {"sparse_attn_gate": True, "gate_window": 5, "sparse_attn_gate_scale": 0.7},
+    "loop": {"num_loops": 2, "loop_start": 1, "loop_end": 2}, "loop of all": {"num_loops": 1, "loop_start": 0,
+                                                                             "loop_end": 3, "value_residual": True},
+    "joint": {"parallel_start_layer": 2, "parallel_form": "joint"}, "lanes": {"parallel_start_layer": 3},
+    "early lanes": {"parallel_start_layer": 1, "residual_mix": False}, "lane of attention": {
+        "parallel_start_layer": 2, "parallel_final_lane": "attn"}, "lane of MLP": {"parallel_start_layer": 2,
+                                                                                  "parallel_final_lane": "mlp"},
+    "PR 1855": {"num_layers": 5, "num_loops": 2, "loop_start": 1, "loop_end": 2, "parallel_start_layer": 3,
+                "skip_gates": True, "smear_gate": "window", "gate_window": 4, "sparse_attn_gate": True,
+                "sparse_attn_gate_scale": 0.5, "rope_train_seq_len": 0, "xsa_last_n": 5, "ve_enabled": False,
+                "bigram_vocab_size": 0},
     "everything": {"trigram_vocab_size": 13, "value_residual": True, "gated_attention": True, "dtg_enabled": True,
                    "tie_embeddings": False, "mtp_num_heads": 2, "num_layers": 5, "xsa_last_n": 3, "ve_layers": "0,4",
                    "rope_train_seq_len": 3}}
@@ -45,7 +57,7 @@ def rms(x, cfg, weight=None):
 def rotated(x, position, cfg):
     """Dimension i of the first half of the rotated ones turns with its partner in the second half."""
     dims = cfg.rope_dims or len(x)
-    longer = max(1.0, max(LENGTH, cfg.train_seq_len) / cfg.rope_train_seq_len)
+    longer = max(1.0, max(LENGTH, cfg.train_seq_len) / (cfg.rope_train_seq_len or 1e9))
     base = cfg.rope_base * longer ** (dims / (dims - 2)) if dims > 2 else cfg.rope_base
     out = list(x)
     for i in range(dims // 2):
@@ -81,6 +93,10 @@ def embedded(w, cfg, ids):
         return [(1 - gate) * x + gate * before for x, before in zip(xs, [torch.zeros_like(gate), *xs])]
     if cfg.smear_gate == "before":
         stream = smeared(stream)
+    if cfg.smear_gate == "window":
+        shares = [w["smear.scale"] * torch.sigmoid(w["smear.gate.weight"][0] @ x[:cfg.gate_window]) for x in stream]
+        stream = [x + (share * before if token != 1 else 0) for token, x, share, before in zip(
+            ids, stream, shares, [torch.zeros_like(stream[0]), *stream])]
     if cfg.embed_norm:
         stream = [rms(x, cfg) for x in stream]
     return smeared(stream) if cfg.smear_gate == "after" else stream
@@ -118,13 +134,17 @@ def attention(w, cfg, layer, xs, ids, first_values):
                 y = y - (y @ own) * own
             if cfg.gated_attention:
                 y = y * torch.sigmoid(w[f"{name}.attn_gate.weight"][h] @ x + w[f"{name}.attn_gate.bias"][h])
+            if cfg.sparse_attn_gate:
+                gate = w[f"{name}.sparse_gate.weight"][h] @ x[:cfg.gate_window]
+                y = y * torch.sigmoid(cfg.sparse_attn_gate_scale * gate)
             parts.append(y)
         out.append(w["qo_bank"][layers + layer] @ torch.cat(parts))
     return out, raw
 
 
-def block(w, cfg, layer, xs, x0s, ids, first_values):
-    name = f"blocks.{layer}"
+def block(w, cfg, layer, xs, x0s, ids, first_values, lane=None):
+    """The stream after a block, the attention's values, and the second lane, if there is one."""
+    name, before = f"blocks.{layer}", xs
     scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
     if cfg.residual_mix:
         keep, anew = w[f"{name}.resid_mix"]
@@ -132,32 +152,50 @@ def block(w, cfg, layer, xs, x0s, ids, first_values):
     by = lambda branch: w[f"{name}.{branch}_scale"] if cfg.residual_mix else 1.0
     normed = lambda x, branch: scale * rms(x, cfg, w.get(f"{name}.{branch}_norm.weight"))
     attended, values = attention(w, cfg, layer, [normed(x, "attn") for x in xs], ids, first_values)
-    out = []
+    out, joint = [], cfg.parallel_form == "joint" and 0 < cfg.parallel_start_layer <= layer
+
+    def mlp(x):
+        up = w["mlp_up_bank"][layer] @ normed(x, "mlp")
+        leaky = torch.where(up > 0, up, cfg.leaky_slope * up)
+        return by("mlp") * (w["mlp_down_bank"][layer] @ leaky.square())
+    if lane is not None:
+        keeps, takes = w["lane_keeps"][layer], w["lane_takes"][layer]
+        branches = [(by("attn") * y, mlp(x)) for y, x in zip(attended, lane)]
+        both = [[keeps[i] * x + takes[0][i] * y + takes[1][i] * z for x, (y, z) in zip(xs, branches)]
+                for i, xs in enumerate((before, lane))]
+        return both[0], values, both[1]
     for x, y in zip(xs, attended):
         h = x + by("attn") * y
-        up = w["mlp_up_bank"][layer] @ normed(h, "mlp")
-        leaky = torch.where(up > 0, up, cfg.leaky_slope * up)
-        h = h + by("mlp") * (w["mlp_down_bank"][layer] @ leaky.square())
+        h = h + mlp(x if joint else h)
         if cfg.dtg_enabled:
             gate = torch.sigmoid(w[f"{name}.dtg_gate.weight"][0] @ x.detach() + w[f"{name}.dtg_gate.bias"][0])
             h = x + gate * (h - x)
         out.append(h)
-    return out, values
+    return out, values, None
 
 
 def slow_hidden(w, cfg, ids):
     """Final states of one sequence.  # [T, dim]"""
     xs = x0s = embedded(w, cfg, ids)
-    stack, first_values = [], None
+    stack, first_values, lane, order = [], None, None, []
     for layer in range(cfg.num_layers):
-        below = cfg.num_layers // 2
-        if layer >= below and stack and cfg.unet_skips:
-            skipped = stack.pop()
-            xs = [x + w["skip_weights"][layer - below] * s for x, s in zip(xs, skipped)]
-        xs, values = block(w, cfg, layer, xs, x0s, ids, first_values)
-        first_values = values if layer == 0 else first_values
-        if layer < below:
+        order.append(layer)
+        if cfg.num_loops and layer == cfg.loop_end:
+            order += [*range(cfg.loop_start, cfg.loop_end + 1)] * cfg.num_loops
+    below = len(order) // 2
+    for place, layer in enumerate(order):
+        lanes = cfg.parallel_form == "lanes" and 0 < cfg.parallel_start_layer <= layer and place >= below
+        lane = xs if lanes and lane is None else lane
+        if place >= below and stack and cfg.unet_skips:
+            skipped = [w["skip_weights"][place - below] * s for s in stack.pop()]
+            share = torch.sigmoid(w["skip_gates"][place - below]) if cfg.skip_gates else None
+            xs = [x + s if share is None else share * x + (1 - share) * s for x, s in zip(xs, skipped)]
+        xs, values, lane = block(w, cfg, layer, xs, x0s, ids, first_values, lane)
+        first_values = values if place == 0 else first_values
+        if place < below:
             stack.append(xs)
+    if lane is not None:
+        xs = {"attn": xs, "mlp": lane, "mean": [(x + y) / 2 for x, y in zip(xs, lane)]}[cfg.parallel_final_lane]
     return torch.stack([rms(x, cfg, w.get("final_norm.weight")) for x in xs])
 
 
@@ -198,6 +236,7 @@ def rows_of(cfg):
     """The second row begins like the first, so that bigrams and trigrams repeat."""
     rows = torch.randint(cfg.vocab_size, (2, LENGTH + 1), generator=torch.Generator().manual_seed(3))
     rows[1, 1:4] = rows[0, :3]
+    rows[0, 4] = 1  # the beginning of a document
     return rows
 
 
@@ -328,6 +367,11 @@ def test_initial_values_are_as_documented():
         assert w[name].std().item() == pytest.approx(std, rel=0.03) and abs(w[name].mean()) < 0.05 * std
     assert left == {"qo_bank", "kv_bank", "mlp_up_bank", "tok_emb.weight", "bigram.proj.weight", "trigram.proj.weight",
                     "ve_shared.proj.weight", "ve_shared.embed.weight"}
+    later = dict(tg.GPT(tg.Hyperparameters(**{**BASE, **OPTIONS["PR 1855"]})).named_parameters())
+    for name, value in (("skip_gates", 0.0), ("smear.scale", 0.0), ("smear.gate.weight", 0.0), ("lane_keeps", 1.1),
+                        ("lane_takes", 1.0), *((f"blocks.{i}.attn.sparse_gate.weight", 0.0) for i in range(5))):
+        torch.testing.assert_close(later[name].detach(), torch.tensor(value).expand_as(later[name]), msg=name)
+    assert later["skip_weights"].shape == later["skip_gates"].shape == (4, 24)
     tied = tg.GPT(tg.Hyperparameters(**{**BASE, "vocab_size": 3000, "tied_embed_init_std": 0.007}))
     assert tied.tok_emb.weight.std().item() == pytest.approx(0.007, rel=0.03)
 

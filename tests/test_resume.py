@@ -1,11 +1,19 @@
 """Killed and gone on with: the same bits, the same time, the same log; and no going on with another run's settings."""
 import dataclasses
+import fcntl
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 import train_gpt as tg
 from clocks import FakeTime
+from conftest import ROOT, environment
 
 BRIEF = {"TTT_ENABLED": 0, "EVAL_STRIDE": 0, "ITERATIONS": 12, "CHECKPOINT_EVERY": 4, "WARMDOWN_ITERS": 9,
          "COMPRESS": "lzma"}
@@ -122,6 +130,351 @@ def test_what_a_resumed_run_compiles_is_not_counted(run, killed, monkeypatch):
     assert (run.folder / "1/final_model.ptz").read_bytes() == (run.folder / "0/final_model.ptz").read_bytes()
 
 
+# ---- files
+
+def checkpoint(done, kind=""):
+    return done.folder / f"runs/tiny/checkpoint{kind}.pt"
+
+
+def step_in(path):
+    return torch.load(path, weights_only=True)["step"]
+
+
+@pytest.mark.parametrize("variables, steps", [
+    ({"CHECKPOINT_EVERY": 4}, [4, 8, 10]), ({"CHECKPOINT_EVERY": 5}, [5, 10]), ({}, [10]),
+    ({"CHECKPOINT_SECONDS": 35}, [4, 8, 10]), ({"CHECKPOINT_SECONDS": 0}, [10]),
+    ({"CHECKPOINT_SECONDS": 60, "CHECKPOINT_EVERY": 4}, [4, 8, 10]), ({"CHECKPOINT_SECONDS": 45}, [5, 10])], ids=str)
+def test_checkpoints_come_by_steps_by_time_and_at_the_end(run, monkeypatch, variables, steps):
+    """Steps of ten seconds: of themselves, runs shorter than two minutes have the last one only. Two are kept."""
+    saved, save = [], tg.save_checkpoint
+    monkeypatch.setattr(tg, "save_checkpoint", lambda cfg, rt, state: saved.append(state.step) or save(cfg, rt, state))
+    FakeTime(monkeypatch).charge(tg.Optimisers, "step", 10.0)
+    done = run(**{**BRIEF, "ITERATIONS": 10, "CHECKPOINT_EVERY": 0, "EVAL_MAX_SECONDS": 0, **variables})
+    assert done.code == 0 and saved == steps, done.err
+    assert step_in(checkpoint(done)) == 10 and checkpoint(done, ".before").exists() == (len(steps) > 1)
+    assert len(steps) == 1 or step_in(checkpoint(done, ".before")) == steps[-2]
+
+
+def test_a_checkpoint_is_written_while_training_goes_on_with_what_it_was(run, monkeypatch):
+    """The disk is so slow that the checkpoint of step 4 is not written before step 7 is taken."""
+    taken, step, write = [], tg.Optimisers.step, tg.write_atomically
+    seventh = threading.Event()
+
+    def counted(*args):
+        taken.append(1)
+        if len(taken) == 7:
+            seventh.set()
+        return step(*args)
+
+    def slow(path, *args):
+        assert path.name != "checkpoint.pt" or seventh.wait(60)
+        return write(path, *args)
+    whole = run(**BRIEF, ARTIFACT_DIR=run.folder / "whole")
+    monkeypatch.setattr(tg.Optimisers, "step", counted)
+    monkeypatch.setattr(tg, "write_atomically", slow)
+    done = run(**BRIEF)
+    assert done.code == 0 and step_in(checkpoint(done)) == 12 and step_in(checkpoint(done, ".before")) == 8
+    for kind in ("", ".before"):
+        got, wanted = (torch.load(folder / f"runs/tiny/checkpoint{kind}.pt", weights_only=True)["model"]
+                       for folder in (run.folder, run.folder / "whole"))
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_a_full_disk_does_not_end_training(run, monkeypatch):
+    """The last of three checkpoints fits again. What is missing is said twice: at once and at the end."""
+    write, tried = tg.write_atomically, []
+
+    def full(path, *args):
+        if path.name == "checkpoint.pt":
+            tried.append(1)
+            if len(tried) < 3:
+                raise tg.UserError(f"cannot write {path} (7 bytes): No space left on device")
+        write(path, *args)
+    monkeypatch.setattr(tg, "write_atomically", full)
+    done = run(**BRIEF)
+    assert done.code == 0 and done.summary["steps"] == 12 and step_in(checkpoint(done)) == 12
+    said = f"cannot write {checkpoint(done)} (7 bytes): No space left on device"
+    assert done.out.count(f"warning: {said}; the run goes on\n") == done.out.count(f"not written     {said}\n") == 2
+    assert done.err == "" and not checkpoint(done, ".before").exists()
+
+
+def test_weights_that_are_not_finite_do_not_take_the_place_of_a_checkpoint(run, monkeypatch):
+    """A gradient that is finite all the same: step 8 writes NaN, and the run ends three steps later."""
+    step, taken = tg.Optimisers.step, []
+
+    def broken(optimisers, plan):
+        norm = step(optimisers, plan)
+        taken.append(1)
+        if len(taken) == 8:
+            optimisers.muon.banks[0].data[0, 0, 0] = torch.nan
+        return norm
+    monkeypatch.setattr(tg.Optimisers, "step", broken)
+    done = run(**BRIEF)
+    assert done.code == 2 and "up to step 11, are not finite" in done.err
+    assert "warning: no checkpoint of step 8: its weights are not finite" in done.out and step_in(checkpoint(done)) == 4
+
+
+def damage(path, kind):
+    data = bytearray(path.read_bytes())
+    if kind == "cut":
+        data = data[:len(data) // 2]
+    elif kind == "longer":
+        data += b"x"
+    else:
+        data[int(kind * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["cut", "longer", 0.0, 0.3, 0.99, 1.0])
+def test_from_a_damaged_checkpoint_to_the_one_before(run, killed, kind):
+    whole = run(**BRIEF, ARTIFACT_DIR=run.folder / "whole")
+    done = killed(11, **BRIEF)
+    assert [step_in(checkpoint(done, which)) for which in ("", ".before")] == [8, 4]
+    damage(checkpoint(done), kind)
+    (done.folder / "runs/tiny/.checkpoint.pt.77.tmp").write_bytes(b"killed while it was written")
+    again = run(**BRIEF, RESUME=1)
+    assert again.code == 0 and "resume:step:4 from" in again.out, again.err
+    assert f"warning: checkpoint {checkpoint(done)} is damaged; going on from the one before\n" in again.out
+    assert (done.folder / "final_model.ptz").read_bytes() == (whole.folder / "whole/final_model.ptz").read_bytes()
+    assert sorted(path.name for path in (done.folder / "runs/tiny").glob("*checkpoint*")
+                  if path.suffix != ".json") == ["checkpoint.before.pt", "checkpoint.pt"]
+
+
+def test_no_checkpoint_that_is_whole(run, killed):
+    done = killed(11, **BRIEF)
+    for which in ("", ".before"):
+        damage(checkpoint(done, which), 0.5)
+    again = run(**BRIEF, RESUME=1)
+    assert (again.code, again.err) == (2, f"error: checkpoint {checkpoint(done)} is damaged, and there is no other one; "
+                                          "start without RESUME=1\n")
+
+
+def test_killed_between_two_renamings(run, killed):
+    """The newest has become the one before, and its successor has not yet its name."""
+    done = killed(11, **BRIEF)
+    checkpoint(done).replace(checkpoint(done, ".before"))
+    again = run(**BRIEF, RESUME=1)
+    assert again.code == 0 and "resume:step:8 from" in again.out and "damaged" not in again.out
+
+
+# ---- phases after training
+
+WHOLE = {"ITERATIONS": 4, "WARMDOWN_ITERS": 3, "GPTQ_ENABLED": 1, "GPTQ_CALIBRATION_BATCHES": 2, "VAL_LOSS_EVERY": 0,
+         "COMPRESS": "lzma"}
+SCORES = ("val_bpb_pre_quant", "val_bpb_roundtrip", "val_bpb_sliding", "val_bpb_ttt", "steps", "tokens",
+          "artifact_bytes", "artifact_path")
+
+
+def stop_in(patch, phase):
+    """Ctrl-C in a phase: a function, the writing of a file or an evaluation."""
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+    write, evaluate = tg.write_atomically, tg.evaluate
+    if hasattr(tg, phase):
+        patch.setattr(tg, phase, stop)
+    patch.setattr(tg, "write_atomically", lambda path, *args: stop() if path.name == phase else write(path, *args))
+    patch.setattr(tg, "evaluate", lambda name, *args, **kwargs: (
+        stop if name == phase else evaluate)(name, *args, **kwargs))
+
+
+@pytest.mark.parametrize("phase, exported", [
+    ("calibrate", 0), ("post_average", 0), ("round_model", 0), ("final_model.pt", 0), ("final_model.ptz", 0),
+    ("export.json", 0), ("final_int6_roundtrip", 1), ("legal_ttt", 1), ("eval.json", 1),
+    ("summary.json", 1)])
+def test_a_run_stopped_after_training_goes_on_from_there(run, monkeypatch, phase, exported):
+    whole = run(**WHOLE)
+    names = ("runs/tiny/final_model.pt", "runs/tiny/final_model.ptz")
+    files = [(run.folder / name).read_bytes() for name in names]
+    for name in names:
+        (run.folder / name).unlink()
+    with monkeypatch.context() as patch:
+        stop_in(patch, phase)
+        assert run(**WHOLE).code == 130
+    steps, exports = (FakeTime(monkeypatch).charge(owner, name, 0.0) for owner, name in (
+        (tg.Optimisers, "step"), (tg, "export")))
+    again = run(**WHOLE, RESUME=1)
+    assert again.code == 0 and not steps and len(exports) == 1 - exported, again.err
+    assert [again.summary[key] for key in SCORES] == [whole.summary[key] for key in SCORES]
+    assert [(run.folder / name).read_bytes() for name in names] == files
+    assert ("is finished; its scores start over" in again.out) == exported
+    assert json.loads((run.folder / "logs/tiny.summary.json").read_text()) == again.summary
+
+
+@pytest.mark.parametrize("variables, steps, exports", [
+    ({}, 0, 0), ({"EVAL_STRIDE": 16, "TTT_LR": 0.1, "TRAIN_LOG_EVERY": 0}, 0, 0), ({"COMPRESS": "range"}, 0, 1),
+    ({"GPTQ_CALIBRATION_BATCHES": 1}, 0, 1), ({"CODE_BYTES": 99}, 0, 1), ({"ITERATIONS": 6}, 2, 1),
+    ({"artifact": b"another"}, 0, 1), ({"checkpoint": ".before"}, 2, 1)], ids=str)
+def test_a_finished_artifact_is_used_if_it_is_the_one(run, monkeypatch, variables, steps, exports):
+    settings = {**WHOLE, "TTT_ENABLED": 0, "CHECKPOINT_EVERY": 2}
+    done = run(**settings)
+    if "artifact" in variables:
+        (run.folder / "final_model.ptz").write_bytes(variables["artifact"])
+    if "checkpoint" in variables:
+        checkpoint(done, ".before").replace(checkpoint(done))
+    taken, made = (FakeTime(monkeypatch).charge(owner, name, 0.0) for owner, name in (
+        (tg.Optimisers, "step"), (tg, "export")))
+    again = run(**{**settings, **{name: value for name, value in variables.items() if name.isupper()}, "RESUME": 1})
+    assert (again.code, len(taken), len(made)) == (0, steps, exports), again.err
+
+
+@pytest.mark.parametrize("name", ["final_model.pt", "eval.json", "summary.json", "export.json"])
+def test_what_a_run_can_do_without_is_missed_at_its_end(run, monkeypatch, name):
+    write = tg.write_atomically
+
+    def full(path, *args):
+        if path.name == name:
+            raise tg.UserError(f"cannot write {path}: No space left on device")
+        write(path, *args)
+    monkeypatch.setattr(tg, "write_atomically", full)
+    done = run(**BRIEF)
+    assert done.code == 0 and done.summary["val_bpb_roundtrip"] > 0
+    assert done.out.count(f"{name}: No space left on device\n") == 1, "under what was not written"
+
+
+def test_an_artifact_that_does_not_fit_goes_elsewhere(run, monkeypatch, tmp_path_factory):
+    write, spare = tg.write_atomically, tmp_path_factory.mktemp("spare")
+    monkeypatch.setattr(tg.tempfile, "tempdir", str(spare))
+
+    def full(path, *args):
+        if path == run.folder / "runs/tiny/final_model.ptz":
+            raise tg.UserError(f"cannot write {path}: No space left on device")
+        write(path, *args)
+    monkeypatch.setattr(tg, "write_atomically", full)
+    done = run(**BRIEF)
+    assert done.code == 0 and done.summary["artifact_path"] == str(spare / "tiny.ptz")
+    assert f"not written     cannot write {run.folder / 'runs/tiny/final_model.ptz'}: No space left on device; the artifact is " \
+           f"{spare / 'tiny.ptz'}\n" in done.out
+
+
+# ---- signals, restarts, two runs of one name
+
+@pytest.fixture
+def signalled(run, monkeypatch):
+    """Sends signals to a run as it calls owner.name for the `at`-th time."""
+    def start(numbers, owner, name, at=1, **variables):
+        with monkeypatch.context() as patch:
+            original, calls = getattr(owner, name), []
+
+            def sending(*args, **kwargs):
+                calls.append(1)
+                for number in numbers if len(calls) == at else ():
+                    signal.raise_signal(number)
+                return original(*args, **kwargs)
+            patch.setattr(owner, name, sending)
+            handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+            done = run(**variables)
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+        return done
+    return start
+
+
+TO_GO_ON = "; to go on from the last checkpoint: bash run.sh ... RESUME=1 RUN_ID=tiny\n"
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGTERM]], ids=str)
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(run, signalled, numbers):
+    """The second of two at once is the same one, passed on by torchrun."""
+    whole = run(**BRIEF, ARTIFACT_DIR=run.folder / "whole")
+    done = signalled(numbers, tg.Optimisers, "step", 6, **BRIEF)
+    assert done.code == 128 + numbers[0] and done.err == f"interrupted ({numbers[0].name}){TO_GO_ON}"
+    assert step_in(checkpoint(done)) == 6 and "step:6/12 train_loss" in done.out and "step:7" not in done.out
+    again = run(**BRIEF, RESUME=1)
+    assert again.code == 0 and "resume:step:6 from" in again.out, "no step is lost"
+    assert (run.folder / "final_model.ptz").read_bytes() == (run.folder / "whole/final_model.ptz").read_bytes()
+    assert again.summary["val_bpb_roundtrip"] == whole.summary["val_bpb_roundtrip"]
+
+
+@pytest.mark.parametrize("name, at, saved", [("warm_up", 1, False), ("train_step", 2, False), ("report_chunk", 1, True),
+                                             ("calibrate", 1, True)])
+def test_a_signal_outside_of_training_ends_the_run_at_once(run, signalled, name, at, saved):
+    """train_step's second call is in the warm-up."""
+    done = signalled([signal.SIGTERM], tg, name, at, **{**WHOLE, "WARMUP_STEPS": 3})
+    assert done.code == 143 and done.out.count("warmup_step:") == (3 if saved else at - 1)
+    assert done.err == f"interrupted (SIGTERM){TO_GO_ON if saved else '; there is no checkpoint to go on from' + chr(10)}"
+    assert "legal_ttt_exact" not in done.out
+
+
+def test_a_second_signal_stops_the_process(monkeypatch):
+    sent, now = [], [0.0]
+    monkeypatch.setattr(tg, "signal", SimpleNamespace(**{**vars(signal), "raise_signal": sent.append,
+                                                         "signal": lambda *args: sent.append(args)}))
+    monkeypatch.setattr(tg.time, "monotonic", lambda: now[0])
+    signals = tg.Signals()
+    with signals.act(at_once=False):
+        for now[0] in (5.0, 5.9):
+            signals(signal.SIGTERM, None)
+    assert signals.number == signal.SIGTERM and not sent
+    now[0] = 6.1
+    signals(signal.SIGINT, None)
+    assert sent == [(signal.SIGINT, signal.SIG_DFL), signal.SIGINT]
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored(run, signalled):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        done = signalled([signal.SIGINT], tg.Optimisers, "step", 6, **BRIEF)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.code == 0
+
+
+def test_a_second_run_of_the_same_name_is_refused(run, corpus):
+    done = run(**BRIEF)
+    path, text = done.folder / "runs/tiny/log.txt", (done.folder / "logs/tiny.txt").read_text()
+    with open(path) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for resume in (0, 1):
+            refused = run(**BRIEF, RESUME=resume)
+            assert refused.code == 2 and refused.err == (
+                f"error: another run with RUN_ID=tiny is going on: it writes {path}\n")
+    assert path.read_text() == text
+    assert run(**BRIEF).code == 0
+
+
+def test_torchrun_s_restart_resumes_by_itself(run, killed, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    fresh = run(**BRIEF)
+    assert fresh.code == 0 and "resume:" not in fresh.out, "the first part did not come to a checkpoint"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    killed(7, **BRIEF)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    again = run(**BRIEF)
+    assert again.code == 0 and "resume:step:4 from" in again.out
+
+
+UNDER_TORCHRUN = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train_gpt as tg
+step, taken = tg.train_step, []
+def failing(*args):
+    taken.append(1)
+    if len(taken) == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        {act}
+    return step(*args)
+tg.train_step = failing
+sys.exit(tg.main([]))
+"""
+
+
+@pytest.mark.parametrize("act, restarts, code, said", [
+    ("raise tg.UserError('no more')", 0, 2, "error: rank 1: no more\n"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 0, 137, "error: rank 1 was ended by SIGKILL\n"),
+    ("os.kill(os.getppid(), signal.SIGTERM)", 0, 143, f"interrupted (SIGTERM){TO_GO_ON}"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 1, 0, "")], ids=["user's error", "killed", "launcher ended", "restarted"])
+def test_under_torchrun_one_line_tells_why(corpus, tmp_path, act, restarts, code, said):
+    program = tmp_path / "program.py"
+    program.write_text(UNDER_TORCHRUN.format(root=str(ROOT), act=act))
+    command = [sys.executable, str(ROOT / "tools/launch.py"), "--standalone", "--nproc_per_node=2",
+               f"--max-restarts={restarts}", str(program)]
+    variables = environment(corpus, tmp_path, **{**BRIEF, "CHECKPOINT_EVERY": 2, "WARMDOWN_ITERS": 3})
+    done = subprocess.run(command, text=True, capture_output=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+    assert (done.returncode, done.stderr) == (code, said)
+    saved = tmp_path / "runs/tiny/checkpoint.pt"
+    assert "resume:step:4" in done.stdout if restarts else code in (2, 137) or step_in(saved) == 6
+
+
 # ---- settings
 
 @pytest.fixture
@@ -131,6 +484,7 @@ def saved(config, rt):
     model = tg.GPT(cfg)
     state = lambda: tg.TrainState.initial(model, cfg, rt)
     tg.save_checkpoint(cfg, rt, dataclasses.replace(state(), step=4))
+    rt.finish_writing()
     return cfg, lambda other: tg.load_checkpoint(other, rt, state())
 
 
@@ -157,7 +511,7 @@ def test_what_shapes_a_run_cannot_be_changed_in_its_middle(saved, section):
 
 
 FREE = {"RESUME": 1, "ITERATIONS": 9, "MAX_WALLCLOCK_SECONDS": 500, "VAL_LOSS_EVERY": 3, "TRAIN_LOG_EVERY": 0,
-        "CHECKPOINT_EVERY": 0, "MICRO_BATCH_TOKENS": 128, "VAL_BATCH_SIZE": 64, "EVAL_STRIDE": 16, "TTT_ENABLED": 1,
+        "CHECKPOINT_EVERY": 0, "CHECKPOINT_SECONDS": 0, "CODE_BYTES": 77, "MICRO_BATCH_TOKENS": 128, "VAL_BATCH_SIZE": 64, "EVAL_STRIDE": 16, "TTT_ENABLED": 1,
         "TTT_LR": 0.01, "COMPRESS": "range", "GPTQ_ENABLED": 1, "GPTQ_CALIBRATION_BATCHES": 1, "EVAL_BATCH_SEQS": 8,
         "SIZE_FIT": 1, "ARTIFACT_LIMIT_BYTES": 15_000_000, "HASH_EMBED_BUCKETS": 64}
 
@@ -174,12 +528,21 @@ def test_what_does_not_may_be_changed(run, killed):
 def test_another_run_s_checkpoint_is_refused_in_one_line_and_survives(run, variables):
     assert run(**{**BRIEF, "ITERATIONS": 4}).code == 0
     path = run.folder / "runs/tiny/checkpoint.pt"
-    assert (run.folder / "checkpoints/tiny.pt").samefile(path)
     before, artifact = path.read_bytes(), (run.folder / "final_model.ptz").read_bytes()
     done = run(**{**BRIEF, "RESUME": 1, **variables})
     names = ", ".join(sorted(variables))
     assert done.code == 2 and done.err == f"error: checkpoint {path} was made with another {names}\n"
     assert path.read_bytes() == before and (run.folder / "final_model.ptz").read_bytes() == artifact
+
+
+@pytest.mark.parametrize("left_out", ["settings", "elapsed_s", "model", "step", "averager"])
+def test_a_whole_file_that_is_no_checkpoint(saved, rt, left_out):
+    path = tg.checkpoint_path(rt)
+    held = torch.load(path, weights_only=True)
+    del held[left_out]
+    path.write_bytes(tg.with_digest(tg.torch_bytes(held)))
+    with pytest.raises(tg.UserError, match=r"cannot be read \(KeyError\); start without RESUME=1"):
+        saved[1](saved[0])
 
 
 def test_a_checkpoint_is_no_pickle_of_code(config, rt):
@@ -190,6 +553,6 @@ def test_a_checkpoint_is_no_pickle_of_code(config, rt):
     class Trap:
         def __reduce__(self):
             return pytest.fail, ("a pickle was opened",)
-    torch.save({"settings": Trap()}, path)
+    path.write_bytes(tg.with_digest(tg.torch_bytes({"settings": Trap()})))
     with pytest.raises(tg.UserError, match="cannot be read"):
         tg.load_checkpoint(config(), rt, None)

@@ -465,6 +465,7 @@ def test_commands_pass_their_arguments_on(project):
                             (("parity", "folder"), "tools/parity.py folder"),
                             (("plan", "pr1092", "SEED=1"), "tools/plan.py pr1092 SEED=1"),
                             (("systems",), "tools/systems.py"),
+                            (("survive", "--kills", "1"), "tools/survive.py --kills 1"),
                             (("record", "build"), "tools/record.py build"),
                             (("report", "x.eval.json"), "tools/report.py x.eval.json"),
                             (("inspect", "x.ptz", "--plot", "x.png"), "tools/inspect_artifact.py x.ptz --plot x.png"),

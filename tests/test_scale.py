@@ -70,7 +70,7 @@ def test_what_is_on_stays_on(profile):
             assert bool(before) == bool(after) or f.name == "code_bytes", f.name
         if f.type in ("int", "float") and f.name not in ("code_bytes", "late_qat_threshold"):
             assert after <= before, f.name
-        may_be_one = "num_kv_heads", "xsa_last_n", "ttt_freeze_blocks", "late_qat_min_step"
+        may_be_one = "num_kv_heads", "xsa_last_n", "loop_start", "ttt_freeze_blocks", "late_qat_min_step"
         assert f.type != "int" or before <= 1 or after > 1 or f.name in may_be_one, f.name
 
 
@@ -220,3 +220,9 @@ def test_runs_end_to_end(profile, corpus, tmp_path, monkeypatch, capsys):
                   if json.loads(line)["event"] == "artifact")
     expected = {stream.name: stream.values for stream in estimate.streams(cfg) if stream.values}
     assert {row[0]: row[2] for row in packed["ledger"]} == expected
+
+
+def test_a_growing_context_keeps_its_stages():
+    was = tg.Hyperparameters(train_seq_schedule="1024:0.1,2048:0.7,3072:1", train_seq_len=3072)
+    now = dataclasses.replace(was, train_seq_len=64)
+    assert scale.seq_schedule(was, now) == "16:0.1,32:0.7,64:1" and scale.seq_schedule(tg.Hyperparameters(), now) == ""

@@ -83,6 +83,14 @@ def test_rounding_after_a_share_or_always(spent, late, hard_late, hard_always):
         assert found.qat and found.hardness == pytest.approx(hard_always, abs=1e-7)
 
 
+def test_the_loop_switches_on_after_a_share_of_steps_or_time():
+    for settings, before, after in ((BY_STEPS, (349, 0.0), (350, 0.0)), (BY_CLOCK, (0, 209.9), (0, 210.0))):
+        looped = {**settings, "num_loops": 1}
+        assert [plan(looped, *place, 0.1).looped for place in (before, after)] == [False, True]
+        assert plan(settings, *before, 0.1).looped  # without a loop there is one graph
+    assert plan({**BY_STEPS, "num_loops": 1, "enable_looping_at": 0.0}, 0).looped
+
+
 def test_what_is_switched_off_stays_off():
     for step in (0, 500, 999):
         off = plan({**BY_STEPS, "late_qat_threshold": 0.0, "warmdown_iters": 0, "muon_momentum_warmup_steps": 0}, step)

@@ -89,7 +89,7 @@ def test_validation_is_cut_to_whole_windows_over_shards(tmp_path):
     write_shard(tmp_path / "fineweb_val_000001.bin", text[30:])
     write_shard(tmp_path / "fineweb_train_000000.bin", text)
     cut = benchlib.cut_validation(tmp_path, tmp_path / "cut", tokens=70, window=16)
-    shard = tg.open_shard(str(cut / "fineweb_val_000000.bin"))
+    shard = tg.Shard(str(cut / "fineweb_val_000000.bin"))[:]
     assert shard.tolist() == text[:4 * 16 + 1].tolist()
     train = "fineweb_train_000000.bin"
     assert (cut / train).read_bytes() == (tmp_path / train).read_bytes()

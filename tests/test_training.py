@@ -194,8 +194,9 @@ def without_validation(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"normuon": True, "qat_enabled": True, "soft_round": True},
-                                     {"swa_enabled": True, "swa_every": 1}, {"lawa_enabled": True, "lawa_freq": 1}],
-                         ids=["default", "normuon and qat", "swa", "lawa"])
+                                     {"swa_enabled": True, "swa_every": 1}, {"lawa_enabled": True, "lawa_freq": 1},
+                                     {"num_loops": 2, "loop_start": 0, "loop_end": 1}],
+                         ids=["default", "normuon and qat", "swa", "lawa", "loop"])
 def test_warm_up_leaves_no_trace(config, rt, without_validation, changes):
     plain, warmed = (trained(config, rt, warmup_steps=n, **changes) for n in (0, 4))
     assert all(torch.equal(plain[name], warmed[name]) for name in plain)
@@ -260,6 +261,19 @@ def test_warm_up_runs_every_graph_that_training_may_need(config, rt, without_val
         seen.append(qat) or loss(model, ids, targets, qat, hook)))
     trained(config, rt, warmup_steps=4, iterations=1, **changes)
     assert seen[:4] == [False, False, rounds, rounds] and not seen[4]
+
+
+def test_a_loop_begins_after_its_share_of_the_run(config, rt, without_validation, monkeypatch):
+    """Both models are compiled before; what comes out is the looped one, also where training never reached it."""
+    seen, loss = [], tg.GPT.loss
+    monkeypatch.setattr(tg.GPT, "loss", lambda model, ids, targets, qat=False, hook=None, weights=None: (
+        seen.append((model.looped, qat)) or loss(model, ids, targets, qat, hook)))
+    changes = {"num_loops": 1, "loop_start": 0, "loop_end": 1, "enable_looping_at": 0.5, "late_qat_threshold": 0.1}
+    looped = trained(config, rt, warmup_steps=8, iterations=6, **changes)
+    assert seen[:8:2] == seen[1:8:2] == [(False, False), (False, True), (True, False), (True, True)]
+    assert [loops for loops, _ in seen[8:]] == [False] * 3 + [True] * 3
+    plain = trained(config, rt, iterations=6, **{**changes, "enable_looping_at": 0.99})
+    assert not torch.equal(plain["qo_bank"], looped["qo_bank"])
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"clip_rule": "sdclip", "mlp_clip_sigmas": 4.0},

@@ -22,6 +22,14 @@ def check_arguments(arguments: list[str], names: list[str]) -> None:
         raise unknown(argument.partition("=")[0], names)
 
 
+def read_profile(path: str) -> list[tuple[str, str]]:
+    """The (KEY, VALUE) pairs of a profile's lines, as run.sh reads them. Raises UsageError."""
+    with open(path, "rb") as file:
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    lines = [line.partition("#")[0].strip() for line in lines]
+    return [tuple(part.strip() for part in line.split("=", 1)) for line in lines if "=" in line]
+
+
 def check_profile(path: str, keys: list[str], settings: list[list[str]]) -> None:
     """Raises UsageError for a key that is no setting, and for a setting that is given twice."""
     names = [name for setting in settings for name in setting]
@@ -47,8 +55,7 @@ def main(arguments: list[str]) -> int:
     if not settings:
         return 2
     if arguments[:1] == ["--profile"]:
-        with open(arguments[1], encoding="utf-8") as file:
-            keys = [line.partition("=")[0].strip() for line in file if "=" in line.partition("#")[0]]
+        keys = [key for key, _ in read_profile(arguments[1])]
         check_profile(arguments[1], keys, settings)
         print(*overridden(keys, settings, os.environ))
     else:

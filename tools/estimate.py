@@ -116,22 +116,29 @@ def table_of_systems(markdown: bool = False) -> str:
     return "\n".join("  ".join(row[column].ljust(widths[column]) for column in order).rstrip() for row in rows)
 
 
+def passes(cfg: tg.Hyperparameters) -> float:
+    """How often a layer is applied, on average over the layers and the training."""
+    plain, looped = (len(cfg.visits(on)) / cfg.num_layers for on in (False, True))
+    return plain + (looped - plain) * (1 - cfg.enable_looping_at)
+
+
 def flops_per_token(cfg: tg.Hyperparameters) -> tuple[float, float]:
     """FLOPs of training per token, (matrices, attention), forward and backward:
 
         6 N + 12 layers model_dim keys
 
-    N: weights that are multiplied with - banks, projections, output layer (a tied table counts once) and MTP heads,
-    but no table that is looked up. keys: how many a token sees on average, half a sequence, or less with a window.
+    N: weights that are multiplied with - banks, as often as a loop applies them, projections, output layer (a tied
+    table counts once) and MTP heads, but no table that is looked up. keys: how many a token sees on average, half a sequence, or less with a window.
     Rounding, norms, hashing and the optimiser are not counted. (PaLM's formula, with the causal half of attention.)
     """
     counts = parameters(cfg)
-    multiplied = sum(counts.get(name, 0) for name in ("attn", "mlp", "proj", "head", "mtp"))
+    multiplied = passes(cfg) * (counts["attn"] + counts["mlp"])
+    multiplied += sum(counts.get(name, 0) for name in ("proj", "head", "mtp"))
     multiplied += counts["embed"] if cfg.tie_embeddings else 0
     length, window = cfg.train_seq_len, cfg.attention_window
     seen = min(window + 1, length) if window else length
     keys = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
-    return 6.0 * multiplied, 12.0 * cfg.num_layers * cfg.model_dim * keys
+    return 6.0 * multiplied, 12.0 * passes(cfg) * cfg.num_layers * cfg.model_dim * keys
 
 
 def step_seconds(cfg: tg.Hyperparameters, mfu: float = MFU, gpus: int = GPUS, flops: float = GPU_FLOPS) -> float:

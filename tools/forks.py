@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -14,7 +15,9 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small runs, and as many as there are cores
 
+import sentencepiece  # noqa: E402, F401 - it is imported late, and costs as much as a small run does
 import train_gpt as tg  # noqa: E402
 
 
@@ -27,14 +30,18 @@ class Fork:
         self.out, self.code, self.begun = out, None, time.monotonic()
         out.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
+        # a pipe has no limit; it holds all that a small run prints
+        self.pipe, file = os.pipe() if limit_bytes else (-1, os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+        if limit_bytes:
+            fcntl.fcntl(file, fcntl.F_SETPIPE_SZ, 1 << 20)
         self.pid = os.fork()
         if self.pid == 0:
-            self._become(environment, limit_bytes, main)
+            self._become(environment, limit_bytes, file, main)
+        os.close(file)
 
-    def _become(self, environment: dict[str, str], limit_bytes: int, main) -> None:
+    def _become(self, environment: dict[str, str], limit_bytes: int, file: int, main) -> None:
         code = 1
         try:
-            file = os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             for stream in (1, 2):
                 os.dup2(file, stream)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process that a shell has started
@@ -56,6 +63,9 @@ class Fork:
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.code = os.waitstatus_to_exitcode(status) if pid else None
+            if pid and self.pipe >= 0:
+                with open(self.pipe, "rb") as told, open(self.out, "ab") as file:
+                    file.write(told.read())
         return self.code
 
     def wait(self, seconds: float) -> int | None:

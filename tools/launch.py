@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import runpy
+import signal
 import sys
 
 from torch.distributed import DistError, run
@@ -41,18 +42,23 @@ def start_script(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Start the ranks; takes torchrun's arguments. Returns the exit code of the first rank that failed, or 0."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs each rank that it ends
+    """Start the ranks; takes torchrun's arguments. Returns the exit code of the first rank that failed, that of
+    a signal that ended the launcher, or 0."""
+    for name in ("", ".agent.server.api"):  # they log each rank that they end, and the signal
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     args = run.parse_args(arguments)
     if args.nnodes != "1" and args.rdzv_backend == "c10d":
         number_by_machine(args)
     try:
         run.run(args)
+    except SignalException as stop:  # the ranks have it too
+        return 128 + int(stop.sigval)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code  # ended by a signal, as a shell has it
-    except SignalException as error:
-        return 128 + error.sigval
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        return 128 - failure.exitcode  # as a shell has it
     except (RendezvousError, DistError) as error:
         print(f"error: no connection to the other machines by {args.rdzv_endpoint}: {str(error).splitlines()[0]}",
               file=sys.stderr)

@@ -33,7 +33,7 @@ from shell import Parser, one_line_errors  # noqa: E402
 toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest brings
 
 NEAREST = {  # room -> its test files, the likeliest to notice first
-    "CONFIG": "config", "RUNTIME": "runtime training", "DATA": "data bytes", "METRIC": "data evaluation",
+    "CONFIG": "config", "RUNTIME": "runtime training", "DATA": "data bytes transforms packing", "METRIC": "data evaluation",
     "QUANTISER": "quantiser", "KERNELS": "kernels", "MODEL": "reference_model model golden", "PARAMETERS": "optimisers",
     "OPTIMISERS": "optimisers", "SCHEDULES": "schedules", "AVERAGING": "averaging", "TRAINING": "training pipeline",
     "ROUNDING": "rounding quantiser", "ARTIFACT": "artifact", "ADAPTERS": "adapters",

@@ -7,8 +7,8 @@
 A fixture is `fixture.json` (settings, expected scores) and `fixture.npz` (weights, logits, gradients, …) of one of the
 systems in SYSTEMS; `config.source` names it. Each line has the largest difference, the tolerance, ok or FAIL. A text
 fixture has `cases.json` instead, see parity_text.py.
-Exit code 0: all agree; 1: something does not; 2: a fixture cannot be read. With --all, a fixture of a system that is
-still to come gets a line and counts for nothing.
+Exit code 0: all agree; 1: something does not; 2: a fixture cannot be read. Of PR 1855, its adapters, its evaluation and
+its LQER are not compared.
 
 Tolerances: 2e-5 on logits, nats per token and bits per byte; 1e-4 on weights after updates and on bits per byte after
 low-rank adaptation; a gradient may be off by 1e-4 of its tensor's largest entry (fp32 sums in another order, over
@@ -99,6 +99,34 @@ def gradients(name: str, key: str, compute) -> tuple[torch.Tensor, Quantity]:
     return loss, Quantity(name, key, grads, CLOSE_GRADIENTS, relative=True, noisy=lambda seed: compute(seed=seed)[1])
 
 
+def streams(fixture: Fixture):
+    """Rows and a flat stream of documents, before and after the loop switches on."""
+    cfg, ((x, _), (flat, targets)) = fixture.settings(), (fixture.rows(group) for group in ("rows", "packed"))
+    documents = fixture.documents(flat[0])
+
+    @torch.no_grad()
+    def logits(seed: int = 0, *, looped: bool, packed: bool) -> torch.Tensor:
+        model = fixture.model(cfg, seed).eval()
+        model.looped = looped
+        return model.logits(model.hidden(flat, documents=documents)[0] if packed else model.hidden(x))
+
+    def backward(seed: int = 0, *, looped: bool) -> tuple[torch.Tensor, dict]:
+        model = fixture.model(cfg, seed)
+        model.looped = looped
+        loss = model.loss(flat, targets, documents=documents)
+        loss.backward()
+        return loss, fixture.system.named({name: p.grad for name, p in model.named_parameters()})
+
+    yield Quantity("starts of documents", "packed/starts", documents.starts[:-1], 0)
+    for name, looped in (("plain", False), ("looped", True)):
+        for group in ("rows", "packed"):
+            compute = functools.partial(logits, looped=looped, packed=group == "packed")
+            yield Quantity(f"logits of {group}, {name}", f"{group}/logits_{name}", compute(), CLOSE, noisy=compute)
+        loss, quantity = gradients(f"gradients, {name}", f"grad_{name}/", functools.partial(backward, looped=looped))
+        yield Quantity(f"loss, {name}", f"loss_{name}", loss, CLOSE)
+        yield quantity
+
+
 def complement(fixture: Fixture):
     """Weights of the targets in successive batches under complementary training."""
     cfg, tokens = fixture.settings(), fixture.tokens("complement/tokens")
@@ -152,19 +180,21 @@ def three_steps(fixture: Fixture, seed: int = 0) -> tuple[list[float], dict[str,
     """Losses and weights of three steps of our optimisers: clip all together, AdamW, Muon. With a seed, noise of
     rounding size is added to every gradient that is not 0."""
     cfg, optim, tokens = fixture.settings("optim"), fixture.config["optim"], fixture.tokens("steps/tokens")
-    model = fixture.model(cfg).train()
+    model, losses = fixture.model(cfg).train(), []
     optimisers, noise = ours.Optimisers(model, cfg, runtime()), torch.Generator().manual_seed(seed)
     tables = {p for name, p in model.named_parameters() if name.endswith(("tok_emb.weight", ".embed.weight"))}
-    for group in optimisers.adamw.param_groups:  # the fixture has one rule for heads and all other small ones
+    for group in optimisers.adamw.param_groups if "wd" in optim else ():  # one rule for heads and all other small ones
         group["base_lr"] = optim["token_lr" if tables & set(group["params"]) else "scalar_lr"]
         group["weight_decay"] = optim["wd"]
-    plan = ours.StepPlan(lr_scale=1.0, momentum=optim["momentum"], qat=False, snapshot=False)
-    count, length, losses = fixture.config["batch"], fixture.config["seq_len"], []
-    if len(tokens) < 2 * STEP_STRIDE + count * length + 1:
+    plan = ours.StepPlan(optim.get("lr_scale", 1.0), momentum=optim["momentum"], qat=False, snapshot=False)
+    count, length = fixture.config["batch"], fixture.config["seq_len"]
+    size, stream = fixture.config.get("stream", count * length), "stream" in fixture.config
+    if len(tokens) < 2 * STEP_STRIDE + size + 1:
         raise ours.UserError(f"steps/tokens has {len(tokens)} tokens, fewer than three steps read")
     for step in range(3):
-        span = tokens[step * STEP_STRIDE:][:count * length + 1]
-        loss = model.loss(span[:-1].view(count, length), span[1:].view(count, length))
+        span = tokens[step * STEP_STRIDE:][:size + 1]
+        x, y = (part.view(1, -1) if stream else part.view(count, length) for part in (span[:-1], span[1:]))
+        loss = model.loss(x, y, documents=fixture.documents(x[0]) if stream else None)
         loss.backward()
         for grad in [p.grad for p in model.parameters() if seed and p.numel()]:
             largest = grad.abs().amax(-1, keepdim=True) if grad.ndim else grad.abs()
@@ -235,7 +265,9 @@ class System(NamedTuple):
     checks: tuple          # generators of Quantity
     settings: dict = {}    # our variables: what a fixture has otherwise than the profile
     defaults: dict = {}    # our variables: what the constructor takes where the caller does not say
-    arguments: dict = {}   # argument -> our variables, with spaces, where that is not the argument in capitals
+    by_env: bool = False   # its settings are variables, `config.env`, not the arguments of its model, `config.model`
+    arguments: dict = {}   # argument -> our variables, with spaces, where that is not the argument in capitals; or for
+                           # each value that is known, our NAME=VALUE
     names: dict = {}       # beginning of our parameter's name -> of its; {} stands for the layer
     matrices: dict = {}    # kind of matrix -> its name, in a system without banks
     swapped: tuple = ()    # kinds of matrices where it has the halves of a head in the other order
@@ -280,7 +312,7 @@ SECTIONS = {
     "ttt": {"seq_len": "TRAIN_SEQ_LEN EVAL_SEQ_LEN EVAL_STRIDE", "chunk": "TTT_CHUNK_TOKENS", "rank": "TTT_LORA_RANK",
             "lr": "TTT_LORA_LR", "epochs": "TTT_EPOCHS"},
 }
-NO_STRETCH = {"ROPE_TRAIN_SEQ_LEN": str(ours.INT_LIMIT)}  # the rotary base is the same at any length
+NO_STRETCH = {"ROPE_TRAIN_SEQ_LEN": "0"}  # the rotary base is the same at any length
 
 PR1092 = System(
     "pr1092", (functools.partial(rows, group="batch", train=True), steps,
@@ -317,8 +349,16 @@ SYSTEMS = {  # `config.source` of a fixture -> how to read it
         NO_STRETCH, names={"bigram.": "bigram_hash.", "smear.": "smear_gate."}, matrices=BY_LAYER),
     "PR 550 v10": PR1092._replace(profile="pr550_mtp_small_batch", checks=(rows, heads, complement)),
     "PR 1254": PR1254,
+    "PR 1855": System(
+        "pr1855", (streams, steps), NO_STRETCH, by_env=True,
+        arguments={"SMEAR_GATE_ENABLED": {0: "SMEAR_GATE=off", 1: "SMEAR_GATE=window"}, "ROPE_YARN": {0: ""},
+                   "TTT_GRAD_STEPS": "TTT_EPOCHS", "TTT_WARM_START_A": "", "TTT_EVAL_SEQ_LEN": "",
+                   **dict.fromkeys(("ROPE_TRAIN_SEQ_LEN", "FUSED_CE_ENABLED", *(f"GLOBAL_TTT_{name}" for name in (
+                       "LR MOMENTUM EPOCHS CHUNK_TOKENS BATCH_SEQS GRAD_CLIP".split()))), "")},
+        names={"lane_keeps": "parallel_resid_lambdas", "lane_takes": "parallel_post_lambdas",
+               "smear.scale": "smear_lambda", "smear.gate.": "smear_gate.",
+               "blocks.{}.attn.sparse_gate.weight": "blocks.{}.attn.attn_gate_w"}),
 }
-LATER = {"PR 1855"}  # sources of systems that are still to come
 
 
 # ---- reading a fixture -----------------------------------------------------------------------------------------
@@ -342,8 +382,6 @@ class Fixture:
                 raise ours.UserError(f"{folder / 'fixture.json'} lacks {name}")
         self.config, self.expected = stored["config"], stored["expected"]
         source = self.config.get("source", "PR 1092")  # the first fixture does not say
-        if source in LATER:
-            raise NotSupportedYet(f"{source} is not supported yet")
         if source not in SYSTEMS:
             raise ours.UserError(f"unknown source {source!r} (known: {'; '.join(SYSTEMS)})")
         self.source, self.system = source, SYSTEMS[source]
@@ -379,23 +417,39 @@ class Fixture:
         return ids
 
     def rows(self, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets [batch, tokens]; a flat stream as one row."""
         x, y = self.tokens(f"{group}/x"), self.tokens(f"{group}/y")
-        if x.ndim != 2 or x.shape != y.shape:
+        if x.ndim not in (1, 2) or x.shape != y.shape:
             raise ours.UserError(f"{group}/x and y have the shapes {list(x.shape)} and {list(y.shape)}, not both "
                                  "[batch, tokens]")
-        return x, y
+        return torch.atleast_2d(x), torch.atleast_2d(y)
+
+    def documents(self, ids: torch.Tensor) -> ours.Documents:
+        """A document of a flat stream begins with BOS, and again after TRAIN_SEQ_LEN tokens."""
+        longest, starts = self.settings().train_seq_len, [0]
+        for place, token in enumerate(ids.tolist()):
+            if place and (token == ours.BOS_ID or place - starts[-1] == longest):
+                starts.append(place)
+        return ours.Documents(torch.tensor([*starts, len(ids)], dtype=torch.int32), longest)
 
     def variables(self, section: str = "") -> dict[str, str]:
         """Our variables for what the fixture says of the model and in a section of its configuration."""
         own = {name: f.name.upper() for f in dataclasses.fields(ours.Hyperparameters) for name in ours.env_names(f)
                if name != f.metadata["group"]}
-        given = [*self.system.defaults.items(), *self.config.get("env", {}).items()]
-        for argument, value in self.config["model"].items():
-            given += [(name, value) for name in self.system.arguments.get(argument, argument.upper()).split()]
+        given, by_env = [*self.system.defaults.items()], self.system.by_env
+        given += [] if by_env else self.config.get("env", {}).items()
+        for argument, value in self.config["env" if by_env else "model"].items():
+            meant = self.system.arguments.get(argument, argument.upper())
+            if isinstance(meant, dict):
+                if value not in meant:
+                    known = " or ".join(map(str, meant))
+                    raise ours.UserError(f"{argument}={value}: {self.source} is only known with {known}")
+                meant, _, value = meant[value].partition("=")
+            given += [(name, value) for name in meant.split()]
         for part in dict.fromkeys(("", section)):
             values = self.config[part] if part else self.config
             given += [(variable, values[name]) for name, variables in SECTIONS[part].items()
-                      for variable in variables.split() if part or name in values]
+                      for variable in variables.split() if (part or name in values) and not by_env]
         unknown = [name for name, _ in given if name not in own]
         if unknown:
             raise ours.UserError(f"the fixture's setting {unknown[0]} is unknown here")
@@ -461,10 +515,6 @@ class Fixture:
                 raise ours.UserError(str(error)) from None
             self.notes.append(f"bytes are not compared, only nats ({error}); --tokenizer names the model")
             return None
-
-
-class NotSupportedYet(ours.UserError):
-    """A fixture of a system that is still to come."""
 
 
 def refuse_constant(text: str):
@@ -618,8 +668,6 @@ def check_all(folder: Path, tokenizer: Path | None, out: Path | None = None) -> 
             if not codes[-1]:
                 worst = max(found, key=lambda verdict: verdict.strain)
                 held[fixture.system.profile] = f"{worst.name} {worst.off:.1e}"
-        except NotSupportedYet as error:
-            line = f"-     {error}"
         except ours.UserError as error:
             line = f"error {error}"
             codes.append(2)

@@ -205,7 +205,8 @@ EVENTS = {"val_bpb_ttt": "legal_ttt", "val_bpb_sliding": "_sliding_window", "val
 CANONICAL = {f"{tokens} tokens of {size} bytes" for tokens, size in (
     (47_853_343, 151_080_622), (47_851_520, 151_074_499), (43_767_808, 151_079_389), (40_540_160, 151_078_222))}
 # Settings in which runs of one record may differ: they change neither the model nor its score.
-FREE = {"seed", "run_id", "artifact_dir", "profile", "resume", "train_log_every", "val_loss_every", "checkpoint_every"}
+FREE = {"seed", "run_id", "artifact_dir", "profile", "resume", "train_log_every", "val_loss_every", "checkpoint_every",
+        "checkpoint_seconds"}
 
 
 def read_events(path: Path) -> dict[str, dict]:

@@ -48,7 +48,8 @@ def newton_schulz(cfg: tg.Hyperparameters, gpus: int) -> Row:
 def rows(cfg: tg.Hyperparameters, gpus: int = estimate.GPUS) -> list[Row]:
     """The step of a configuration: its operations in the order of the forward pass, then those of the weights."""
     n, dim, mlp, kv = cfg.train_batch_tokens // gpus, cfg.model_dim, cfg.mlp_dim, cfg.num_kv_heads * cfg.head_dim
-    deep, own, counts = n * cfg.num_layers, n * cfg.xsa_last_n, estimate.parameters(cfg)
+    visits = n * estimate.passes(cfg)
+    deep, own, counts = visits * cfg.num_layers, visits * cfg.xsa_last_n, estimate.parameters(cfg)
     bank, weights = counts["attn"] + counts["mlp"], sum(counts.values())
 
     def product(name, tokens, *sizes, fused=()):
@@ -76,7 +77,8 @@ def rows(cfg: tg.Hyperparameters, gpus: int = estimate.GPUS) -> list[Row]:
         values("soft cap and cross-entropy", 7 * n * cfg.vocab_size, 2 * n * cfg.vocab_size),
         Row("cast of weights and of their gradients", 0, weights * 12, weights * 12),
         Row("rounding of weights (QAT only)", 0, bank * 6, bank * 6),
-        Row("refresh_scales (QAT only)", 0, bank * 5 * (8 + 4), bank * 4),  # five quantiles, five errors; one pass
+        # not compiled: magnitudes and their top-k, then seven operations for each of five errors; own kernel: one pass
+        Row("refresh_scales (QAT only)", 0, bank * (12 + 5 * 56), bank * 4),
         Row("clipping, momentum, update, EMA", 0, weights * (12 + 14 + 12), weights * (12 + 14)),
         newton_schulz(cfg, gpus),
         Row("reduce-scatter (fp32), all-gather (bf16)", 0, 0, 0, link=bank * (4 + 2) * (gpus - 1) / gpus),

@@ -87,6 +87,13 @@ def late_qat_threshold(was: Settings, now: Settings) -> float:
     return round(1.01 * tg.lr_scale(now, now.iterations - 2, 0.0, 0.0), 4)
 
 
+def seq_schedule(was: Settings, now: Settings) -> str:
+    """As many lengths at the same shares of the budget, each half of the next longer one."""
+    longer = sorted({length for length, _ in was.seq_stages}, reverse=True)
+    pairs = [f"{now.train_seq_len >> longer.index(length)}:{until:g}" for length, until in was.seq_stages]
+    return ",".join(pairs) if was.train_seq_schedule else ""
+
+
 def size_limit(was: Settings, now: Settings) -> int:
     """A limit that SIZE_FIT has to work for, and can keep: a third of the banks' bytes less than is expected."""
     banks = sum(stream.bytes for stream in estimate.streams(now) if stream.name in ("attn", "mlp"))
@@ -103,6 +110,11 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "model_dim": lambda was, now: now.num_heads * min(was.head_dim, HEAD_DIM),
     "rope_dims": lambda was, now: max(part(was.rope_dims, was.head_dim, now.head_dim) // 2 * 2, min(was.rope_dims, 4)),
     "xsa_last_n": lambda was, now: part(was.xsa_last_n, was.num_layers, now.num_layers),
+    "gate_window": lambda was, now: min(was.gate_window, now.model_dim),
+    "parallel_start_layer": lambda was, now: part(was.parallel_start_layer, was.num_layers, now.num_layers),
+    "loop_end": lambda was, now: min(part(was.loop_end, was.num_layers, now.num_layers),
+                                     (now.parallel_start_layer if now.two_lanes else now.num_layers) - 1),
+    "loop_start": lambda was, now: min(part(was.loop_start, was.num_layers, now.num_layers), now.loop_end),
     "bigram_vocab_size": lambda was, now: min(was.bigram_vocab_size, 256),
     "bigram_dim": lambda was, now: table_width(was.bigram_dim, was.model_dim, now.model_dim),
     "trigram_vocab_size": lambda was, now: min(was.trigram_vocab_size, 256),
@@ -114,6 +126,7 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "ve_dim": lambda was, now: table_width(was.ve_dim, was.num_kv_heads * was.head_dim,
                                            now.num_kv_heads * now.head_dim),
     "train_seq_len": lambda was, now: min(was.train_seq_len, SEQ_LEN),
+    "train_seq_schedule": seq_schedule,
     "rope_train_seq_len": lambda was, now: scaled(was.rope_train_seq_len, was.train_seq_len, now.train_seq_len),
     "train_batch_tokens": lambda was, now: min(was.train_batch_tokens, SEQUENCES * now.train_seq_len),
     "iterations": lambda was, now: min(was.iterations, STEPS),
@@ -157,6 +170,8 @@ USED: dict[str, Callable[[Settings], object]] = {
     r"trigram_dim": lambda cfg: cfg.trigram_vocab_size,
     r"ve_dim": lambda cfg: cfg.ve_layer_ids,
     r"ve_.*": lambda cfg: cfg.ve_enabled,
+    r"gate_window": lambda cfg: cfg.smear_gate == "window" or cfg.sparse_attn_gate,
+    r"loop_.*": lambda cfg: cfg.num_loops,
     r"warmdown_iters": lambda cfg: not cfg.warmdown_frac,
     r"muon_.*": lambda cfg: cfg.matrix_optimizer == "muon",
     r"swa_.*": lambda cfg: cfg.swa_enabled and not cfg.lawa_enabled,
