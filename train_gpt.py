@@ -551,7 +551,7 @@ def settings_by_section() -> dict[str, list[dataclasses.Field]]:
 
 
 def config_table(markdown: bool = False) -> str:
-    """The settings as a table: what --help prints and what README shows."""
+    """The settings as a table: what --help prints and what SETTINGS.md shows."""
     head = ["", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown else []
     row = "| `{0}` | `{1}` | {2} | {3} |" if markdown else "  {0:<34} {1!s:<10} {3} [{2}]"
     lines = []
@@ -4389,6 +4389,11 @@ def lost_a_rank(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
+def log_failure(rt: Runtime | None, why: str) -> None:
+    if rt is not None and not rt.log.fresh:  # the log has begun
+        rt.log(f"error: {why}", "failed", console=False, why=why)
+
+
 def how_to_go_on(rt: Runtime | None) -> str:
     if rt is None:
         return ""
@@ -4431,12 +4436,12 @@ def start(signals: Signals) -> int:
             rt.agree(0.0)  # no rank leaves before the first has written its last file
             failed = False
     except UserError as error:
-        if rt is not None and not rt.log.fresh:  # the log has begun
-            rt.log(f"error: {error}", "failed", console=False, why=str(error))
+        log_failure(rt, str(error))
         print_error(str(error), signals, rank, wait_s=3.0 if rank else 0.0)
         return 2
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
+        log_failure(rt, f"interrupted ({signal.Signals(number).name})")
         if rank == 0:
             print(f"interrupted ({signal.Signals(number).name}){how_to_go_on(rt)}", file=sys.stderr, flush=True)
         return 128 + number

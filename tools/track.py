@@ -42,7 +42,7 @@ def follow(path: Path, ended) -> Iterator[dict]:
                 for line in file:
                     if line.endswith(b"\n"):
                         place += len(line)
-                        with contextlib.suppress(ValueError):  # half a line of a run that was killed, then a resumed one's
+                        with contextlib.suppress(ValueError):  # half a line of a killed run, then a resumed one's
                             yield json.loads(line)
         if last:
             return
@@ -73,8 +73,8 @@ class WandB:
             import wandb
         except ImportError:
             raise UsageError("WANDB_ENABLED=1 needs wandb: pip install -r tools/requirements.txt") from None
-        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "parameter-golf"), name=folder.name, config=settings,
-                              dir=str(folder))
+        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "parameter-golf"), name=folder.name,
+                              config=settings, dir=str(folder))
 
     def log(self, values: dict[str, float], step: int, at: float) -> None:
         self.run.log({**values, "step": step, "time": at})
