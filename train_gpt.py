@@ -32,11 +32,14 @@ Where a technique lives:
     exclusive self-attention (XSA)          subtract_own_value, called by Attention
     activation (LeakyReLU squared)          Block.mlp: SquaredLeakyReLU, or FusedMlp with KERNELS=triton
     soft cap, cross-entropy in chunks       CappedCrossEntropy, called by GPT.loss; multi-token prediction: GPT.loss
-    smear gate, hashed n-gram tables        GPT.embed: SmearGate, hash_ngrams
+    smear gates, hashed n-gram tables       GPT.embed: SmearGate, WindowSmearGate, hash_ngrams
     value embeddings, skip connections      GPT.hidden; value residual, gates, attention window: Attention, Block
+    loop of layers (depth recurrence)       Hyperparameters.visits, applied by GPT.hidden; when: plan_step
+    parallel residuals, two lanes or joint  Block.forward; where the lanes begin and end: GPT.hidden
+    documents in a flat stream              Documents, attend_varlen; their positions: rope_table
     initial weights                         GPT.init_weights
     learning rate, decay, bits of a tensor  its row of FAMILIES, which names the settings
-    Muon, Newton-Schulz, NorMuon            Muon, newton_schulz, normalise_rows_
+    Muon, Newton-Schulz, Polar Express      Muon, newton_schulz; NorMuon: normalise_rows_; MuonEq-R: launch_update
     late QAT, soft rounding                 when: qat_progress; how: fake_quantise, soft_round
     complementary training                  BigramCounts; pruning: prune
     GPTQ, fitting the size                  gptq, HessianSums; fit_size
@@ -823,9 +826,10 @@ def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDP
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Documents | None = None,
                 first: SDPBackend | None = None) -> Tensor:
     """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
-    if documents is not None and q.is_cuda and q.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn  # torch 2.10
-        return attend_varlen(varlen_attn, q, k, v, documents, window_size=(window or -1, 0), enable_gqa=True)
+    if documents is not None and q.device.type != "cpu" and q.dtype != torch.float32:
+        # what varlen_attn calls, which torch 2.9 has not, and later ones with other arguments
+        return attend_varlen(torch.ops.aten._flash_attention_forward, q, k, v, documents, dropout_p=0.0, is_causal=True,
+                             return_debug_mask=False, window_size_left=window or None)
     if documents is not None and not torch.compiler.is_compiling():  # no graph: without the masked part's products
         bounds = documents.starts.unique().tolist()
         parts = [[t[:, begin:end] for t in (q, k, v)] for begin, end in zip(bounds, bounds[1:])]

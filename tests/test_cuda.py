@@ -56,6 +56,16 @@ def test_flash_attention_3_from_its_own_package_or_from_the_hub(gpu, wanted):
     assert tg.pick_attention(wanted, CUDA, torch.bfloat16)[0] == "fa3" and len(asked) == 1
 
 
+@pytest.mark.parametrize("window", [0, 3])
+def test_pytorchs_own_attention_of_documents_takes_these_arguments(window):
+    """Shapes and gradients only: a meta tensor is no more than that."""
+    q, k = (torch.empty(1, 64, heads, 32, device="meta", dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2))
+    documents = tg.Documents(torch.empty(5, device="meta", dtype=torch.int32), 40)
+    out = tg.attend_sdpa(q, k, k, window, documents, first=SDPBackend.FLASH_ATTENTION)
+    out.sum().backward()
+    assert out.shape == q.shape == q.grad.shape and k.grad.shape == k.shape
+
+
 @pytest.mark.parametrize("error", [OSError("libcudart.so.11.0: cannot open\nmore"), RuntimeError("no kernel for torch"),
                                    ImportError("undefined symbol: _ZN3c10"), TypeError("unexpected keyword 'version'")])
 def test_a_package_that_cannot_be_loaded_is_told_in_one_line(gpu, error):

@@ -117,7 +117,7 @@ def streams(fixture: Fixture):
         loss.backward()
         return loss, fixture.system.named({name: p.grad for name, p in model.named_parameters()})
 
-    yield Quantity("starts of documents", "packed/starts", documents.starts[:-1], 0)
+    yield Quantity("starts of documents", "packed/starts", documents.starts.unique()[:-1], 0)
     for name, looped in (("plain", False), ("looped", True)):
         for group in ("rows", "packed"):
             compute = functools.partial(logits, looped=looped, packed=group == "packed")
@@ -171,7 +171,8 @@ def low_rank(fixture: Fixture):
 def steps(fixture: Fixture):
     """Three optimiser steps."""
     losses, weights = three_steps(fixture)
-    yield Quantity("losses of three steps", "step_losses", losses, CLOSE)
+    yield Quantity("losses of three steps", "step_losses", losses, CLOSE,
+                   noisy=lambda seed: three_steps(fixture, seed)[0])
     yield Quantity("weights after three steps", "after3/", weights, CLOSE_WEIGHTS,
                    noisy=lambda seed: three_steps(fixture, seed)[1])
 
@@ -426,11 +427,8 @@ class Fixture:
 
     def documents(self, ids: torch.Tensor) -> ours.Documents:
         """A document of a flat stream begins with BOS, and again after TRAIN_SEQ_LEN tokens."""
-        longest, starts = self.settings().train_seq_len, [0]
-        for place, token in enumerate(ids.tolist()):
-            if place and (token == ours.BOS_ID or place - starts[-1] == longest):
-                starts.append(place)
-        return ours.Documents(torch.tensor([*starts, len(ids)], dtype=torch.int32), longest)
+        longest = self.settings().train_seq_len
+        return ours.Documents(torch.from_numpy(ours.document_starts(ids.numpy(), ours.BOS_ID, longest)), longest)
 
     def variables(self, section: str = "") -> dict[str, str]:
         """Our variables for what the fixture says of the model and in a section of its configuration."""
