@@ -428,7 +428,7 @@ WITHOUT_EFFECT = {  # published variables that cannot mean anything here -> why;
     **dict.fromkeys(("NORM_RECAL_EPOCHS", "NORM_RECAL_LR", "NORM_RECAL_SEQS", "FISHER_VAL_SEQS"),
                     "training on validation text before it is scored is not legal"),
     "TTT_MAX_SEQS": "every token is scored", "SPEED_MEASURE_STEPS": "the warm-down follows the clock at every step",
-    **dict.fromkeys(("WANDB_ENABLED", "WANDB_PROJECT"), "logs/RUN_ID.jsonl has what would be sent")}
+    "WANDB_ENABLED": "run.sh and tools/track.py send what runs/RUN_ID/events.jsonl has"}
 
 
 def process_environment() -> dict[str, str]:
@@ -555,7 +555,7 @@ def settings_by_section() -> dict[str, list[dataclasses.Field]]:
 
 
 def config_table(markdown: bool = False) -> str:
-    """The settings as a table: what --help prints and what README shows."""
+    """The settings as a table: what --help prints and what SETTINGS.md shows."""
     head = ["", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown else []
     row = "| `{0}` | `{1}` | {2} | {3} |" if markdown else "  {0:<34} {1!s:<10} {3} [{2}]"
     lines = []
@@ -4394,6 +4394,11 @@ def lost_a_rank(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
+def log_failure(rt: Runtime | None, why: str) -> None:
+    if rt is not None and not rt.log.fresh:  # the log has begun
+        rt.log(f"error: {why}", "failed", console=False, why=why)
+
+
 def how_to_go_on(rt: Runtime | None) -> str:
     if rt is None:
         return ""
@@ -4436,12 +4441,12 @@ def start(signals: Signals) -> int:
             rt.agree(0.0)  # no rank leaves before the first has written its last file
             failed = False
     except UserError as error:
-        if rt is not None and not rt.log.fresh:  # the log has begun
-            rt.log(f"error: {error}", "failed", console=False, why=str(error))
+        log_failure(rt, str(error))
         print_error(str(error), signals, rank, wait_s=3.0 if rank else 0.0)
         return 2
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
+        log_failure(rt, f"interrupted ({signal.Signals(number).name})")
         if rank == 0:
             print(f"interrupted ({signal.Signals(number).name}){how_to_go_on(rt)}", file=sys.stderr, flush=True)
         return 128 + number
