@@ -29,6 +29,7 @@ case $line in
   tools/check_settings.py* | tools/scale.py*) exec "$SHELL_PYTHON" "$@" ;;
   tools/*.py* | data/prepare.py*) env ;;&
   *device_count*) echo "${GPUS:-0}" ;;
+  "-c import optuna" | "-c import plotly" | "-c import tensorboard") exit "${LACKS_TOOLS:-0}" ;;
   "-c import pyarrow") exit "${LACKS_PYARROW:-0}" ;;
   "-c import xdist") exit "${LACKS_XDIST:-0}" ;;
   "tools/record.py build") [ -z "${BUILT:-}" ] || { mkdir -p build && printf '%s' "$BUILT" >build/train_gpt.py; } ;;
@@ -50,7 +51,7 @@ esac
 def project(tmp_path):
     """A copy of the repository; `project(arguments, **environment)` runs run.sh there."""
     repo, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
-    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", ".ci/run", "tools/shell.py",
+    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", "tools/requirements.txt", ".ci/run", "tools/shell.py",
                  "tools/check_settings.py", "tools/scale.py", "tools/profiles.py", "tools/estimate.py",
                  *(f"profiles/{profile}.env" for profile in PROFILES)):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
@@ -470,7 +471,9 @@ def test_commands_pass_their_arguments_on(project):
                             (("inspect", "x.ptz", "--plot", "x.png"), "tools/inspect_artifact.py x.ptz --plot x.png"),
                             (("sample", "x.ptz", "two words"), "tools/sample.py x.ptz two words"),
                             (("sweep", "x.ptz", "TTT_LR=0.1,0.2"), "tools/ttt_bench.py x.ptz TTT_LR=0.1,0.2"),
-                            (("sweep", "--help"), "tools/ttt_bench.py --help"),
+                            (("sweep", "--help"), "tools/sweep.py --help"),
+                            (("sweep", "smoke", "SEED=1,2"), "tools/sweep.py smoke SEED=1,2"),
+                            (("runs", "--last", "3"), "tools/runs.py --last 3"),
                             (("audit", "x.ptz"), "tools/audit.py x.ptz")):
         result = project(*arguments)
         assert result.calls[-1] == call and result.env["RUN_SH_COMMAND"] == f"bash run.sh {arguments[0]}"
@@ -480,3 +483,22 @@ def test_ci_calls_the_test_command_of_the_readme(project):
     assert "\nbash run.sh test " in (ROOT / "README.md").read_text(encoding="utf-8")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert project(script=".ci/run").calls[-1] == "-m pytest tests -n 2"
+
+
+def test_what_only_a_tool_needs_is_installed_when_it_is_called(project):
+    """Into .venv alone; a python3 of the user's stays as it is, and the tool says what it lacks."""
+    assert installs(project("sweep", "smoke", "SEED=1,2", LACKS_TOOLS="1")) == 0
+    assert installs(project("smoke", LACKS_PACKAGES="1")) == 1  # makes .venv
+    for command, package in (("sweep", "optuna"), ("report", "plotly")):
+        result = project(command, "smoke", LACKS_TOOLS="1")
+        assert installs(result) == 1 and f"-c import {package}" in result.calls
+        assert installs(project(command, "smoke")) == 0
+    assert "error: pip failed" in project("report", LACKS_TOOLS="1", PIP_STATUS="1").err
+
+
+def test_tracking_begins_before_the_run_and_ends_after_it(project):
+    result = project("smoke", "TENSORBOARD=1", "RUN_ID=mine", TRAIN_STATUS="3")
+    assert result.code == 3 and {"train_gpt.py", "tools/track.py"} <= set(result.calls)
+    assert "WANDB_ENABLED=0" in result.out.splitlines()
+    assert project("smoke", "TENSORBOARD=0", "WANDB_ENABLED=0").calls[-1] == "train_gpt.py"
+    assert "tools/track.py" in project("smoke", "WANDB_ENABLED=1", "WANDB_MODE=offline").calls
