@@ -31,7 +31,8 @@ bash run.sh parity FOLDER              compare with a published system's own num
 bash run.sh systems                    the profiles as a table: what was published, estimated size (tools/systems.py)
 bash run.sh plan PROFILE [KEY=VALUE...]              estimates before a run: parameters, bytes, FLOPs, memory, time
                                        (tools/plan.py)
-bash run.sh survive [OPTIONS]          kill, stop and damage small runs: do they go on to the same bits? (tools/survive.py)
+bash run.sh survive [OPTIONS]          kill, stop and damage small runs: do they go on to the same bits?
+                                       (tools/survive.py)
 bash run.sh settings                   every KEY with its default, range and meaning
 bash run.sh help                       this text
 

@@ -34,9 +34,10 @@ Where a technique lives:
     soft cap, cross-entropy in chunks       CappedCrossEntropy, called by GPT.loss; multi-token prediction: GPT.loss
     smear gates, hashed n-gram tables       GPT.embed: SmearGate, WindowSmearGate, hash_ngrams
     value embeddings, skip connections      GPT.hidden; value residual, gates, attention window: Attention, Block
-    loop of layers (depth recurrence)       Hyperparameters.visits, applied by GPT.hidden; when: plan_step
+    loop of layers (depth recurrence)       Hyperparameters.visits, applied by GPT.hidden; when: stage
+    growing context, all graphs of a run    stage, stage_shares; warm_up, TrainState.rewarmed
     parallel residuals, two lanes or joint  Block.forward; where the lanes begin and end: GPT.hidden
-    documents in a flat stream              Documents, attend_varlen; their positions: rope_table
+    documents in a flat stream              TrainData.training_batch, document_starts; Documents, attend_varlen
     initial weights                         GPT.init_weights
     learning rate, decay, bits of a tensor  its row of FAMILIES, which names the settings
     Muon, Newton-Schulz, Polar Express      Muon, newton_schulz; NorMuon: normalise_rows_; MuonEq-R: launch_update
@@ -1295,8 +1296,8 @@ class TrainData:
             return
         ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
         for row, (inputs, targets) in zip(ids, self.batch(step)):
-            starts = self.to_device(document_starts(row, self.bos_id, seq_len))
-            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
+            starts = self.to_device(document_starts(row, self.bos_id, seq_len or self.seq_len))
+            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len or self.seq_len)}
 
 
 def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
