@@ -227,7 +227,7 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
     local code=0 log=${ARTIFACT_DIR:-${OUT_DIR:-.}}/logs/$RUN_ID.txt
     [ -z "$tracked" ] || track
     "${launch[@]}" train_gpt.py || code=$?
-    [ -z "$tracked" ] || { kill "$tracker" 2>/dev/null; wait "$tracker" || true; }
+    [ -z "$tracked" ] || { kill "$tracker" 2>/dev/null || true; wait "$tracker" || true; }
     [ -z "$scaled" ] || [ ! -f "$log" ] || echo "$scaled" >>"$log"
     [ "$code$audit" = 01 ] || exit "$code"
   fi
