@@ -69,7 +69,7 @@ choose_python() {  # MODULE...: sets $python
   pinned >.venv/installed  # last: an interrupted install is done again
 }
 pip_install() {  # FILE...: the packages they list, into .venv
-  local files="$*"
+  local files="${what:-$*}"
   note "installing ${files// / and } into .venv"
   $python -m pip install --disable-pip-version-check $([ -t 1 ] || echo --quiet) "${@/#/-r}" ||
     die "pip failed, for the reason above; without a network, use a python3 that has the packages"
@@ -88,7 +88,7 @@ make_venv() {
 to_run() { choose_python torch numpy sentencepiece; }
 need() {  # PACKAGE: of tools/requirements.txt, for one command; a python3 of the user's stays as it is
   if [[ $python == .venv/* ]] && ! $python -c "import $1" 2>/dev/null; then
-    pip_install <(grep "^$1==" tools/requirements.txt)
+    what=$1 pip_install <(grep "^$1==" tools/requirements.txt)
   fi
 }
 
@@ -227,7 +227,7 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
     local code=0 log=${ARTIFACT_DIR:-${OUT_DIR:-.}}/logs/$RUN_ID.txt
     [ -z "$tracked" ] || track
     "${launch[@]}" train_gpt.py || code=$?
-    [ -z "$tracked" ] || { kill "$tracker" 2>/dev/null; wait "$tracker" || true; }
+    [ -z "$tracked" ] || { kill "$tracker" 2>/dev/null || true; wait "$tracker" || true; }
     [ -z "$scaled" ] || [ ! -f "$log" ] || echo "$scaled" >>"$log"
     [ "$code$audit" = 01 ] || exit "$code"
   fi

@@ -42,7 +42,7 @@ case $line in
   *prepare.py*embedded*8192) ;;
   *prepare.py*embedded) mkdir -p data/datasets/embedded_sp1024 data/tokenizers
     touch data/datasets/embedded_sp1024/fineweb_val_000000.bin data/tokenizers/embedded_1024_bpe.model ;;
-  *train_gpt.py) [[ $line == tools/* ]] || env; exit "${TRAIN_STATUS:-0}" ;;
+  *train_gpt.py) [[ $line == tools/* ]] || env; read -rt "${TRAIN_SECONDS:-0}" <> <(:); exit "${TRAIN_STATUS:-0}" ;;
 esac
 """
 
@@ -498,8 +498,8 @@ def test_what_only_a_tool_needs_is_installed_when_it_is_called(project):
 
 
 def test_tracking_begins_before_the_run_and_ends_after_it(project):
-    result = project("smoke", "TENSORBOARD=1", "RUN_ID=mine", TRAIN_STATUS="3")
+    result = project("smoke", "TENSORBOARD=1", "RUN_ID=mine", TRAIN_STATUS="3", TRAIN_SECONDS="2")
     assert result.code == 3 and {"train_gpt.py", "tools/track.py"} <= set(result.calls)
     assert "WANDB_ENABLED=0" in result.out.splitlines()
     assert project("smoke", "TENSORBOARD=0", "WANDB_ENABLED=0").calls[-1] == "train_gpt.py"
-    assert "tools/track.py" in project("smoke", "WANDB_ENABLED=1", "WANDB_MODE=offline").calls
+    assert "tools/track.py" in project("smoke", "WANDB_ENABLED=1", "WANDB_MODE=offline", TRAIN_SECONDS="2").calls
