@@ -219,10 +219,10 @@ class Spy:
     def mixing(self, script):
         """A patch of what mixes counts into scores, for a `with`."""
         def noted(*args):
-            self.mixed.append(script_s(*args))
+            self.mixed.append(honest(*args))
             return self.mixed[-1]
-        script_s = getattr(script, "mixture_nll", None)
-        return mock.patch.object(script, "mixture_nll", noted) if script_s else contextlib.nullcontext()
+        honest = getattr(script, "mixture_nll", None)
+        return mock.patch.object(script, "mixture_nll", noted) if honest else contextlib.nullcontext()
 
     def pass_of(self, scored) -> EvalPass:
         if not self.passes or self.passes[-1][0] is not scored:
