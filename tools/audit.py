@@ -585,7 +585,7 @@ class Audit:
         counts, own, worst = Counts(self.tokens.tolist(), self.cfg.ngrams), np.zeros(targets), 0.0
         for i in range(targets):
             word = counts.tokens[i + 1]
-            own[i] = -np.log(counts.mix(i, np.exp(-given[i]), [word])[0])
+            own[i] = -np.log(counts.mix(i, np.exp(-given[i:i + 1]), [word])[0])
             if i % max(targets // 300, 1) == 0:  # any distribution in which the target has the model's probability
                 rest = np.full(vocab, (1 - np.exp(-given[i])) / (vocab - 1))
                 rest[word] = np.exp(-given[i])
