@@ -605,8 +605,8 @@ class Audit:
             result.loss * result.tokens, total, rel_tol=1e-9), f"{result.loss * result.tokens:.6f} nats, single scores "
             f"{total:.6f}")
         bpb = total / math.log(2) / size
-        self.find("ngram", "bits per byte are nats / ln 2 / bytes", result.bytes == size and math.isclose(
-            result.bpb, bpb, rel_tol=1e-9), f"{result.bpb:.8f} reported, {bpb:.8f} computed")
+        told = size == result.bytes and math.isclose(bpb, result.bpb, rel_tol=1e-9)
+        self.find("ngram", "bits per byte are nats / ln 2 / bytes", told, f"{result.bpb:.8f} reported, {bpb:.8f} computed")
 
     def often_seen(self, count: int) -> list[int]:
         """Targets whose shortest context occurred most often before."""
