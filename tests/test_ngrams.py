@@ -3,14 +3,18 @@ import collections
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
 import train_gpt as tg
-from conftest import environment, make_runtime
+from conftest import ROOT, environment, make_runtime
 from hypothesis import given, settings, strategies as st
 from test_audit import DOCUMENT, audit, failed  # noqa: F401  (a fixture)
 from test_evaluation import LORA, setting  # noqa: F401  (a fixture)
+
+sys.path.insert(0, str(ROOT / "tools"))
+import ngram as tool  # noqa: E402
 
 NGRAMS = ((1, 3.0), (2, 0.7), (3, 2.0), (5, 0.1), (8, 1.0), (12, 0.5))
 
@@ -259,3 +263,60 @@ def test_text_order_with_documents_that_go_on_from_others_is_caught(audit, monke
     monkeypatch.setattr(tg.LoraAdapter, "reset", lambda self: None)
     found = failed(audit(**COUNTED, **{**DOCUMENT, "ttt_batch_docs": 1}))
     assert {("ttt", "causality"), ("ngram", "causality")} <= found
+
+
+# ---- tools/ngram.py
+
+@pytest.fixture
+def artifact(config, rt, tmp_path):
+    cfg = config(num_layers=1, ve_layers="0")
+    torch.manual_seed(0)
+    path = tmp_path / "some.ptz"
+    path.write_bytes(tg.pack(cfg, tg.GPT(cfg), tg.open_tokenizer(cfg)[1]).blob)
+    return path
+
+
+@pytest.fixture
+def find(corpus, tmp_path, monkeypatch, capsys, artifact):
+    """The tool in this process: exit code, output, error."""
+    def start(*arguments, **variables):
+        for name, value in environment(corpus, tmp_path, TTT_ENABLED=0, **variables).items():
+            monkeypatch.setenv(name, value)
+        return tool.main([str(artifact), *arguments]), *capsys.readouterr()
+    return start
+
+
+def test_concentrations_come_from_training_text(find, corpus, monkeypatch):
+    """From the end of it: other validation text changes nothing; what is printed can be set."""
+    code, out, err = find("--tokens", "600", "NGRAM_ORDERS=2,3", "EVAL_STRIDE=0")
+    assert code == 0, err
+    score, line = out.splitlines()
+    assert score.startswith("roundtrip: ") and "on 300 targets of the training text" in score
+    chosen = dict(pair.split("=") for pair in line.split())
+    assert [order for order, _ in tg.Hyperparameters.from_env(chosen).ngrams] == [2, 3]
+    opened = tg.ValData.open.__func__
+    monkeypatch.setattr(tg.ValData, "open", classmethod(lambda cls, *args: dataclasses.replace(
+        opened(cls, *args), tokens=torch.zeros(1700, dtype=torch.int32))))
+    assert find("--tokens", "600", "NGRAM_ORDERS=2,3", "EVAL_STRIDE=0")[1].splitlines()[1] == line
+    assert "on 600 targets of the validation text" in find("--val", "--tokens", "600", "NGRAM_ORDERS=2,3")[1]
+
+
+def test_picked_concentrations_are_better_than_their_neighbours():
+    tokens = torch.randint(0, 6, (900,), generator=torch.Generator().manual_seed(3)) ** 2 // 6
+    nll = torch.full((899,), math.log(6), dtype=torch.float64)
+    counts = list(tg.count_contexts(tokens, [1, 2]))
+    chosen = tool.pick(counts, nll)
+    loss = lambda weights: tg.mixture_nll(tokens, nll, list(zip((1, 2), weights))).mean().item()
+    assert loss(chosen) < loss([8.0, 8.0])
+    for i in (0, 1):
+        for factor in (0.5, 2.0):
+            assert loss(chosen) <= loss([weight * factor if i == j else weight for j, weight in enumerate(chosen)]) + 1e-6
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--tokens", "600"], "NGRAM_ORDERS is empty"), (["--tokens", "20", "NGRAM_ORDERS=2"], "less than a window of 32"),
+    (["--tokens", "1", "NGRAM_ORDERS=2"], "--tokens 1 is out of range"),
+    (["NGRAM_ORDERS=2,1"], "NGRAM_ORDERS='2,1' is not growing"), (["NGRAM_ORDER=2"], "NGRAM_ORDER is not a setting")])
+def test_mistakes_of_the_tool_are_one_line(find, arguments, message):
+    code, _, err = find(*arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
