@@ -77,10 +77,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("artifact", metavar="ARTIFACT")
     parser.add_argument("--tokens", type=int, default=200_000, metavar="N", help="targets (default: %(default)s)")
     parser.add_argument("--val", action="store_true", help="measure on validation text instead")
-    args = parser.parse(argv)
+    args, settings = parser.split(argv)
     if args.tokens < 2:
         raise tg.UserError(f"--tokens {args.tokens} is out of range: 2 or more")
-    cfg = tg.settings_from({**os.environ, "EVAL_ARTIFACT": args.artifact, "EVAL_MAX_SECONDS": "0"})
+    cfg = tg.settings_from({**os.environ, **settings, "EVAL_ARTIFACT": args.artifact, "EVAL_MAX_SECONDS": "0"})
     if not cfg.ngrams:
         raise tg.UserError("NGRAM_ORDERS is empty: name the lengths of contexts, like NGRAM_ORDERS=2,3,4,5,6,8,12")
     rt = tg.Runtime.open(cfg)
