@@ -168,9 +168,11 @@ def test_the_clock_leaves_time_for_counting(tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     ({"NGRAM_ORDERS": "3,2"}, "NGRAM_ORDERS='3,2' is not growing lengths of contexts"),
-    ({"NGRAM_ORDERS": "2,2"}, "NGRAM_ORDERS='2,2' is not growing"), ({"NGRAM_ORDERS": "0,1"}, "NGRAM_ORDERS='0,1' is not"),
+    ({"NGRAM_ORDERS": "2,2"}, "NGRAM_ORDERS='2,2' is not growing"),
+    ({"NGRAM_ORDERS": "0,1"}, "NGRAM_ORDERS='0,1' is not"),
     ({"NGRAM_ORDERS": "two"}, "NGRAM_ORDERS='two' is not"), ({"NGRAM_ORDERS": "2,20000"}, "longer than 10,000 tokens"),
-    *(({"NGRAM_ORDERS": "2,3", "NGRAM_CONCENTRATIONS": text}, f"NGRAM_CONCENTRATIONS='{text}' is not one positive number")
+    *(({"NGRAM_ORDERS": "2,3", "NGRAM_CONCENTRATIONS": text},
+       f"NGRAM_CONCENTRATIONS='{text}' is not one positive number")
       for text in ("0", "-1", "nan", "4,nan", "1,0", "inf", "1,2,3", "", "much"))])
 def test_mistakes_are_one_line(corpus, tmp_path, settings, message):
     with pytest.raises(tg.UserError) as error:
@@ -251,7 +253,8 @@ def counts_of_other_scores(monkeypatch):
     (table_filled_in_another_order, {"counts are exact, of earlier tokens", "causality"}),
     (lower_of_the_two, {"counts are exact, of earlier tokens", "full-vocabulary normalisation"}),
     (sum_of_less, {"the sum is that of the scores"}),
-    (counts_of_other_scores, {"counts are exact, of earlier tokens"})], ids=lambda value: getattr(value, "__name__", ""))
+    (counts_of_other_scores, {"counts are exact, of earlier tokens"})],
+    ids=lambda value: getattr(value, "__name__", ""))
 def test_planted_cheats_are_caught(audit, monkeypatch, cheat, checks):
     cheat(monkeypatch)
     found = audit(ttt_enabled=False, eval_stride=0, **COUNTED)
@@ -310,7 +313,8 @@ def test_picked_concentrations_are_better_than_their_neighbours():
     assert loss(chosen) < loss([8.0, 8.0])
     for i in (0, 1):
         for factor in (0.5, 2.0):
-            assert loss(chosen) <= loss([weight * factor if i == j else weight for j, weight in enumerate(chosen)]) + 1e-6
+            other = [weight * factor if i == j else weight for j, weight in enumerate(chosen)]
+            assert loss(chosen) <= loss(other) + 1e-6
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -597,8 +597,8 @@ class Audit:
                   f"plain count along the text, {own.sum() / given.sum() - 1:+.2%} nats on the whole")
         masses = [self.mixed_mass(place, given) for place in self.often_seen(max(2048 // vocab, 1))]
         worst = max(worst, *(abs(mass - 1) for mass in masses))
-        self.find("ngram", "full-vocabulary normalisation", worst <= 1e-6, f"probabilities of the {vocab} tokens in one "
-                  f"place are 1 together, {worst:.1e} off at most in {places} places by the audit's counts and "
+        self.find("ngram", "full-vocabulary normalisation", worst <= 1e-6, f"probabilities of the {vocab} tokens in "
+                  f"one place are 1 together, {worst:.1e} off at most in {places} places by the audit's counts and "
                   f"{len(masses)} by the script's")
         total = mixed.sum()
         self.find("ngram", "the sum is that of the scores", result.tokens == targets and math.isclose(
@@ -606,7 +606,8 @@ class Audit:
             f"{total:.6f}")
         bpb = total / math.log(2) / size
         told = size == result.bytes and math.isclose(bpb, result.bpb, rel_tol=1e-9)
-        self.find("ngram", "bits per byte are nats / ln 2 / bytes", told, f"{result.bpb:.8f} reported, {bpb:.8f} computed")
+        self.find("ngram", "bits per byte are nats / ln 2 / bytes", told,
+                  f"{result.bpb:.8f} reported, {bpb:.8f} computed")
 
     def often_seen(self, count: int) -> list[int]:
         """Targets whose shortest context occurred most often before."""

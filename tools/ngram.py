@@ -96,8 +96,8 @@ def main(argv: list[str]) -> int:
         [[count[:half] for count in each] for each in counts], nll[:half])
     mixed = tg.mixture_nll(text.tokens, nll, list(zip(orders, chosen)))
     before, after = nll[half:].mean().item(), mixed[half:].mean().item()
-    print(f"{key}: {before:.5f} nats a token, with counts {after:.5f}, {after / before - 1:+.2%}, on {len(nll) - half:,} "
-          f"targets of the {'validation' if args.val else 'training'} text; {seconds:.1f} s to score, {counting:.2f} s "
+    print(f"{key}: {before:.5f} nats a token, with counts {after:.5f}, {after / before - 1:+.2%}, on "
+          f"{len(nll) - half:,} targets of the {'validation' if args.val else 'training'} text; {seconds:.1f} s to score, {counting:.2f} s "
           "to count")
     print(f"NGRAM_ORDERS={','.join(map(str, orders))} NGRAM_CONCENTRATIONS={','.join(f'{c:.3g}' for c in chosen)}")
     return 0

@@ -197,10 +197,10 @@ def build_file(source: Path, out: Path) -> None:
 
 # ---- folder ------------------------------------------------------------------------------------------------
 
-SCORES = {"val_bpb_ttt": "test-time training", "val_bpb_sliding": "sliding window",  # the best first
-          "val_bpb_roundtrip": "whole windows"}
-EVENTS = {"val_bpb_ttt": "legal_ttt", "val_bpb_sliding": "_sliding_window", "val_bpb_roundtrip": "_roundtrip",
-          "val_bpb_pre_quant": "post_average"}  # how the names of these evaluations end
+SCORES = {"val_bpb_ngram": "counts of scored tokens", "val_bpb_ttt": "test-time training",  # the best first
+          "val_bpb_sliding": "sliding window", "val_bpb_roundtrip": "whole windows"}
+EVENTS = {"val_bpb_ngram": "_ngram", "val_bpb_ttt": "legal_ttt", "val_bpb_sliding": "_sliding_window",
+          "val_bpb_roundtrip": "_roundtrip", "val_bpb_pre_quant": "post_average"}  # ends of the evaluations' names
 # Tokens and bytes of the canonical validation texts, whole (plain SP-8192 and SP-1024, CaseOps, CaseOps with MP3).
 CANONICAL = {f"{tokens} tokens of {size} bytes" for tokens, size in (
     (47_853_343, 151_080_622), (47_851_520, 151_074_499), (43_767_808, 151_079_389), (40_540_160, 151_078_222))}
