@@ -34,9 +34,10 @@ Where a technique lives:
     soft cap, cross-entropy in chunks       CappedCrossEntropy, called by GPT.loss; multi-token prediction: GPT.loss
     smear gates, hashed n-gram tables       GPT.embed: SmearGate, WindowSmearGate, hash_ngrams
     value embeddings, skip connections      GPT.hidden; value residual, gates, attention window: Attention, Block
-    loop of layers (depth recurrence)       Hyperparameters.visits, applied by GPT.hidden; when: plan_step
+    loop of layers (depth recurrence)       Hyperparameters.visits, applied by GPT.hidden; when: stage
+    growing context, all graphs of a run    stage, stage_shares; warm_up, TrainState.rewarmed
     parallel residuals, two lanes or joint  Block.forward; where the lanes begin and end: GPT.hidden
-    documents in a flat stream              Documents, attend_varlen; their positions: rope_table
+    documents in a flat stream              TrainData.training_batch, document_starts; Documents, attend_varlen
     initial weights                         GPT.init_weights
     learning rate, decay, bits of a tensor  its row of FAMILIES, which names the settings
     Muon, Newton-Schulz, Polar Express      Muon, newton_schulz; NorMuon: normalise_rows_; MuonEq-R: launch_update
@@ -427,7 +428,7 @@ WITHOUT_EFFECT = {  # published variables that cannot mean anything here -> why;
     **dict.fromkeys(("NORM_RECAL_EPOCHS", "NORM_RECAL_LR", "NORM_RECAL_SEQS", "FISHER_VAL_SEQS"),
                     "training on validation text before it is scored is not legal"),
     "TTT_MAX_SEQS": "every token is scored", "SPEED_MEASURE_STEPS": "the warm-down follows the clock at every step",
-    **dict.fromkeys(("WANDB_ENABLED", "WANDB_PROJECT"), "logs/RUN_ID.jsonl has what would be sent")}
+    "WANDB_ENABLED": "run.sh and tools/track.py send what runs/RUN_ID/events.jsonl has"}
 
 
 def process_environment() -> dict[str, str]:
@@ -554,7 +555,7 @@ def settings_by_section() -> dict[str, list[dataclasses.Field]]:
 
 
 def config_table(markdown: bool = False) -> str:
-    """The settings as a table: what --help prints and what README shows."""
+    """The settings as a table: what --help prints and what SETTINGS.md shows."""
     head = ["", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown else []
     row = "| `{0}` | `{1}` | {2} | {3} |" if markdown else "  {0:<34} {1!s:<10} {3} [{2}]"
     lines = []
@@ -1293,8 +1294,8 @@ class TrainData:
             return
         ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
         for row, (inputs, targets) in zip(ids, self.batch(step)):
-            starts = self.to_device(document_starts(row, self.bos_id, seq_len))
-            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
+            starts = self.to_device(document_starts(row, self.bos_id, seq_len or self.seq_len))
+            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len or self.seq_len)}
 
 
 def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
@@ -4379,6 +4380,11 @@ def lost_a_rank(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
+def log_failure(rt: Runtime | None, why: str) -> None:
+    if rt is not None and not rt.log.fresh:  # the log has begun
+        rt.log(f"error: {why}", "failed", console=False, why=why)
+
+
 def how_to_go_on(rt: Runtime | None) -> str:
     if rt is None:
         return ""
@@ -4420,12 +4426,12 @@ def start(signals: Signals) -> int:
             rt.agree(0.0)  # no rank leaves before the first has written its last file
             code = 0
     except UserError as error:
-        if rt is not None and not rt.log.fresh:  # the log has begun
-            rt.log(f"error: {error}", "failed", console=False, why=str(error))
+        log_failure(rt, str(error))
         print_error(str(error), rank, signals if rank else None)
         code = 2
     except KeyboardInterrupt as stop:
         number = (*stop.args, signal.SIGINT)[0]
+        log_failure(rt, f"interrupted ({signal.Signals(number).name})")
         if rank == 0:
             print(f"interrupted ({signal.Signals(number).name}){how_to_go_on(rt)}", file=sys.stderr, flush=True)
         code = 128 + number

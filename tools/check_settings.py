@@ -17,7 +17,7 @@ from shell import AUDIT, OTHERS, RANKS, UsageError, did_you_mean, one_line_error
 
 def check_arguments(arguments: list[str], names: list[str]) -> None:
     """Raises UsageError."""
-    _, rest = take_settings(arguments, [*names, *AUDIT, *RANKS, "SCALE"])
+    _, rest = take_settings(arguments, [*names, *AUDIT, *RANKS, "SCALE", "TENSORBOARD"])
     for argument in rest:
         raise unknown(argument.partition("=")[0], names)
 

@@ -31,7 +31,8 @@ class Fork:
         out.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         # a pipe has no limit; it holds all that a small run prints
-        self.pipe, file = os.pipe() if limit_bytes else (-1, os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+        opened = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self.pipe, file = os.pipe() if limit_bytes else (-1, os.open(out, opened, 0o644))
         if limit_bytes:
             fcntl.fcntl(file, fcntl.F_SETPIPE_SZ, 1 << 20)
         self.pid = os.fork()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 # Beginnings of variables that are other programs': they are passed on as they are.
 OTHERS = ("AOT", "CUBLAS", "CUDA", "CUDNN", "GLOO", "HF_", "INDUCTOR", "KMP", "LD_", "LOCAL_RANK", "MASTER_", "MKL",
           "MPL", "NCCL", "NUMEXPR", "NVIDIA", "OMP", "OPENBLAS", "PYTHON", "PYTORCH", "RANK", "TMPDIR", "TORCH", "TQDM",
-          "TRITON", "WORLD_SIZE")
+          "TRITON", "WANDB", "WORLD_SIZE")
 # Variables that run.sh and tools/audit.py read.
 AUDIT = ["AUDIT", "AUDIT_OUT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
 RANKS = ["NNODES", "NODE_RANK", "RDZV_ENDPOINT", "NPROC_PER_NODE", "MAX_RESTARTS"]
