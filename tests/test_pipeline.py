@@ -435,7 +435,7 @@ def test_a_checkpoint_of_other_settings_is_refused(run):
     for kind in ("", ".before"):
         (refused.folder / f"runs/tiny/checkpoint{kind}.pt").write_bytes(b"PK damaged")
     damaged = run(CHECKPOINT_EVERY=4, RESUME=1)
-    assert damaged.code == 2 and "is damaged, and there is no other one" in damaged.err
+    assert damaged.code == 2 and "is whole; start without RESUME=1" in damaged.err
 
 
 def test_world_size_does_not_change_the_mathematics(corpus, tmp_path):
