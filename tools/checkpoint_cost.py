@@ -2,7 +2,7 @@
 
     TRAIN_BATCH_TOKENS=1024 python tools/checkpoint_cost.py [PAIRS]      # the environment's settings; data is not needed
 
-Steps alternate, so that a machine in other use slows both alike: one alone, one that begins with the write of a checkpoint.
+Steps alternate, so that a machine in other use slows both alike: steps are taken while a checkpoint is written, then as many alone.
 """
 from __future__ import annotations
 
@@ -48,20 +48,21 @@ def measure(cfg: tg.Hyperparameters, rt: tg.Runtime, pairs: int) -> None:
         return time.perf_counter() - start
     step = lambda: tg.train_step(state, data, plan, loss_fn)
     step()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters. Seconds of a step alone and beside a write; of the write "
-          "in the foreground and in the background")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters. Seconds: a step beside a write, a step alone, foreground, "
+          "background; number of steps")
     for _ in range(pairs):
-        alone, begun = seconds(step), time.perf_counter()
-        foreground = seconds(lambda: tg.save_checkpoint(cfg, rt, state))
-        beside = seconds(step)
-        rt.finish_writing()
-        rows.append((alone, beside, foreground, time.perf_counter() - begun - foreground))
-        print(" ".join(f"{value:.3f}" for value in rows[-1]), flush=True)
-    alone, beside, foreground, background = map(statistics.median, zip(*rows))
-    ratio = statistics.median(row[1] / row[0] for row in rows)
-    size = tg.checkpoint_path(rt).stat().st_size
-    print(f"{size:,} bytes; medians: {alone:.3f} s alone, {beside:.3f} s beside (median ratio {ratio:.3f}), "
-          f"{foreground:.2f} s in the foreground, done after {background:.2f} s")
+        foreground, begun, steps = seconds(lambda: tg.save_checkpoint(cfg, rt, state)), time.perf_counter(), []
+        writer = rt.threads[0]
+        while writer.is_alive():
+            steps.append(seconds(step))
+        beside, background = statistics.mean(steps), time.perf_counter() - begun
+        alone = statistics.mean(seconds(step) for _ in steps)
+        rows.append((beside, alone, foreground, background))
+        print(*(f"{value:.3f}" for value in rows[-1]), len(steps), flush=True)
+    beside, alone, foreground, background = map(statistics.median, zip(*rows))
+    ratio = statistics.median(row[0] / row[1] for row in rows)
+    print(f"{tg.checkpoint_path(rt).stat().st_size:,} bytes. Medians: {beside:.3f} s beside, {alone:.3f} s alone, their ratio "
+          f"{ratio:.3f}; {foreground:.2f} s in the foreground, {background:.1f} s in the background")
 
 
 if __name__ == "__main__":
