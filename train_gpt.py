@@ -294,17 +294,27 @@ class Hyperparameters:
     ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, alias="LORA_RANK")
     ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0, hi=1e5)
     ttt_lora_targets: str = env_field("q,v,head", "matrices that get one: of q, k, v, o, mlp, head, comma-separated")
+    ttt_lora_parallel: bool = env_field(False, "additions of o and mlp go from the normalised input of attention and "
+                                        "MLP to their output (PR 1530)")
     ttt_lora_layers: str = env_field("", "in which layers (from 0), like 7-10 or 8,9,10; empty: all")
     ttt_lora_layer_rates: str = env_field("", "layers with another learning rate, relative to TTT_LORA_LR: 7:0.6,8:0.8")
     ttt_lora_optimizer: str = env_field("adam", "optimiser of the additions", choices="adam sgd")
     ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0, hi=100)
+    ttt_local_lr_mult: float = env_field(1.0, "multiplies it (PR 1953)", lo=0, hi=100)
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
     ttt_adam_eps: float = env_field(1e-10, "adam's epsilon", lo=0, hi=1)
     ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0, hi=10)
     ttt_batch_docs: int = env_field(64, "documents in a rank's batch; fewer are padded", lo=1, alias="TTT_BATCH_SIZE")
     ttt_doc_chunk_tokens: int = env_field(256, "document tokens scored per adaptation", lo=1, alias="TTT_CHUNK_SIZE")
+    ttt_chunk_ladder: str = env_field("", "fewer where a batch's longest document has at most so many tokens (PR "
+                                      "2014): 256:8,2000:24", alias="TTT_SHORT_SCORE_FIRST_STEPS")
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
+    ttt_eval_seq_len: int = env_field(0, "tokens of context inside a document; 0: EVAL_SEQ_LEN", lo=0)
+    ttt_warm_start_a: bool = env_field(False, "the next batch of documents goes on with the first factors, A, of the "
+                                       "additions (PR 1767)")
+    ttt_warm_chains: int = env_field(8, "in so many chains of batches, which ranks share: any number of them gives the "
+                                     "same scores", lo=1, hi=4096)
     hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
 
@@ -345,6 +355,28 @@ class Hyperparameters:
         """Tokens of an evaluation window."""
         return self.eval_seq_len or self.train_seq_len
 
+    @property
+    def doc_context(self) -> int:
+        """Most tokens a document's token is scored with."""
+        return self.ttt_eval_seq_len or self.window
+
+    @property
+    def doc_chunks(self) -> tuple[tuple[float, int], ...]:
+        """(tokens of the longest document, tokens of its chunks), growing. Raises UserError."""
+        def parse(parts):
+            steps = [*(tuple(map(int, part.split(":"))) for part in parts), (math.inf, self.ttt_doc_chunk_tokens)]
+            limits, chunks = zip(*steps)
+            if min(chunks) < 1 or any(list(values) != sorted(set(values)) for values in (limits, chunks)):
+                raise ValueError
+            return tuple(steps)
+        return parse_list("TTT_CHUNK_LADDER", self.ttt_chunk_ladder, "growing lengths of documents with growing chunks "
+                          f"below TTT_DOC_CHUNK_TOKENS={self.ttt_doc_chunk_tokens}, like 256:8,2000:24", parse)
+
+    @property
+    def lengths_known(self) -> bool:
+        """Whether scores depend on the lengths of documents, which a decoder would have to be told."""
+        return self.ttt_warm_start_a or bool(self.ttt_chunk_ladder)
+
     def visits(self, looped: bool) -> list[int]:
         """The layers in the order in which they are applied; `looped`: those of the loop again and again."""
         layers, again = list(range(self.num_layers)), self.num_loops if looped else 0
@@ -383,7 +415,8 @@ class Hyperparameters:
     @property
     def lora_kinds(self) -> tuple[str, ...]:
         """Which matrices LoRA adds to, by the names of LayerWeights."""
-        kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "mlp": ["up", "down"], "head": ["head"]}
+        kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "head": ["head"],
+                 "mlp": ["down"] if self.ttt_lora_parallel else ["up", "down"]}
         return parse_list("TTT_LORA_TARGETS", self.ttt_lora_targets, "some of q,k,v,o,mlp,head",
                           lambda parts: tuple(kind for part in parts for kind in kinds[part]))
 
@@ -495,7 +528,7 @@ def check_combinations(cfg: Hyperparameters) -> None:
     for holds, message in combination_rules(cfg):
         if not holds:
             raise UserError(message.format(**shown, head_dim=cfg.head_dim, window=cfg.window, last=cfg.num_layers - 1,
-                                           scored=cfg.eval_stride or cfg.window))
+                                           scored=cfg.eval_stride or cfg.window, context=cfg.doc_context))
 
 
 def combination_rules(cfg: Hyperparameters):
@@ -532,7 +565,10 @@ def combination_rules(cfg: Hyperparameters):
             "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
     elif cfg.ttt_enabled:
         yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
-        yield cfg.ttt_doc_chunk_tokens <= cfg.window, "{ttt_doc_chunk_tokens} is longer than a window of {window}"
+        yield cfg.doc_chunks[-1][1] <= cfg.doc_context, "{ttt_doc_chunk_tokens} is longer than a window of {context}"
+        yield not cfg.rope_train_seq_len or cfg.ttt_eval_seq_len <= cfg.train_seq_len, (
+            "{ttt_eval_seq_len} is more than {train_seq_len}, up to which {rope_train_seq_len} gives one rotary base; "
+            "ROPE_TRAIN_SEQ_LEN=0 never changes it")
         yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
         yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
     if cfg.ttt_enabled and cfg.ttt_mode == "lora":
@@ -1969,9 +2005,12 @@ def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def project(x: Tensor, weight) -> Tensor:
-    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one: see `GPT.hidden`."""
-    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
+    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one, and of `source`, the input
+    of attention or MLP as a whole, if it has the attribute `parallel`: see `GPT.hidden`."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    return weight(x, source) if getattr(weight, "parallel", False) else weight(x)
 
 
 class SmearGate(nn.Module):
@@ -2069,7 +2108,7 @@ class Attention(nn.Module):
         if self.sparse_gate is not None:
             channels = recent[..., :self.sparse_gate.in_features]
             y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
-        return project(y.flatten(2), out_w), value
+        return project(y.flatten(2), out_w, recent), value
 
 
 class Block(nn.Module):
@@ -2117,7 +2156,7 @@ class Block(nn.Module):
         plain = all(isinstance(weight, Tensor) for weight in weights[4:])
         if plain and suits_triton(self.kernels, x.dtype, *weights.up.shape):
             return FusedMlp.apply(x.flatten(0, 1), weights.up, weights.down, self.slope).view_as(x)
-        return project(SquaredLeakyReLU.apply(project(x, weights.up), self.slope), weights.down)
+        return project(SquaredLeakyReLU.apply(project(x, weights.up), self.slope), weights.down, x)
 
 
 class GPT(nn.Module):
@@ -3555,13 +3594,15 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
 # ------------------------------------------------------------------------------------------------ ADAPTERS
 class LowRank:
     """A matrix with a low-rank addition, as a function of its input: x W^T + scale (x a^T) b^T. a [rank, in] and
-    b [out, rank] are for all rows of x [rows, T, in], or with a leading dimension one pair per row."""
+    b [out, rank] are for all rows of x [rows, T, in], or with a leading dimension one pair per row. If `parallel`, the
+    addition reads `source` instead of x."""
 
-    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float):
-        self.matrix, self.a, self.b, self.scale = matrix, a, b, scale
+    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float, parallel: bool = False):
+        self.matrix, self.a, self.b, self.scale, self.parallel = matrix, a, b, scale, parallel
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix) + self.scale * (x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
+    def __call__(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        source = source if self.parallel else x
+        return F.linear(x, self.matrix) + self.scale * (source @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
 
 
 def hash_pairs(ids: Tensor, buckets: int) -> Tensor:
@@ -3690,11 +3731,13 @@ class LoraAdapter(Adapter):
         rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
         self.scale, self.pairs, self.initial, trained = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
         generator = torch.Generator().manual_seed(cfg.seed)
+        self.parallel = ("out", "down") if cfg.ttt_lora_parallel else ()
 
         def add(kind: str, visit: int, matrix: Tensor) -> Tensor:
             layer = model.layer_of(visit)
             if kind in cfg.lora_kinds and (layer < 0 or layer in cfg.lora_layer_ids):
-                a = torch.empty(rank, matrix.size(1)).uniform_(-1, 1, generator=generator) * matrix.size(1) ** -0.5
+                width = model.cfg.model_dim if kind in self.parallel else matrix.size(1)
+                a = torch.empty(rank, width).uniform_(-1, 1, generator=generator) * width ** -0.5
                 initial = [t.to(matrix.device) for t in (a, torch.zeros(matrix.size(0), rank))]
                 pair = self.pairs[kind, visit] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in initial]
                 self.initial += initial
@@ -3702,16 +3745,20 @@ class LoraAdapter(Adapter):
             return matrix
         model.layer_weights(False, add)
         model.output_weight(False, add)
-        super().__init__(model, cfg, rt, trained, cfg.ttt_lora_lr, cfg.ttt_lora_optimizer, rows)
+        lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        super().__init__(model, cfg, rt, trained, lr, cfg.ttt_lora_optimizer, rows)
 
     def hook(self, kind: str, visit: int, matrix: Tensor):
         pair = self.pairs.get((kind, visit))
-        return LowRank(matrix, *pair, self.scale) if pair else super().hook(kind, visit, matrix)
+        if pair is None:
+            return super().hook(kind, visit, matrix)
+        return LowRank(matrix, *pair, self.scale, kind in self.parallel)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the initial values, in place, for other documents."""
-        torch._foreach_copy_(self.trained, [start.expand_as(t) for start, t in zip(self.initial, self.trained)])
+    def reset(self, keep_a: bool = False) -> None:
+        """Back to the initial values, in place, for other documents; keep_a: but for the first factors."""
+        initial, trained = (values[1::2] if keep_a else values for values in (self.initial, self.trained))
+        torch._foreach_copy_(trained, [start.expand_as(t) for start, t in zip(initial, trained)])
         for state in self.optimiser.state.values():
             torch._foreach_zero_(list(state.values()))
 
@@ -3798,6 +3845,8 @@ class ScoredChunk:
     first: int = 0          # the first of them, in a stream
     progress: float = 0.0   # 0..1 of the text
     resets: bool = False    # the adapter starts afresh: other documents begin here
+    keeps_a: bool = False   # but for the first factors of its additions
+    goes_on: Tensor | None = None  # which documents have more chunks, bool [rows]: the others have no use of a lesson
 
     @property
     def reads(self) -> int:
@@ -3826,25 +3875,38 @@ def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Scor
     """This rank's documents, TTT_BATCH_DOCS of about one length side by side, chunk by chunk. A document runs from its
     BOS to the next one, which is its last target. What a token is scored with depends on nothing after it: chunks are
     counted from the BOS, and every batch has the same number of rows.
+
+    If the lengths of documents are known (PR 1855, 2014), they do more: chunks may grow with them, a last window
+    reaches back as far as any, and first factors pass along a chain of whole batches, longest documents first. The
+    chains are the plan's, not the ranks': what a batch goes on from depends on no rank's speed.
     """
-    targets, chunk = len(val.tokens) - 1, cfg.ttt_doc_chunk_tokens
+    targets, rows, warm = len(val.tokens) - 1, cfg.ttt_batch_docs, cfg.ttt_warm_start_a
     starts = (val.tokens[:-1] == val.bos_id).nonzero().flatten().cpu()
     bounds = torch.unique(F.pad(F.pad(starts, (1, 0), value=0), (0, 1), value=targets))
     first, stop = bounds[:-1], bounds[1:]
-    order = (stop - first).argsort(descending=True, stable=True)
-    loads, plan = [0] * rt.world_size, []
-    for group in order.split(cfg.ttt_batch_docs):  # longest first, each to the rank with the least to do
-        steps = -(-int((stop - first)[group[0]]) // chunk)
-        owner = loads.index(min(loads))
-        loads[owner] += steps
-        for step in range(steps if owner == rt.rank else 0):
+    groups = (stop - first).argsort(descending=not cfg.lengths_known, stable=True).split(rows)
+    longest_of = lambda group: int((stop - first)[group].max())
+    if cfg.lengths_known:  # among equals a batch that is not full comes first: no other goes on from it
+        groups = sorted(groups, key=lambda group: (-longest_of(group), len(group) == rows))
+    chains = [[] for _ in range(cfg.ttt_warm_chains if warm else rt.world_size)]
+    loads, carried = [0] * len(chains), [False] * len(chains)
+    for group in groups:
+        longest = longest_of(group)
+        chunk = next(tokens for limit, tokens in cfg.doc_chunks if longest + 1 <= limit)  # with the BOS after it
+        steps = -(-longest // chunk)
+        owner = loads.index(min(loads))  # the longest to the chain with the least to do
+        for step in range(steps if owner % rt.world_size == rt.rank else 0):
             end = chunk * (step + 1)
             low, high = ((first[group] + at).minimum(stop[group]) for at in (end - chunk, end))
-            length = min(end, cfg.window)
-            windows = Windows(first[group] + end - length, low, high, length, chunk).filled(cfg.ttt_batch_docs)
+            length, reach = min(end, cfg.doc_context), high if cfg.lengths_known else first[group] + end
+            windows = Windows((reach - length).maximum(first[group]), low, high, length, chunk).filled(rows)
             trains = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
-            plan.append(ScoredChunk([windows], cfg.ttt_batch_docs * length if trains else 0, resets=step == 0))
-    return plan
+            chains[owner].append(ScoredChunk(
+                [windows], rows * length if trains else 0, resets=step == 0, keeps_a=carried[owner],
+                goes_on=F.pad(stop[group] - first[group] > end, (0, rows - len(group)))))
+        loads[owner] += steps
+        carried[owner] = warm and len(group) == rows  # where a row had no document, nothing was learnt
+    return [chunk for chain in chains for chunk in chain]
 
 
 def plan_evaluation(val: ValData, cfg: Hyperparameters, rt: Runtime, stride: int, batch_seqs: int,
@@ -3987,7 +4049,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     for i, chunk in enumerate(plan):
         epochs = clock.affordable_epochs(chunk.train_tokens, i)
         if chunk.resets:
-            adapter.reset()
+            adapter.reset(chunk.keeps_a)
         for windows in chunk.batches:
             ids, targets, numbers, counted = windows.read(val.tokens)
             rescore = functools.partial(score_fn, ids, targets, temperature, hook)
@@ -4003,7 +4065,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
         if epochs and rows:
             scored.require_scored_once(scored.times[numbers])
-            adapter.learn_rows(nll, counted, epochs, rescore)
+            adapter.learn_rows(nll, counted & chunk.goes_on.to(counted.device)[:, None], epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
         clock.lap("learn", chunk.resets, chunk.train_tokens, epochs)

@@ -265,7 +265,8 @@ def test_refusals(run, variables, said):
 
 def on_ranks(corpus, folder, worlds, **variables):
     """{ranks: events in the log} of a run on so many ranks each, in folder/RANKS."""
-    command = [sys.executable, str(ROOT / "tools" / "forks.py"), *map(str, worlds)]
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import forks; sys.exit(forks.run_worlds(sys.argv[2:]))"
+    command = [sys.executable, "-c", program, str(ROOT / "tools"), *map(str, worlds)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, folder, **variables)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
