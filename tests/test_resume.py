@@ -593,3 +593,11 @@ def test_a_checkpoint_is_no_pickle_of_code(config, rt):
     path.write_bytes(tg.with_digest(tg.torch_bytes({"settings": Trap()})))
     with pytest.raises(tg.UserError, match="cannot be read"):
         tg.load_checkpoint(config(), rt, None)
+
+
+def test_what_a_checkpoint_costs_is_measured_beside_its_write(config, rt, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import checkpoint_cost
+    checkpoint_cost.measure(config(), rt, 2)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 4 and out[-1].startswith(f"{tg.checkpoint_path(rt).stat().st_size:,} bytes. Medians: ")

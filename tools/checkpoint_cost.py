@@ -53,7 +53,7 @@ def measure(cfg: tg.Hyperparameters, rt: tg.Runtime, pairs: int) -> None:
     for _ in range(pairs):
         foreground, begun, steps = seconds(lambda: tg.save_checkpoint(cfg, rt, state)), time.perf_counter(), []
         writer = rt.threads[0]
-        while writer.is_alive():
+        while writer.is_alive() or not steps:
             steps.append(seconds(step))
         beside, background = statistics.mean(steps), time.perf_counter() - begun
         alone = statistics.mean(seconds(step) for _ in steps)
