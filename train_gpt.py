@@ -221,7 +221,8 @@ class Hyperparameters:
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
     val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
-    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. The last step has one", lo=0)
+    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. Validations and the last step "
+                                      "have one", lo=0)
     checkpoint_seconds: float = env_field(120.0, "seconds of training between them; 0: not by time", lo=0, hi=1e7)
     resume: bool = env_field(False, "continue from the last checkpoint of RUN_ID")
     # Averaging
@@ -1151,7 +1152,7 @@ class Runtime:
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
 
     def agree(self, value: float) -> float:
-        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. Along with it
+        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. With it
         travels the signal of any rank."""
         box = torch.tensor([value if self.rank == 0 else -math.inf, self.signals.number], dtype=torch.float64)
         if self.world_size > 1:
@@ -2896,8 +2897,8 @@ def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
         if state.skipped:
             rt.log(f"warning: step {step} is not applied: the norm of its gradient is {norm}", "skipped", step=step)
         if state.skipped == MOST_SKIPPED:
-            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, are "
-                            "not finite; lower MATRIX_LR or SCALAR_LR")
+            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, "
+                            "are not finite; lower MATRIX_LR or SCALAR_LR")
 
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
@@ -4326,7 +4327,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
-    made = rt.from_first(lambda: read_export(cfg, rt) if rt.resumes else None) or make_artifact(cfg, rt, val, data, specs, watch)
+    made = rt.from_first(lambda: rt.resumes and read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
     return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
 
 
@@ -4355,27 +4356,27 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainDa
             "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
     rt.finish_writing()
     if rt.rank == 0:
-        held = json.dumps({"origin": origin(cfg, rt, path), "made": made})
-        rt.attempt(write_atomically, rt.run_folder / "export.json", held.encode())
+        rt.attempt(write_atomically, rt.run_folder / "export.json", export_record(cfg, rt, made))
     return made
 
 
-def origin(cfg: Hyperparameters, rt: Runtime, artifact: Path) -> list[str]:
-    """What tells whether an artifact comes from the newest checkpoint and these settings."""
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "" for path in
-               (artifact, checkpoint_path(rt))]
-    return [*digests, resumable_settings(cfg, exported=True)]
+def export_record(cfg: Hyperparameters, rt: Runtime, made: dict) -> bytes:
+    """What `make_artifact` returns, and what it belongs to: digests of artifact and newest checkpoint, and settings."""
+    files = filter(Path.exists, (Path(made["artifact_path"]), checkpoint_path(rt)))
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    settings = resumable_settings(cfg, exported=True)
+    return json.dumps({"made": made, "digests": digests, "settings": settings}).encode()
 
 
 def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
-    """What `make_artifact` returned before a run to be resumed was stopped, if its artifact is still there."""
+    """What `make_artifact` returned before a run to be resumed was stopped, if that is still what it would make."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        held = json.loads((rt.run_folder / "export.json").read_bytes())
-        made, path = held["made"], Path(held["made"]["artifact_path"])
-        if held["origin"] == origin(cfg, rt, path):
-            link_models(rt, path)
-            rt.log(f"resume:artifact {path} of step {made['steps']} is finished; its scores start over", "resume",
-                   step=made["steps"])
+        record = (rt.run_folder / "export.json").read_bytes()
+        made = json.loads(record)["made"]
+        if record == export_record(cfg, rt, made):
+            link_models(rt, Path(made["artifact_path"]))
+            rt.log(f"resume:artifact {made['artifact_path']} of step {made['steps']} is finished; its scores start "
+                   "over", "resume", step=made["steps"])
             return made
 
 
@@ -4493,9 +4494,10 @@ def start(signals: Signals) -> int:
         code = 2
     except KeyboardInterrupt as stop:
         number = (*stop.args, signal.SIGINT)[0]
-        log_failure(rt, f"interrupted ({signal.Signals(number).name})")
+        why = f"interrupted ({signal.Signals(number).name})"
+        log_failure(rt, why)
         if rank == 0:
-            print(f"interrupted ({signal.Signals(number).name}){how_to_go_on(rt)}", file=sys.stderr, flush=True)
+            print(why + how_to_go_on(rt), file=sys.stderr, flush=True)
         code = 128 + number
     except Exception as error:  # said before the process group ends: that may take this process with it
         if rt is None or rt.world_size == 1:
