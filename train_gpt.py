@@ -317,6 +317,10 @@ class Hyperparameters:
                                      "same scores", lo=1, hi=4096)
     hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
+    ngram_orders: str = env_field("", "context lengths at which counts of scored tokens join the last score's "
+                                  "probabilities, shortest first: 2,3,4,5,6,8,12; empty: none")
+    ngram_concentrations: str = env_field("8", "weight of a shorter context's probability there, for each token known "
+                                        "to follow: one for all lengths or one each (tools/ngram.py finds them)")
 
     @property
     def train_files(self) -> str:
@@ -434,6 +438,25 @@ class Hyperparameters:
         return parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", lambda parts: {
             int(layer): float(rate) for layer, rate in (part.split(":") for part in parts)})
 
+    @property
+    def ngrams(self) -> tuple[tuple[int, float], ...]:
+        """Lengths of the contexts that are counted, growing, each with its concentration. Raises UserError."""
+        def growing(parts):
+            orders = [int(part) for part in parts]
+            if orders != sorted(set(orders)) or min(orders, default=1) < 1:
+                raise ValueError
+            return orders
+
+        def one_each(parts):
+            weights = [float(part) for part in parts] * (len(orders) if len(parts) == 1 else 1)
+            if len(weights) != len(orders) or not all(0 < weight < math.inf for weight in weights):  # NaN neither
+                raise ValueError
+            return weights
+        orders = parse_list("NGRAM_ORDERS", self.ngram_orders, "growing lengths of contexts, like 2,3,5", growing)
+        return tuple(zip(orders, parse_list(
+            "NGRAM_CONCENTRATIONS", self.ngram_concentrations,
+            f"one positive number, or one for each of NGRAM_ORDERS={self.ngram_orders}", one_each)))
+
     @classmethod
     def from_env(cls, environ) -> Hyperparameters:
         """Settings from a mapping of variables. Raises UserError on a bad value, a misspelt name or a contradiction."""
@@ -457,7 +480,7 @@ class Hyperparameters:
 
 WITHOUT_EFFECT = {  # published variables that cannot mean anything here -> why; a run logs those that are set
     **dict.fromkeys(("NGRAM_CACHE", "NGRAM_ORDER", "NGRAM_TAU", "NGRAM_CONC", "HEDGE_MIXER", "HEDGE_ETA"),
-                    "hashed n-gram mixers do not give normalised probabilities"),
+                    "hashed n-gram mixers do not give normalised probabilities; NGRAM_ORDERS counts exactly"),
     **dict.fromkeys(("ONLINE_BIAS", "BIAS_LR"), "PR 550's online bias learned from padding; test-time training adapts"),
     **dict.fromkeys(("NORM_RECAL_EPOCHS", "NORM_RECAL_LR", "NORM_RECAL_SEQS", "FISHER_VAL_SEQS"),
                     "training on validation text before it is scored is not legal"),
@@ -575,6 +598,7 @@ def combination_rules(cfg: Hyperparameters):
         yield cfg.lora_kinds, "{ttt_lora_targets} is not some of q,k,v,o,mlp,head"
         yield layers.issuperset(cfg.lora_layer_ids), "{ttt_lora_layers} names a layer outside 0..{last}"
         yield layers.issuperset(cfg.lora_layer_rates), "{ttt_lora_layer_rates} names a layer outside 0..{last}"
+    yield not cfg.ngrams or cfg.ngrams[-1][0] <= 10_000, "{ngram_orders} has contexts longer than 10,000 tokens"
     yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
@@ -3926,6 +3950,15 @@ class EvalClock:
 
     def __init__(self, limit_s: float, rt: Runtime, now=time.perf_counter):
         self.limit, self.rt, self.watch, self.pace = limit_s or math.inf, rt, Stopwatch(now=now), 0.0
+        self.after = 0.0  # seconds of what follows the last evaluation
+
+    def measure_after(self, work, share: float) -> None:
+        """Time `work()`, the given share of what follows the last evaluation."""
+        if not math.isinf(self.limit):
+            begun = self.watch.elapsed()
+            work()
+            self.rt.synchronize()
+            self.after = self.rt.agree((self.watch.elapsed() - begun) / share)
 
     def measure_pace(self, batch, tokens: int, reads: int) -> None:
         """Time `batch()`, which reads `tokens` tokens; raise UserError if reading `reads` would take too long."""
@@ -3936,7 +3969,7 @@ class EvalClock:
             batch()
             self.rt.synchronize()
         self.pace = (self.watch.elapsed() - begun) / tokens
-        needed = self.rt.agree(self.pace * reads)
+        needed = self.rt.agree(self.pace * reads) + self.after
         if needed > self.limit:
             raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
                             "more (0: no limit) or raise EVAL_STRIDE")
@@ -3975,8 +4008,8 @@ class EvalClock:
         if math.isinf(self.limit) or not tokens:
             return self.epochs if tokens else 0
         before, spent, scoring = self.epochs, self.watch.elapsed(), self.to_do["score"] * self.cost("score")
-        room = (self.limit * (1 - self.RESERVE) - spent - scoring) / max(self.cost("learn"), 1e-12)  # in tokens
-        epochs = max(0, min(before, math.ceil(room / self.to_do["learn"]), int(room / tokens)))
+        room = (self.limit * (1 - self.RESERVE) - spent - scoring - self.after) / max(self.cost("learn"), 1e-12)
+        epochs = max(0, min(before, math.ceil(room / self.to_do["learn"]), int(room / tokens)))  # room: in tokens
         self.epochs = epochs = int(self.rt.agree(epochs)) if self.in_step else epochs
         self.left_out += self.most - epochs
         if epochs < before:
@@ -4088,7 +4121,7 @@ def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
 
 
 class Trace:
-    """Sums nats and bytes by place: along the text, and by distance from the start of the document."""
+    """All scores, and nats and bytes by place: along the text, and by distance from the start of the document."""
 
     PIECES = 256  # of the text
 
@@ -4097,16 +4130,73 @@ class Trace:
         self.starts = F.pad((val.tokens[1:-1] == val.bos_id).nonzero().flatten() + 1, (1, 0))
         self.stream = torch.zeros(self.PIECES, 2, dtype=torch.float64, device=device)  # nats, bytes
         self.position = torch.zeros(32, 2, dtype=torch.float64, device=device)  # row i: 2^i - 1 tokens in, and on
+        self.nll = torch.zeros(len(val.tokens) - 1, device=device)  # of each target; 0: another rank's
 
     def __call__(self, numbers: Tensor, nll: Tensor) -> None:
         pair = torch.stack((nll.double(), self.val.sizes[numbers + 1].double()), dim=1)
         begun = self.starts[torch.searchsorted(self.starts, numbers, right=True) - 1]
         self.stream.index_add_(0, numbers * self.PIECES // (len(self.val.tokens) - 1), pair)
         self.position.index_add_(0, (numbers - begun + 1).double().log2().long(), pair)
+        self.nll[numbers] = nll.float()
 
     def tables(self, rt: Runtime) -> dict[str, list]:
         """Both over all ranks, as rows of [nats, bytes]."""
         return {"stream": rt.sum_(self.stream).tolist(), "position": rt.sum_(self.position).tolist()}
+
+
+class Occurrences:
+    """Which keys of a sequence are equal, by sorting: exact, nothing is hashed."""
+
+    def __init__(self, keys: Tensor):  # int64 [n]
+        ordered, self.place = torch.sort(keys, stable=True)
+        begins = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
+        group = begins.cumsum(0)
+        self.first = begins.nonzero().flatten()[group - 1]  # of the equal keys, in sorted order
+        self.ids = torch.empty_like(keys).index_copy_(0, self.place, group)  # 1..n, equal for equal keys
+
+    def before(self, values: Tensor) -> Tensor:
+        """Sum of the values of all earlier equal keys, for each.  # int64 [n]"""
+        ordered = values.long()[self.place]
+        sums = ordered.cumsum(0) - ordered
+        return torch.empty_like(sums).index_copy_(0, self.place, sums - sums[self.first])
+
+
+def mixture_nll(tokens: Tensor, nll: Tensor, ngrams) -> Tensor:
+    """Scores by a back-off over exact counts of the tokens before, with the model's probabilities at its end:
+
+        p_n(w) = (c_n(w) + a_n p_{n-1}(w)) / (c_n + a_n),  p_0: the model's
+
+    c_n: how often the last n tokens have occurred before, c_n(w): followed by w, a_n: how many different tokens have
+    followed them, times a concentration. For any counts the probabilities of all w are 1 together if those of p_0 are,
+    so only the target's need be known. (PR 550 and its kin hash: theirs are hundreds together.)
+
+    tokens [n + 1]: in the order of decoding; nll [n]: the model's, in nats, of all but the first; ngrams: (context
+    length, concentration), growing.  # float64 [n]
+    """
+    last, wanted, logp = tokens[:-1].long(), tokens[1:].long(), -nll.double()
+    contexts, length, base = Occurrences(last + 1), 1, max(len(tokens), 2 ** 16) + 1  # ids: 0 is what precedes the text
+    for order, concentration in ngrams:
+        while length < order:  # a longer context is two that overlap or touch
+            step = min(length, order - length)
+            contexts = Occurrences(F.pad(contexts.ids, (step, 0))[:-step] * base + contexts.ids)
+            length += step
+        hits = Occurrences(contexts.ids * base + wanted).before(torch.ones_like(wanted))
+        seen, prior = contexts.before(torch.ones_like(wanted)), concentration * contexts.before(hits == 0).double()
+        mixed = torch.logaddexp(hits.double().log(), prior.log() + logp) - (seen + prior).log()
+        logp = torch.where(seen > 0, mixed, logp)
+    return -logp
+
+
+def mixed_result(name: str, trace: Trace, val: ValData, cfg: Hyperparameters, rt: Runtime) -> EvalResult:
+    """The score that the counts of NGRAM_ORDERS make of an evaluation's; nothing else learns from it.
+
+    The order of decoding is that of the text: a score is made from what stands before it there - in its document, if
+    documents adapt side by side, for each starts afresh. So no rank's share and no document's length has a say.
+    """
+    start_s, nll, meter = time.perf_counter(), rt.sum_(trace.nll), BpbMeter(val.tokens.device)
+    if rt.rank == 0:
+        meter.add(mixture_nll(val.tokens, nll, cfg.ngrams), val.sizes[1:])
+    return EvalResult(name, *meter.reduce(rt), time.perf_counter() - start_s)
 
 
 def report_chunk(rt: Runtime, meter: BpbMeter, chunk: int, chunks: int, seconds: float) -> None:
@@ -4290,6 +4380,9 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
              for key, stride in final_evaluations(cfg).items()}
     nothing = torch.zeros(cfg.eval_batch_seqs, cfg.window, dtype=torch.int64, device=rt.device)
     score_fn, fresh = scorer(model, rt), nothing[:, -(cfg.eval_stride or cfg.window):].contiguous()
+    if cfg.ngrams:
+        some = torch.arange(min(len(val.tokens), 2 ** 17), device=rt.device)
+        clock.measure_after(lambda: mixture_nll(some, some[1:], cfg.ngrams), len(some) / len(val.tokens))
     with torch.no_grad():
         clock.measure_pace(lambda: score_fn(nothing, fresh, 1.0), nothing.numel(),
                            sum(chunk.reads for plan in plans.values() for chunk in plan))
@@ -4308,6 +4401,11 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         traces[key] = {**trace.tables(rt), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
+    if cfg.ngrams:
+        without, r = r, mixed_result(f"{label}_ngram", trace, val, cfg, rt)
+        results["ngram"] = r
+        log_score(rt, r.name, r, f" without:{without.bpb:.4f}")
+        rt.log(f"{r.name}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
     rt.attempt(rt.log.write, "eval.json", json.dumps(traces))
     return results
 
@@ -4399,7 +4497,8 @@ def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, second
     results, code_bytes = final_scores(cfg, rt, model, val, clock), submitted_code_bytes(cfg)
     seconds |= {key: r.seconds for key, r in results.items()} | {"evaluate": clock.watch.elapsed(),
                                                                   "total": watch.elapsed()}
-    bpb = {f"val_bpb_{key}": results[key].bpb if key in results else None for key in ("roundtrip", "sliding", "ttt")}
+    bpb = {f"val_bpb_{key}": results[key].bpb if key in results else None
+           for key in ("roundtrip", "sliding", "ttt", "ngram")}
     return {"run_id": rt.run_id, "val_bpb_pre_quant": None, **bpb, "artifact_path": str(path),
             "artifact_bytes": len(blob), "code_bytes": code_bytes, "total_bytes": len(blob) + code_bytes,
             "artifact_limit_bytes": cfg.artifact_limit_bytes, "steps": 0, "tokens": 0,
@@ -4416,7 +4515,7 @@ def report(rt: Runtime, summary: dict) -> None:
         "-" * 72,
         f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, "
         f"from the artifact {bpb('val_bpb_roundtrip')}, "
-        f"sliding {bpb('val_bpb_sliding')}, test-time training {bpb('val_bpb_ttt')}",
+        f"sliding {bpb('val_bpb_sliding')}, test-time training {bpb('val_bpb_ttt')}, counts {bpb('val_bpb_ngram')}",
         f"size            {summary['total_bytes']:,} of {summary['artifact_limit_bytes']:,} bytes: "
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
         f"seconds         {spent}",
