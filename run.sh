@@ -31,12 +31,14 @@ bash run.sh parity FOLDER              compare with a published system's own num
 bash run.sh systems                    the profiles as a table: what was published, estimated size (tools/systems.py)
 bash run.sh plan PROFILE [KEY=VALUE...]              estimates before a run: parameters, bytes, FLOPs, memory, time
                                        (tools/plan.py)
-bash run.sh survive [OPTIONS]          kill, stop and damage small runs: do they go on to the same bits? (tools/survive.py)
+bash run.sh survive [OPTIONS]          kill, stop and damage small runs: do they go on to the same bits?
+                                       (tools/survive.py)
 bash run.sh settings                   every KEY with its default, range and meaning
 bash run.sh help                       this text
 
 KEY=VALUE arguments override environment variables, which override the profile. SCALE=tiny shrinks the profile to a run of
-half a minute on two CPU cores, with every feature on (tools/scale.py). NNODES, NODE_RANK and RDZV_ENDPOINT=HOST:PORT run on
+half a minute on two CPU cores, with every feature on (tools/scale.py). TENSORBOARD=1 and WANDB_ENABLED=1 send what a run measures
+(tools/track.py). NNODES, NODE_RANK and RDZV_ENDPOINT=HOST:PORT run on
 several machines; NPROC_PER_NODE is the number of processes on each, MAX_RESTARTS how often failed ones are started again.
 inspect, sample, sweep, report, record, data, bench, parity and plan say more with --help. The profiles:
 EOF
@@ -67,7 +69,7 @@ choose_python() {  # MODULE...: sets $python
   pinned >.venv/installed  # last: an interrupted install is done again
 }
 pip_install() {  # FILE...: the packages they list, into .venv
-  local files="$*"
+  local files="${what:-$*}"
   note "installing ${files// / and } into .venv"
   $python -m pip install --disable-pip-version-check $([ -t 1 ] || echo --quiet) "${@/#/-r}" ||
     die "pip failed, for the reason above; without a network, use a python3 that has the packages"
@@ -86,7 +88,7 @@ make_venv() {
 to_run() { choose_python torch numpy sentencepiece; }
 need() {  # PACKAGE: of tools/requirements.txt, for one command; a python3 of the user's stays as it is
   if [[ $python == .venv/* ]] && ! $python -c "import $1" 2>/dev/null; then
-    pip_install <(grep "^$1==" tools/requirements.txt)
+    what=$1 pip_install <(grep "^$1==" tools/requirements.txt)
   fi
 }
 
@@ -178,6 +180,7 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
+name_run() { export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}; }
 launcher() {  # sets $launch: Python alone, or what starts this machine's ranks and finds those of the others
   local nodes=${NNODES:-1} node=${NODE_RANK:-} ranks=${NPROC_PER_NODE:-$gpus} restarts=${MAX_RESTARTS:-0} pair
   [ "$node" ] || [ "$nodes" != 1 ] || node=0
@@ -199,10 +202,17 @@ launcher() {  # sets $launch: Python alone, or what starts this machine's ranks 
     launch+=(--nnodes="$nodes" --node_rank="$node" --rdzv_backend=c10d --rdzv_endpoint="$RDZV_ENDPOINT")
     note "machine $node of 0 to $((nodes - 1)) meets the others at $RDZV_ENDPOINT"
   fi
-  [ "$restarts" = 0 ] || launch+=(--max_restarts="$restarts")
+  [ "$restarts" = 0 ] || { launch+=(--max_restarts="$restarts"); name_run; }  # it goes on under the same name
   launch+=(--nproc_per_node="$((ranks > 1 ? ranks : 1))")
 }
 built_size() { "$python" tools/record.py build >/dev/null 2>&1 && wc -c <build/train_gpt.py || echo 0; }  # 0: unknown
+track() {  # sets $tracker: a process that sends what the run logs, as it comes
+  [ "${TENSORBOARD:-0}" = 0 ] || need tensorboard
+  [ "${WANDB_ENABLED:-0}" = 0 ] || need wandb
+  RUN_SH_TRACKS=1 "$python" tools/track.py &
+  tracker=$!
+  export WANDB_ENABLED=0
+}
 run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was scored, AUDIT=only: that alone
   ready "$@"
   export CODE_BYTES=${CODE_BYTES:-$(built_size)}  # what is submitted is the built script, not the readable one
@@ -210,11 +220,15 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
   launcher
   [[ $audit =~ ^(0|1|only)$ ]] || die "AUDIT=$audit is not one of 0, 1, only"
   [ "$audit" != only ] || [ "$of" ] || die "AUDIT=only looks at an artifact: bash run.sh audit ARTIFACT"
-  [ "$audit$scaled" != 0 ] || exec "${launch[@]}" train_gpt.py
+  local tracked=''
+  [ "${TENSORBOARD:-0}${WANDB_ENABLED:-0}" = 00 ] || tracked=1
+  [ "$audit$scaled$tracked" != 0 ] || exec "${launch[@]}" train_gpt.py
   if [ "$audit" != only ]; then
-    export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}  # the audit's files go beside the log, the table into it
+    name_run  # the audit's files go beside the log, the table into it
     local code=0 log=${ARTIFACT_DIR:-${OUT_DIR:-.}}/logs/$RUN_ID.txt
+    [ -z "$tracked" ] || track
     "${launch[@]}" train_gpt.py || code=$?
+    [ -z "$tracked" ] || { kill "$tracker" 2>/dev/null || true; wait "$tracker" || true; }
     [ -z "$scaled" ] || [ ! -f "$log" ] || echo "$scaled" >>"$log"
     [ "$code$audit" = 01 ] || exit "$code"
   fi

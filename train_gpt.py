@@ -34,9 +34,10 @@ Where a technique lives:
     soft cap, cross-entropy in chunks       CappedCrossEntropy, called by GPT.loss; multi-token prediction: GPT.loss
     smear gates, hashed n-gram tables       GPT.embed: SmearGate, WindowSmearGate, hash_ngrams
     value embeddings, skip connections      GPT.hidden; value residual, gates, attention window: Attention, Block
-    loop of layers (depth recurrence)       Hyperparameters.visits, applied by GPT.hidden; when: plan_step
+    loop of layers (depth recurrence)       Hyperparameters.visits, applied by GPT.hidden; when: stage
+    growing context, all graphs of a run    stage, stage_shares; warm_up, TrainState.rewarmed
     parallel residuals, two lanes or joint  Block.forward; where the lanes begin and end: GPT.hidden
-    documents in a flat stream              Documents, attend_varlen; their positions: rope_table
+    documents in a flat stream              TrainData.training_batch, document_starts; Documents, attend_varlen
     initial weights                         GPT.init_weights
     learning rate, decay, bits of a tensor  its row of FAMILIES, which names the settings
     Muon, Newton-Schulz, Polar Express      Muon, newton_schulz; NorMuon: normalise_rows_; MuonEq-R: launch_update
@@ -460,7 +461,7 @@ WITHOUT_EFFECT = {  # published variables that cannot mean anything here -> why;
     **dict.fromkeys(("NORM_RECAL_EPOCHS", "NORM_RECAL_LR", "NORM_RECAL_SEQS", "FISHER_VAL_SEQS"),
                     "training on validation text before it is scored is not legal"),
     "TTT_MAX_SEQS": "every token is scored", "SPEED_MEASURE_STEPS": "the warm-down follows the clock at every step",
-    **dict.fromkeys(("WANDB_ENABLED", "WANDB_PROJECT"), "logs/RUN_ID.jsonl has what would be sent")}
+    "WANDB_ENABLED": "run.sh and tools/track.py send what runs/RUN_ID/events.jsonl has"}
 
 
 def process_environment() -> dict[str, str]:
@@ -590,7 +591,7 @@ def settings_by_section() -> dict[str, list[dataclasses.Field]]:
 
 
 def config_table(markdown: bool = False) -> str:
-    """The settings as a table: what --help prints and what README shows."""
+    """The settings as a table: what --help prints and what SETTINGS.md shows."""
     head = ["", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown else []
     row = "| `{0}` | `{1}` | {2} | {3} |" if markdown else "  {0:<34} {1!s:<10} {3} [{2}]"
     lines = []
@@ -604,23 +605,31 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
-    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
-    given. Raises UserError."""
+@contextlib.contextmanager
+def replacing(path: Path, size: str = ""):
+    """A spare path, for what then takes the place of `path` completely or not at all. Raises UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        spare.unlink(missing_ok=True)
+        yield spare
+        os.replace(spare, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            spare.unlink()
+        raise UserError(f"cannot write {path}{size}: {error.strerror}") from None
+
+
+def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
+    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
+    given. Raises UserError."""
+    with replacing(path, f" ({len(data):,} bytes)") as spare:
         with open(spare, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         if older is not None and path.exists():
             os.replace(path, older)
-        os.replace(spare, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            spare.unlink()
-        raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
 
 
 def older_place(path: Path) -> Path:
@@ -631,68 +640,56 @@ def older_place(path: Path) -> Path:
 
 def link(place: Path, file: Path) -> None:
     """Make `place` a relative link to `file`, or a copy of it where there are no links. Raises UserError."""
-    spare = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        spare.unlink(missing_ok=True)
+    with replacing(place) as spare:
         try:
             spare.symlink_to(os.path.relpath(file.resolve(), place.parent.resolve()))
             if place.is_file() and not place.is_symlink():  # it is not a run's, whose place has links
                 place.rename(older_place(place))
         except OSError:
             spare.write_bytes(file.read_bytes())
-        os.replace(spare, place)
-    except OSError as error:
-        raise UserError(f"cannot write {place}: {error.strerror}") from None
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal, of this number, ends the run."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = int(number)
 
 
 class Signals:
-    """SIGINT and SIGTERM. The first one of this rank is `number`: raised as Interrupted at once, or noted for the code
-    that is running to act on, when all ranks have `agreed` on one. A second one stops the process."""
+    """SIGINT and SIGTERM, inside `with`. The first one of this rank is `number`: raised as KeyboardInterrupt(number) at
+    once, or noted for the code that is running to act on, when all ranks have `agreed` on one. A second one stops the
+    process."""
 
-    SAME_S = 1.0  # torchrun passes on what the terminal has already sent
+    SAME_S = 1.0  # a cluster sends one to each process, and torchrun passes on its own
 
     def __init__(self):
-        self.number, self.agreed, self.raises, self.first_s = 0, 0, False, 0.0
+        self.number, self.agreed, self.at_once, self.first_s = 0, 0, False, 0.0
 
     def __call__(self, number: int, frame) -> None:
-        if self.number and time.monotonic() > self.first_s + self.SAME_S:
+        if not self.number:
+            self.number, self.first_s = number, time.monotonic()
+            self.raise_where_allowed()
+        elif time.monotonic() > self.first_s + self.SAME_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        elif not self.number:
-            self.number, self.first_s = number, time.monotonic()
-            if self.raises:
-                raise Interrupted(number)
 
-    @contextlib.contextmanager
-    def caught(self):
-        """Inside, they come here, but for those that the process ignores."""
+    def raise_where_allowed(self) -> None:
+        if self.at_once and self.number:
+            raise KeyboardInterrupt(self.number)
+
+    def __enter__(self) -> Signals:
         heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self.before = {number: signal.signal(number, self) for number in heard}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     @contextlib.contextmanager
     def act(self, at_once: bool):
-        """Whether the first one is raised inside, or noted."""
-        before, self.raises = self.raises, at_once
+        """Whether one is raised inside, or noted."""
+        before, self.at_once = self.at_once, at_once
         try:
+            self.raise_where_allowed()
             yield
         finally:
-            self.raises = before
-        if before and self.number:
-            raise Interrupted(self.number)
+            self.at_once = before
+        self.raise_where_allowed()
 
 
 class RunLog:
@@ -733,6 +730,8 @@ class RunLog:
         held = open(path, "a")
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for spare in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                spare.unlink()
         except BlockingIOError:
             raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
         except OSError:
@@ -1157,8 +1156,8 @@ class Runtime:
         box = torch.tensor([value if self.rank == 0 else -math.inf, self.signals.number], dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(box, dist.ReduceOp.MAX, group=self.groups["cpu"])
-        value, self.signals.agreed = box.tolist()
-        return value
+        self.signals.agreed = int(box[1])
+        return box[0].item()
 
     def copy_first(self, tensors) -> None:
         """Rank 0's values into these tensors of every rank."""
@@ -1331,8 +1330,8 @@ class TrainData:
             return
         ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
         for row, (inputs, targets) in zip(ids, self.batch(step)):
-            starts = self.to_device(document_starts(row, self.bos_id, seq_len))
-            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
+            starts = self.to_device(document_starts(row, self.bos_id, seq_len or self.seq_len))
+            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len or self.seq_len)}
 
 
 def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
@@ -2796,13 +2795,9 @@ class TrainState:
         self.seq_len, self.seq_step = packed["seq_len"]
 
 
-def checkpoint_path(rt: Runtime) -> Path:
-    return rt.run_folder / "checkpoint.pt"
-
-
-def older_checkpoint(rt: Runtime) -> Path:
-    """The place of the checkpoint before the newest."""
-    return checkpoint_path(rt).with_suffix(".before.pt")
+def checkpoint_path(rt: Runtime, kind: str = "") -> Path:
+    """The place of the newest checkpoint; `kind` ".before": of the one before it."""
+    return rt.run_folder / f"checkpoint{kind}.pt"
 
 
 def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
@@ -2819,25 +2814,16 @@ def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Copy the state off the device, for a thread to write. Weights that are not finite are not saved."""
+    """Serialise the state, for a thread to write. Weights that are not finite are not saved."""
     elapsed_s = state.watch.elapsed()
     if not torch.nn.utils.get_total_norm(list(state.model.parameters())).isfinite():
         return rt.log(f"warning: no checkpoint of step {state.step}: its weights are not finite")
     packed = state.pack()  # on every rank: shards are gathered
     if rt.rank == 0:
-        packed = copy_to_host({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
-        rt.in_background(lambda: rt.attempt(write_atomically, checkpoint_path(rt), with_digest(torch_bytes(packed)),
-                                            older_checkpoint(rt)))
-    rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
-
-
-def copy_to_host(value):
-    """The same dictionaries, lists and tuples, with copies of the tensors in them."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_host(part) for key, part in value.items()}
-    return type(value)(map(copy_to_host, value)) if isinstance(value, (list, tuple)) else value
+        data = torch_bytes({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
+        rt.in_background(lambda: rt.attempt(write_atomically, checkpoint_path(rt), with_digest(data),
+                                            checkpoint_path(rt, ".before")))
+    rt.agree(0.0)  # or the others' next collective would wait for rank 0
 
 
 def with_digest(data: bytes) -> bytes:
@@ -2845,21 +2831,19 @@ def with_digest(data: bytes) -> bytes:
     return data + hashlib.sha256(data).digest()
 
 
-def newest_checkpoint(rt: Runtime) -> tuple[Path, bytes]:
-    """The newest checkpoint of RUN_ID that is whole. Raises UserError if there is none."""
-    newest, damaged = checkpoint_path(rt), []
-    for stale in newest.parent.glob(".*.tmp"):  # of a run that was killed while it wrote
-        stale.unlink()
-    for path in (newest, older_checkpoint(rt)):
-        with contextlib.suppress(FileNotFoundError):
-            data = path.read_bytes()
-            if with_digest(data[:-32]) == data:
-                if damaged:
-                    rt.log(f"warning: checkpoint {newest} is damaged; going on from the one before")
-                return path, data
-            damaged.append(path)
-    raise UserError(f"checkpoint {damaged[0]} is damaged, and there is no other one; start without RESUME=1" if damaged
-                    else f"RESUME=1, but there is no checkpoint {newest}")
+def newest_checkpoint(cfg: Hyperparameters, rt: Runtime) -> tuple[Path, bytes] | None:
+    """The newest checkpoint of RUN_ID that is whole. None if there is none, and a restart looks for one; with RESUME=1,
+    or if all are damaged, it raises UserError."""
+    paths = [path for path in (checkpoint_path(rt), checkpoint_path(rt, ".before")) if path.exists()]
+    for path in paths:
+        data = path.read_bytes()
+        if with_digest(data[:-32]) == data:
+            return path, data
+        rt.log(f"warning: checkpoint {path} is damaged")
+    if paths:
+        raise UserError(f"no checkpoint in {rt.run_folder} is whole; start without RESUME=1")
+    if cfg.resume:
+        raise UserError(f"RESUME=1, but there is no checkpoint {checkpoint_path(rt)}")
 
 
 def torch_bytes(value) -> bytes:
@@ -2871,9 +2855,10 @@ def torch_bytes(value) -> bytes:
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
     """Resume from the newest checkpoint of RUN_ID, which rank 0 reads for all. Returns the seconds of training it took.
     Raises UserError if it is missing, damaged or of other settings."""
-    if not rt.agree(float(cfg.resume or checkpoint_path(rt).exists())):
-        return 0.0  # a restart, and the first part did not come that far
-    path, data = rt.from_first(lambda: newest_checkpoint(rt))
+    found = rt.from_first(lambda: newest_checkpoint(cfg, rt))
+    if found is None:
+        return 0.0
+    path, data = found
     try:
         packed = torch.load(io.BytesIO(data), map_location=rt.device, weights_only=True)
         then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
@@ -2957,7 +2942,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     while True:
         done = state.ended(cfg, elapsed)
         if done or state.due(cfg.val_loss_every):
-            with state.watch.paused(rt.synchronize):
+            with state.watch.paused(rt.synchronize), rt.signals.act(at_once=True):  # the last step is saved
                 result = validate("validation", score_fn)
             log_losses(cfg, rt, state, elapsed, "validation", {"val_loss": result.loss, "val_bpb": result.bpb})
         if done:
@@ -2978,13 +2963,12 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
             loss = rt.sum_(loss).item()
             log_losses(cfg, rt, state, elapsed, "train", {"train_loss": loss}, lr_scale=plan.lr_scale)
         due = state.due(cfg.checkpoint_every) or 0 < cfg.checkpoint_seconds <= elapsed - saved_s
-        if ended or due or rt.signals.agreed:
+        if ended or due or state.due(cfg.val_loss_every) or rt.signals.agreed:
             saved_s = elapsed
             with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
         if rt.signals.agreed:
-            rt.finish_writing()
-            raise Interrupted(rt.signals.agreed)
+            raise KeyboardInterrupt(rt.signals.agreed)
     model.looped = True
     if state.step < cfg.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{state.step}/{cfg.iterations}")
@@ -4247,8 +4231,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             rt.unwritten.append(f"{error}; the artifact is {path}")
             rt.log(f"warning: {error}; it goes to {path}")
             write_atomically(path, artifact.blob)
-        for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
-            rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
+        link_models(rt, path)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -4262,6 +4245,12 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         raise UserError(f"submission of {total:,} bytes is over ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,}; the "
                         "table above shows what took them")
     return path
+
+
+def link_models(rt: Runtime, path: Path) -> None:
+    """Show the newest run's artifact and float model where the published scripts have them."""
+    for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
+        rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
 
 
 def precision_tag(cfg: Hyperparameters) -> str:
@@ -4337,7 +4326,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
-    made = rt.from_first(lambda: read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
+    made = rt.from_first(lambda: read_export(cfg, rt) if rt.resumes else None) or make_artifact(cfg, rt, val, data, specs, watch)
     return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
 
 
@@ -4366,31 +4355,28 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainDa
             "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
     rt.finish_writing()
     if rt.rank == 0:
-        held = {"belongs_to": origin(cfg, rt, path), "made": made}
-        rt.attempt(write_atomically, export_path(rt), json.dumps(held).encode())
+        held = json.dumps({"origin": origin(cfg, rt, path), "made": made})
+        rt.attempt(write_atomically, rt.run_folder / "export.json", held.encode())
     return made
 
 
-def export_path(rt: Runtime) -> Path:
-    return rt.run_folder / "export.json"
-
-
-def origin(cfg: Hyperparameters, rt: Runtime, path: str | Path) -> list[str]:
-    """What tells whether the artifact at `path` comes from the newest checkpoint and these settings."""
-    digests = [hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "" for p in
-               (Path(path), checkpoint_path(rt))]
+def origin(cfg: Hyperparameters, rt: Runtime, artifact: Path) -> list[str]:
+    """What tells whether an artifact comes from the newest checkpoint and these settings."""
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "" for path in
+               (artifact, checkpoint_path(rt))]
     return [*digests, resumable_settings(cfg, exported=True)]
 
 
 def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
     """What `make_artifact` returned before a run to be resumed was stopped, if its artifact is still there."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        held = json.loads(export_path(rt).read_bytes() if rt.resumes else "null")
-        path = held["made"]["artifact_path"]
-        if held["belongs_to"] == origin(cfg, rt, path):
-            rt.log(f"resume:artifact {path} of step {held['made']['steps']} is finished; its scores start over", "resume",
-                   step=held["made"]["steps"])
-            return held["made"]
+        held = json.loads((rt.run_folder / "export.json").read_bytes())
+        made, path = held["made"], Path(held["made"]["artifact_path"])
+        if held["origin"] == origin(cfg, rt, path):
+            link_models(rt, path)
+            rt.log(f"resume:artifact {path} of step {made['steps']} is finished; its scores start over", "resume",
+                   step=made["steps"])
+            return made
 
 
 def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
@@ -4443,16 +4429,22 @@ def report(rt: Runtime, summary: dict) -> None:
             rt.log.link(name)  # where there are no links, the copies of the first lines become those of the whole
 
 
-def print_error(message: str, signals: Signals, rank: int, wait_s: float) -> None:
-    """A rank that another one may speak for waits whether torchrun stops it meanwhile."""
-    time.sleep(wait_s)
-    if not (wait_s and signals.number):
+def print_error(message: str, rank: int, signals: Signals | None = None) -> None:
+    """`signals`: of a rank that another one may speak for. It waits whether torchrun stops it meanwhile."""
+    if signals:
+        time.sleep(3.0)
+    if not (signals and signals.number):
         print(f"error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
 
 
 def lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed because another rank did, which knows the reason."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def log_failure(rt: Runtime | None, why: str) -> None:
+    if rt is not None and not rt.log.fresh:  # the log has begun
+        rt.log(f"error: {why}", "failed", console=False, why=why)
 
 
 def how_to_go_on(rt: Runtime | None) -> str:
@@ -4475,14 +4467,13 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{config_table()}" if asked else f"error: no argument {arguments[0]} (settings are "
               "environment variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    signals = Signals()
-    with signals.caught():
+    with Signals() as signals:
         return start(signals)
 
 
 def start(signals: Signals) -> int:
     """`main` without arguments."""
-    rank, rt, failed = 0, None, True
+    rank, rt, code = 0, None, 1
     try:
         with signals.act(at_once=True):
             rank = read_ranks(process_environment())[0]
@@ -4495,29 +4486,28 @@ def start(signals: Signals) -> int:
                 raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
                                 "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
             rt.agree(0.0)  # no rank leaves before the first has written its last file
-            failed = False
+            code = 0
     except UserError as error:
-        if rt is not None and not rt.log.fresh:  # the log has begun
-            rt.log(f"error: {error}", "failed", console=False, why=str(error))
-        print_error(str(error), signals, rank, wait_s=3.0 if rank else 0.0)
-        return 2
+        log_failure(rt, str(error))
+        print_error(str(error), rank, signals if rank else None)
+        code = 2
     except KeyboardInterrupt as stop:
-        number = getattr(stop, "number", signal.SIGINT)
+        number = (*stop.args, signal.SIGINT)[0]
+        log_failure(rt, f"interrupted ({signal.Signals(number).name})")
         if rank == 0:
             print(f"interrupted ({signal.Signals(number).name}){how_to_go_on(rt)}", file=sys.stderr, flush=True)
-        return 128 + number
+        code = 128 + number
     except Exception as error:  # said before the process group ends: that may take this process with it
         if rt is None or rt.world_size == 1:
             raise
-        if not lost_a_rank(error):
+        if lost_a_rank(error):
+            print_error(f"another rank is gone ({str(error).strip().splitlines()[0][-150:]})", rank, signals)
+        else:
             traceback.print_exc()
-            return 1
-        print_error(f"another rank is gone ({str(error).strip().splitlines()[0][-150:]})", signals, rank, wait_s=3.0)
-        return 128 + signals.number if signals.number else 1
     finally:
         if rt is not None:
-            rt.close(failed)
-    return 0
+            rt.close(failed=code != 0)
+    return code
 
 
 if __name__ == "__main__":

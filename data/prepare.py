@@ -47,7 +47,7 @@ MAX_VOCAB = 2**16  # tokens are stored as uint16
 MAX_SHARDS = 10**6  # a shard's number has six digits
 MAX_PATH = 200  # characters of a path in a manifest
 BOS = 1  # of the published tokenizers
-OPENING_TOKENS = 128  # of a document, which it is recognised by: more than a heading that pages of a site share
+OPENING_TOKENS = 512  # of a document, which it is recognised by: pages of a site share up to 200 of navigation
 SHARD_TOKENS = 100_000_000  # as published
 
 SPACE = "\u2581"  # SentencePiece's visible space
@@ -431,12 +431,12 @@ def write_dataset(folder: Path, tokenizer: Any, documents: Iterable[Document], s
 
 
 def build_dataset(folder: Path, model: Path, documents: Callable[[str], Iterable[Document]], train_new: bool,
-                  vocab_size: int, shard_tokens: int, facts: dict) -> dict:
+                  vocab_size: int, shard_tokens: int, facts: dict, allowed: float = 0.0) -> dict:
     """Make the whole of `folder`, and the tokenizer `model` too if `train_new`; neither appears half-made.
 
     documents: called with a word for the progress bar, gives all documents; called once for each pass.
     facts: where the text comes from, and how it is transformed. Returns what `dataset.json` holds. UserError where
-    files were given as validation text and the training text has documents of them.
+    files were given as validation text and the training text has more than a share `allowed` of their documents.
     """
     transform = facts.get("transform", "")
     with atomic_folder(folder) as stage:
@@ -447,8 +447,9 @@ def build_dataset(folder: Path, model: Path, documents: Callable[[str], Iterable
             train_tokenizer(texts, source, vocab_size, transforms.MARKERS if transform else ())
         kept = model if train_new else place_beside(folder, model)
         splits, copied = write_dataset(stage, load_tokenizer(source), documents("encode"), shard_tokens, transform)
-        if copied and facts.get("val_sources"):
-            raise UserError(leak_line(copied, splits["val"]["documents"]) + ": take them out of the training files")
+        if copied > allowed * splits["val"]["documents"] and facts.get("val_sources"):
+            raise UserError(leak_line(copied, splits["val"]["documents"]) + ": take them out of the training files, or "
+                            "--allow-copies a share")
         info = {**facts, "vocab_size": vocab_size, "tokenizer": tokenizer_note(folder, kept, source), **splits}
         if train_new or not kept.exists():
             install(source, kept)
@@ -825,7 +826,7 @@ class TextSource(NamedTuple):
 
 
 def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None, vocab_size: int,
-               shard_tokens: int, transform: str = "") -> dict:
+               shard_tokens: int, transform: str = "", allowed: float = 0.0) -> dict:
     """Build `<out>/datasets/<name>_sp<V>`, with a new tokenizer when none is given; see build_dataset. The name of
     transformed data ends in `_<transform>`."""
     for path in source.files + source.val_files:
@@ -853,7 +854,7 @@ def build_text(source: TextSource, out: Path, name: str, tokenizer: Path | None,
              "val_fraction": None if source.val_files else source.val_fraction,
              **({"transform": transform} if transform else {})}
     return build_dataset(folder, model, lambda purpose: source.documents(purpose, held), tokenizer is None, vocab_size,
-                         shard_tokens, facts)
+                         shard_tokens, facts, allowed)
 
 
 # ---- fineweb: the published shards -------------------------------------------------------------------------
@@ -1193,7 +1194,8 @@ def run_text(args: argparse.Namespace) -> None:
     # the default name is the first file's: "my notes.jsonl.zst" -> "my_notes"
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", args.files[0].name.split(".")[0])
     name = args.name or stem.lstrip("_-") or "text"
-    build_text(source, args.out, name, args.tokenizer, args.vocab_size, args.shard_tokens, args.transform)
+    build_text(source, args.out, name, args.tokenizer, args.vocab_size, args.shard_tokens, args.transform,
+               args.allow_copies or 0.0)
 
 
 def run_check(args: argparse.Namespace) -> None:
@@ -1236,6 +1238,9 @@ def build_parser() -> argparse.ArgumentParser:
     held.add_argument("--val-fraction", type=fraction, default=0.02, metavar="F",
                       help="share of the documents held out for validation (default: %(default)s)")
     held.add_argument("--val-file", type=Path, nargs="+", metavar="FILE", help="or files that are held out")
+    allow = dict(type=fraction, metavar="F")
+    sub.add_argument("--allow-copies", **allow, help="with --val-file: share of its documents that may begin as a "
+                     "training document does (default: none)")
     sub.add_argument("--shard-tokens", type=whole_number(1, MAX_SHARD_TOKENS), default=SHARD_TOKENS,
                      metavar="N", help="tokens in a shard (default: %(default)s)")
     sub.add_argument("--transform", choices=transforms.TRANSFORMS, default="",
@@ -1259,9 +1264,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("check", run_check, "Whether a data set is whole, the published one, free of validation text.")
     sub.add_argument("folder", type=Path, metavar="DATASET", help="folder of fineweb_{train,val}_*.bin")
     sub.add_argument("--tokenizer", type=Path, metavar="MODEL", help="its model (default: what dataset.json names)")
-    sub.add_argument("--allow-copies", type=fraction, metavar="F",
-                     help="share of the validation documents that may begin as a training document does (default: "
-                          f"none; {CANONICAL_COPIES} in the published data sets)")
+    sub.add_argument("--allow-copies", **allow, help="share of the validation documents that may begin as a training "
+                     f"document does (default: none; {CANONICAL_COPIES} in the published data sets)")
     return parser
 
 

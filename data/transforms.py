@@ -10,7 +10,7 @@ validation shards get a side-car: a shard of the bytes of original text that eac
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Iterable, Iterator
 
 import numpy as np
 
@@ -47,6 +47,21 @@ def decode_case(text: str) -> str:
         return found[1] or (found[2] or found[3]).upper()
 
     return MARKED.sub(original, text)
+
+
+def readable(pieces: Iterable[str]) -> Iterator[str]:
+    """Encoded text as it comes, piece by piece, with its capitals; unlike decode_case it forgives misplaced markers."""
+    mark = ""
+    for piece in pieces:
+        text = ""
+        for letter in piece:
+            if letter in MARKERS and mark != ESC:
+                mark = letter
+                continue
+            small = "a" <= letter <= "z" and mark not in ("", ESC)
+            text += letter.upper() if small else letter
+            mark = mark if small and mark == ALLCAPS else ""
+        yield text
 
 
 def is_encoded_case(text: str) -> bool:

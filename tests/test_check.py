@@ -9,7 +9,7 @@ import pytest
 from test_prepare import fails, prepare, works
 
 DRAW = np.random.default_rng(0)
-DOCUMENTS = [np.concatenate(([1], DRAW.integers(2, 500, DRAW.integers(3, 400)))) for _ in range(120)]
+DOCUMENTS = [np.concatenate(([1], DRAW.integers(2, 500, DRAW.integers(3, 900)))) for _ in range(120)]
 
 
 def write(folder: Path, split: str, documents: list, shard_tokens: int = 10 ** 9, sizes: bool = False) -> None:
@@ -45,7 +45,7 @@ def test_the_split_error_of_pr_2018_is_caught(tmp_path, capsys, shard_tokens):
 
 def test_one_document_is_enough_even_if_its_end_differs(tmp_path, capsys):
     longest = max(DOCUMENTS[:50], key=len)
-    write(tmp_path, "train", [*DOCUMENTS[50:], longest[:200]])
+    write(tmp_path, "train", [*DOCUMENTS[50:], longest[:600]])
     write(tmp_path, "val", DOCUMENTS[:50])
     assert "1 of 50 validation documents is in the training text" in fails(capsys, "check", tmp_path)
 
@@ -128,5 +128,10 @@ def test_built_data_is_clean(tmp_path, capsys):
     (tmp_path / "held.jsonl").write_text(json.dumps({"text": texts[7]}))
     message = fails(capsys, "text", tmp_path / "docs.jsonl", "--out", tmp_path, "--vocab-size", 300, "--name", "leaky",
                     "--val-file", tmp_path / "held.jsonl")
-    assert "1 of 1 validation document is in the training text" in message
+    assert "1 of 1 validation document is in the training text" in message and "--allow-copies" in message
     assert not (tmp_path / "datasets" / "leaky_sp300").exists()
+    held = "".join(json.dumps({"text": text}) + "\n" for text in (texts[7], "New words"))
+    (tmp_path / "held.jsonl").write_text(held)
+    assert "note: 1 of 2 validation documents" in works(
+        capsys, "text", tmp_path / "docs.jsonl", "--out", tmp_path, "--vocab-size", 300, "--name", "leaky",
+        "--val-file", tmp_path / "held.jsonl", "--allow-copies", 0.5)

@@ -10,14 +10,17 @@ sys.path.insert(0, str(ROOT / "tools"))
 import readme  # noqa: E402
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SETTINGS = (ROOT / "SETTINGS.md").read_text(encoding="utf-8")
 
 
-def test_settings_table_is_the_codes():
-    assert TEXT == readme.refreshed(TEXT), "README's table of settings is stale: python tools/readme.py refreshes it"
+def test_the_generated_tables_are_the_codes():
+    for text in (TEXT, SETTINGS):
+        assert text == readme.refreshed(text), "a table is stale: python tools/readme.py refreshes it"
+    assert "<!-- systems -->" in TEXT and "<!-- settings -->" in SETTINGS
 
 
 def test_every_setting_has_a_row():
-    rows = set(re.findall(r"^\| `([A-Z0-9_]+)", TEXT, flags=re.M))
+    rows = set(re.findall(r"^\| `([A-Z0-9_]+)", SETTINGS, flags=re.M))
     assert rows == {name.upper() for name in tg.Hyperparameters.__dataclass_fields__}
 
 

@@ -370,8 +370,9 @@ def test_foreign_runs_and_artifacts_are_refused(fold, scripts, tmp_path):
 def test_a_record_of_three_kept_runs_passes_its_own_check(scripts, logs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(record, "build", cached_build)
     artifact = scripts.built.parent / "runs/tiny/final_model.ptz"
-    command = ["Three", "r1", "r2", "r3", "--author", "A", "--github-id", "G", "--runs", str(tmp_path), "--date", "2026-01-02",
-               "--records", str(tmp_path / "records"), "--source", str(scripts.readable), "--against", "1.2"]
+    command = ["Three", "r1", "r2", "r3", "--author", "A", "--github-id", "G", "--runs", str(tmp_path),
+               "--date", "2026-01-02", "--records", str(tmp_path / "records"), "--source", str(scripts.readable),
+               "--against", "1.2"]
 
     def refused(said, *more):
         assert record.main([*command, *more]) == 2 and not (tmp_path / "records/2026-01-02_Three").exists()

@@ -236,7 +236,8 @@ def rows_of(cfg):
     """The second row begins like the first, so that bigrams and trigrams repeat."""
     rows = torch.randint(cfg.vocab_size, (2, LENGTH + 1), generator=torch.Generator().manual_seed(3))
     rows[1, 1:4] = rows[0, :3]
-    rows[0, 4] = 1  # the beginning of a document
+    if cfg.smear_gate == "window":
+        rows[0, 4] = tg.BOS_ID
     return rows
 
 

@@ -234,7 +234,7 @@ def test_from_a_damaged_checkpoint_to_the_one_before(run, killed, kind):
     (done.folder / "runs/tiny/.checkpoint.pt.77.tmp").write_bytes(b"killed while it was written")
     again = run(**BRIEF, RESUME=1)
     assert again.code == 0 and "resume:step:4 from" in again.out, again.err
-    assert f"warning: checkpoint {checkpoint(done)} is damaged; going on from the one before\n" in again.out
+    assert f"warning: checkpoint {checkpoint(done)} is damaged\n" in again.out
     assert (done.folder / "final_model.ptz").read_bytes() == (whole.folder / "whole/final_model.ptz").read_bytes()
     assert sorted(path.name for path in (done.folder / "runs/tiny").glob("*checkpoint*")
                   if path.suffix != ".json") == ["checkpoint.before.pt", "checkpoint.pt"]
@@ -245,15 +245,17 @@ def test_no_checkpoint_that_is_whole(run, killed):
     for which in ("", ".before"):
         damage(checkpoint(done, which), 0.5)
     again = run(**BRIEF, RESUME=1)
-    assert (again.code, again.err) == (2, f"error: checkpoint {checkpoint(done)} is damaged, and there is no other one; "
-                                          "start without RESUME=1\n")
+    assert (again.code, again.err) == (2, f"error: no checkpoint in {checkpoint(done).parent} is whole; start without "
+                                          "RESUME=1\n")
 
 
-def test_killed_between_two_renamings(run, killed):
+@pytest.mark.parametrize("resume", [1, 0], ids=["by RESUME=1", "by torchrun"])
+def test_killed_between_two_renamings(run, killed, monkeypatch, resume):
     """The newest has become the one before, and its successor has not yet its name."""
     done = killed(11, **BRIEF)
     checkpoint(done).replace(checkpoint(done, ".before"))
-    again = run(**BRIEF, RESUME=1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(1 - resume))
+    again = run(**BRIEF, RESUME=resume)
     assert again.code == 0 and "resume:step:8 from" in again.out and "damaged" not in again.out
 
 
@@ -315,6 +317,18 @@ def test_a_finished_artifact_is_used_if_it_is_the_one(run, monkeypatch, variable
         (tg.Optimisers, "step"), (tg, "export")))
     again = run(**{**settings, **{name: value for name, value in variables.items() if name.isupper()}, "RESUME": 1})
     assert (again.code, len(taken), len(made)) == (0, steps, exports), again.err
+
+
+def test_a_finished_run_resumed_shows_its_models_again_and_clears_up(run):
+    names = ("final_model.pt", "final_model.ptz")
+    run(**BRIEF)
+    files = [(run.folder / name).read_bytes() for name in names]
+    for name in names:
+        (run.folder / name).unlink()
+    (run.folder / "runs/tiny/.final_model.ptz.77.tmp").write_bytes(b"killed while it was written")
+    assert "its scores start over" in run(**BRIEF, RESUME=1).out
+    assert [(run.folder / name).read_bytes() for name in names] == files
+    assert not list(run.folder.glob("runs/tiny/.*"))
 
 
 @pytest.mark.parametrize("name", ["final_model.pt", "eval.json", "summary.json", "export.json"])
@@ -384,6 +398,14 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(run, signalled, numb
     assert again.summary["val_bpb_roundtrip"] == whole.summary["val_bpb_roundtrip"]
 
 
+def test_a_signal_in_a_validation_does_not_wait_for_its_end(run, signalled):
+    """In batch 3 of 14 of the second validation, after step 6, which is saved before it."""
+    settings = {**BRIEF, "CHECKPOINT_EVERY": 0, "VAL_LOSS_EVERY": 6, "VAL_BATCH_SIZE": 128}
+    done = signalled([signal.SIGTERM], tg.Progress, "update", 14 + 3, **settings)
+    assert done.code == 143 and done.err == f"interrupted (SIGTERM){TO_GO_ON}"
+    assert step_in(checkpoint(done)) == 6 and "step:6/12 val_loss" not in done.out and "step:7" not in done.out
+
+
 @pytest.mark.parametrize("name, at, saved", [("warm_up", 1, False), ("train_step", 2, False), ("report_chunk", 1, True),
                                              ("calibrate", 1, True)])
 def test_a_signal_outside_of_training_ends_the_run_at_once(run, signalled, name, at, saved):
@@ -400,9 +422,8 @@ def test_a_second_signal_stops_the_process(monkeypatch):
                                                          "signal": lambda *args: sent.append(args)}))
     monkeypatch.setattr(tg.time, "monotonic", lambda: now[0])
     signals = tg.Signals()
-    with signals.act(at_once=False):
-        for now[0] in (5.0, 5.9):
-            signals(signal.SIGTERM, None)
+    for now[0] in (5.0, 5.9):
+        signals(signal.SIGTERM, None)
     assert signals.number == signal.SIGTERM and not sent
     now[0] = 6.1
     signals(signal.SIGINT, None)

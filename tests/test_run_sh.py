@@ -29,6 +29,7 @@ case $line in
   tools/check_settings.py* | tools/scale.py*) exec "$SHELL_PYTHON" "$@" ;;
   tools/*.py* | data/prepare.py*) env ;;&
   *device_count*) echo "${GPUS:-0}" ;;
+  "-c import optuna" | "-c import plotly" | "-c import tensorboard") exit "${LACKS_TOOLS:-0}" ;;
   "-c import pyarrow") exit "${LACKS_PYARROW:-0}" ;;
   "-c import xdist") exit "${LACKS_XDIST:-0}" ;;
   "tools/record.py build") [ -z "${BUILT:-}" ] || { mkdir -p build && printf '%s' "$BUILT" >build/train_gpt.py; } ;;
@@ -41,7 +42,7 @@ case $line in
   *prepare.py*embedded*8192) ;;
   *prepare.py*embedded) mkdir -p data/datasets/embedded_sp1024 data/tokenizers
     touch data/datasets/embedded_sp1024/fineweb_val_000000.bin data/tokenizers/embedded_1024_bpe.model ;;
-  *train_gpt.py) [[ $line == tools/* ]] || env; exit "${TRAIN_STATUS:-0}" ;;
+  *train_gpt.py) [[ $line == tools/* ]] || env; read -rt "${TRAIN_SECONDS:-0}" <> <(:); exit "${TRAIN_STATUS:-0}" ;;
 esac
 """
 
@@ -50,7 +51,7 @@ esac
 def project(tmp_path):
     """A copy of the repository; `project(arguments, **environment)` runs run.sh there."""
     repo, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
-    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", ".ci/run", "tools/shell.py",
+    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", "tools/requirements.txt", ".ci/run", "tools/shell.py",
                  "tools/check_settings.py", "tools/scale.py", "tools/profiles.py", "tools/estimate.py",
                  *(f"profiles/{profile}.env" for profile in PROFILES)):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def test_help_lists_commands_and_profiles(project):
 
 
 @pytest.mark.parametrize("word, meant", [
-    ("nosuch", ""), ("smoek", "smoke"), ("pr1902", "pr1092"), ("pr1216_int4", "pr1216_int4_ve"), ("tset", "test"),
+    ("nosuch", ""), ("smoek", "smoke"), ("pr109", "pr1092"), ("pr1216_int4", "pr1216_int4_ve"), ("tset", "test"),
     ("pr1254", "pr1254_eval_hash or pr1254_lora_qkvo_last4 or pr1254_sp8192_lora"), ("auditt", "audit")])
 def test_unknown_word_is_one_line_with_what_may_be_meant(project, word, meant):
     """Nothing is installed for it: any python3 may say what is near, and without one all profiles are still listed."""
@@ -345,7 +346,8 @@ def test_another_vocabulary_has_other_data(project):
     """VOCAB_SIZE alone: train_gpt.py finds its data, whatever the profile names."""
     three = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
     for profile in PROFILES:
-        result, own = project(profile, "VOCAB_SIZE=8192", GPUS="1"), profile.startswith("pr1254")
+        result = project(profile, "VOCAB_SIZE=8192", GPUS="1")
+        own = "_sp8192\n" in (ROOT / "profiles" / f"{profile}.env").read_text(encoding="utf-8")
         found = [result.env.get(key) for key in three]
         assert (found[:2] == [None, None]) != own and found[2] == "8192" and "FineWeb" not in result.err
     same = project("smoke", VOCAB_SIZE="1024")
@@ -417,7 +419,9 @@ def test_several_machines_meet_at_an_endpoint(project):
 def test_ranks_of_one_machine(project):
     start = "tools/launch.py --standalone"
     assert project("smoke", "NPROC_PER_NODE=2").calls[-1] == f"{start} --nproc_per_node=2 train_gpt.py"
-    assert project("smoke", "MAX_RESTARTS=1").calls[-1] == f"{start} --max_restarts=1 --nproc_per_node=1 train_gpt.py"
+    restarts = project("smoke", "MAX_RESTARTS=1")
+    assert restarts.calls[-1] == f"{start} --max_restarts=1 --nproc_per_node=1 train_gpt.py"
+    assert restarts.env["RUN_ID"] and project("smoke", "MAX_RESTARTS=1", "RUN_ID=mine").env["RUN_ID"] == "mine"
     assert project("default", "NPROC_PER_NODE=1", GPUS="8").calls[-1] == "train_gpt.py"
     assert project("smoke", "NNODES=1", "NODE_RANK=0", "RDZV_ENDPOINT=head:29500").calls[-1] == "train_gpt.py"
 
@@ -470,7 +474,9 @@ def test_commands_pass_their_arguments_on(project):
                             (("inspect", "x.ptz", "--plot", "x.png"), "tools/inspect_artifact.py x.ptz --plot x.png"),
                             (("sample", "x.ptz", "two words"), "tools/sample.py x.ptz two words"),
                             (("sweep", "x.ptz", "TTT_LR=0.1,0.2"), "tools/ttt_bench.py x.ptz TTT_LR=0.1,0.2"),
-                            (("sweep", "--help"), "tools/ttt_bench.py --help"),
+                            (("sweep", "--help"), "tools/sweep.py --help"),
+                            (("sweep", "smoke", "SEED=1,2"), "tools/sweep.py smoke SEED=1,2"),
+                            (("runs", "--last", "3"), "tools/runs.py --last 3"),
                             (("audit", "x.ptz"), "tools/audit.py x.ptz")):
         result = project(*arguments)
         assert result.calls[-1] == call and result.env["RUN_SH_COMMAND"] == f"bash run.sh {arguments[0]}"
@@ -480,3 +486,22 @@ def test_ci_calls_the_test_command_of_the_readme(project):
     assert "\nbash run.sh test " in (ROOT / "README.md").read_text(encoding="utf-8")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert project(script=".ci/run").calls[-1] == "-m pytest tests -n 2"
+
+
+def test_what_only_a_tool_needs_is_installed_when_it_is_called(project):
+    """Into .venv alone; a python3 of the user's stays as it is, and the tool says what it lacks."""
+    assert installs(project("sweep", "smoke", "SEED=1,2", LACKS_TOOLS="1")) == 0
+    assert installs(project("smoke", LACKS_PACKAGES="1")) == 1  # makes .venv
+    for command, package in (("sweep", "optuna"), ("report", "plotly")):
+        result = project(command, "smoke", LACKS_TOOLS="1")
+        assert installs(result) == 1 and f"-c import {package}" in result.calls
+        assert installs(project(command, "smoke")) == 0
+    assert "error: pip failed" in project("report", LACKS_TOOLS="1", PIP_STATUS="1").err
+
+
+def test_tracking_begins_before_the_run_and_ends_after_it(project):
+    result = project("smoke", "TENSORBOARD=1", "RUN_ID=mine", TRAIN_STATUS="3", TRAIN_SECONDS="2")
+    assert result.code == 3 and {"train_gpt.py", "tools/track.py"} <= set(result.calls)
+    assert "WANDB_ENABLED=0" in result.out.splitlines()
+    assert project("smoke", "TENSORBOARD=0", "WANDB_ENABLED=0").calls[-1] == "train_gpt.py"
+    assert "tools/track.py" in project("smoke", "WANDB_ENABLED=1", "WANDB_MODE=offline", TRAIN_SECONDS="2").calls

@@ -108,7 +108,8 @@ def test_the_table_of_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ARTIFACT_DIR", str(tmp_path))
     assert runs.main([]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("first") and "failed: a reason" in line and "MUON_MOMENTUM=0.5" in line and "SEED" not in line
+    assert line.startswith("first") and "failed: a reason" in line
+    assert "MUON_MOMENTUM=0.5" in line and "SEED" not in line
     assert runs.main([f"ARTIFACT_DIR={tmp_path}/none"]) == 2
     assert capsys.readouterr().err == f"error: no runs in {tmp_path}/none/runs: bash run.sh makes one\n"
 

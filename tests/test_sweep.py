@@ -44,17 +44,19 @@ def test_axes_as_they_are_written():
     assert study.read_axis("VE_LAYERS", "1,2/3") == ["1,2", "3"]
     assert study.read_axis("MATRIX_LR", "0.01..0.2") == study.Range(0.01, 0.2) and study.Range(0.01, 0.2).log
     assert study.read_axis("XSA_LAST_N", "2..5") == study.Range(2, 5) and not study.Range(2, 5).log
-    assert study.grid({"A": ["1", "2"], "B": ["3", "4"]})[1] == {"A": "1", "B": "4"}
+    axes = {key: study.read_axis(key, text) for key, text in (("SEED", "1,2"), ("TTT_LORA_TARGETS", "q,v/o"))}
+    assert study.grid(axes) == [{"SEED": a, "TTT_LORA_TARGETS": b} for a in "12" for b in ("q,v", "o")]
 
 
 @pytest.mark.parametrize("arguments, said", [
     (["smoke", "LEAKY_SLOP=0.1,0.2"], "LEAKY_SLOP is not a setting; did you mean LEAKY_SLOPE?"),
     (["smoke", "LEAKY_SLOPE=0.1,7"], "LEAKY_SLOPE=7 is out of range"),
     (["smoke", "MATRIX_LR=x,0.1"], "MATRIX_LR='x' is not a number"), (["smoke", "SEED=3"], "nothing varies"),
-    (["smoke", "NUM_HEADS=4,3"], "is not divisible by"), (["smok", "SEED=1,2"], "no profile 'smok'; did you mean smoke?"),
+    (["smoke", "NUM_HEADS=4,3"], "is not divisible by"), (["smok", "SEED=1,2"], "no profile 'smok'; did you mean"),
     (["smoke", "MATRIX_LR=0.1..0.2"], "needs --sampler tpe"), (["smoke", "MATRIX_LR=0.2..0.1"], "a range goes up"),
     (["smoke", "MATRIX_LR=0.1..0.2", "--sampler", "tpe"], "needs --trials"), (["x.toml"], "cannot read x.toml"),
-    (["smoke", "SEED=1,2", "--jobs", "0"], "--jobs 0 is out of range"), (["smoke", "RUN_ID=a,b"], "a sweep sets itself"),
+    (["smoke", "SEED=1,2", "--jobs", "0"], "--jobs 0 is out of range"),
+    (["smoke", "RUN_ID=a,b"], "a sweep sets itself"),
     (["bad.toml"], "bad.toml is not TOML"), (["odd.toml"], "odd.toml: colour = 3 is not understood")])
 def test_a_mistake_is_refused_before_anything_runs(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,12 @@ import pytest
 import sentencepiece
 import train_gpt as tg
 import transforms
+from conftest import ROOT
 from hypothesis import example, given, settings, strategies as st
 from test_prepare import fails, note, read_tokens, works
+
+sys.path.append(str(ROOT / "tools"))
+import sample  # noqa: E402
 
 TEXTS = [f"The NASA iPhone number {i} by OpenAI met McDonald's in LaTeX, and Bob said HELLO to the world of É." +
          " Plain words follow here, and then some more of them." * (i % 3) for i in range(60)]
@@ -37,6 +42,16 @@ def test_any_text_comes_back(text):
     encoded = transforms.encode_case(text)
     assert transforms.decode_case(encoded) == text
     assert not any(letter.isascii() and letter.isupper() for letter in encoded)
+
+
+@given(texts, st.lists(st.integers(0, 10 ** 6), max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_a_sample_is_readable_as_it_comes(text, cuts):
+    encoded = transforms.encode_case(text)
+    edges = [0, *sorted(cut % (len(encoded) + 1) for cut in cuts), len(encoded)]
+    pieces = [encoded[a:b] for a, b in zip(edges, edges[1:])]
+    assert "".join(transforms.readable(pieces)) == text
+    assert "".join(transforms.readable([f"{T}{C}a{A}", "b ", T, "."])) == "AB ."  # what a model may write
 
 
 @given(texts)
@@ -202,3 +217,21 @@ def test_transformed_text_without_its_sidecar_is_refused(made, config, rt, tmp_p
     shutil.copy(made / "datasets" / "docs_sp400_mp3" / "fineweb_val_bytes_000000.bin", tmp_path)
     with pytest.raises(tg.UserError, match="holds the bytes of .* tokens, but"):
         tg.ValData.open(case_data(config, made, tmp_path), rt)
+
+
+def test_a_run_on_transformed_text_and_a_sample_of_it(made, run, capsys):
+    """Packed documents of tokens that came from text with markers; what is sampled has capitals, not markers."""
+    folder = made / "datasets" / "docs_sp400_mp3"
+    settings = {"DATA_PATH": folder, "TOKENIZER_PATH": model_of(made), "VOCAB_SIZE": 400, "PACK": "documents",
+                "TTT_ENABLED": 0, "ITERATIONS": 4, "COMPRESS": "lzma"}
+    done = run(**settings)
+    assert done.code == 0, done.err
+    text = works_sample(capsys, done.folder / "final_model.ptz", "Hello LaTeX", "--length", 30)
+    assert text.startswith("Hello LaTeX") and not any(mark in text for mark in (*transforms.MARKERS, *"\0\1\2"))
+
+
+def works_sample(capsys, *arguments) -> str:
+    code = sample.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    return printed.out

@@ -9,7 +9,7 @@ from shell import UsageError
 
 TITLES = {"pre_quant": "before quantisation", "roundtrip": "from the artifact", "sliding": "sliding windows",
           "ttt": "test-time training"}
-COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"]
+COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1150px; padding: 0 1em; color: #222 }
 table { border-collapse: collapse } td, th { border-bottom: 1px solid #ddd; padding: .2em .8em; text-align: left }
 td { font-variant-numeric: tabular-nums }"""
@@ -47,8 +47,8 @@ def training(runs: list[Run]):
             for x in (1, 2) if points else ():
                 figure.add_trace(go.Scatter(
                     x=[p[x - 1] for p in points], y=[p[2] for p in points], name=html.escape(run.name),
-                    legendgroup=str(i), showlegend=y == 1 and x == 1, mode="lines+markers" if len(points) < 40 else "lines",
-                    line_color=COLOURS[i % len(COLOURS)]), y, x)
+                    legendgroup=str(i), showlegend=y == 1 and x == 1,
+                    mode="lines+markers" if len(points) < 40 else "lines", line_color=COLOURS[i % len(COLOURS)]), y, x)
         figure.update_yaxes(title_text=title, row=y, col=1)
     figure.update_xaxes(title_text="step", row=len(rows), col=1)
     figure.update_xaxes(title_text="seconds of training", row=len(rows), col=2)
@@ -57,10 +57,13 @@ def training(runs: list[Run]):
 
 def phases(runs: list[Run]):
     go, _ = plotly()
-    figure = go.Figure([go.Scatter(
-        x=[TITLES[phase] for phase in PHASES if phase in run.bpb], y=[run.bpb[phase] for phase in PHASES if phase in run.bpb],
-        name=html.escape(run.name), mode="lines+markers", line_color=COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs)
-        if run.bpb])
+    figure = go.Figure()
+    for i, run in enumerate(runs):
+        have = [phase for phase in PHASES if phase in run.bpb]
+        figure.add_trace(go.Scatter(x=[TITLES[phase] for phase in have], y=[run.bpb[phase] for phase in have],
+                                    name=html.escape(run.name), mode="lines+markers",
+                                    line_color=COLOURS[i % len(COLOURS)]))
+    figure.data = [trace for trace in figure.data if trace.x]
     return figure.update_layout(yaxis_title="bits per byte", height=380).update_xaxes(
         categoryorder="array", categoryarray=list(TITLES.values()))
 
@@ -85,7 +88,8 @@ def adaptation(runs: list[Run]):
                 enumerate(zip(plain["position"], adapted["position"])) if before[1] > 0.001 * total]
         figure.add_trace(go.Bar(x=[f"{first:,}" for first, _ in rows], y=[g for _, g in rows], showlegend=False,
                                 marker_color=COLOURS[i % len(COLOURS)], **look), 1, 2)
-    figure.update_xaxes(title_text="targets scored", row=1, col=1).update_xaxes(title_text="from this token on", row=1, col=2)
+    figure.update_xaxes(title_text="targets scored", row=1, col=1)
+    figure.update_xaxes(title_text="from this token on", row=1, col=2)
     return figure.update_layout(yaxis_title="bits per byte gained", height=400)
 
 
@@ -93,9 +97,10 @@ def artifact(runs: list[Run]):
     go, _ = plotly()
     streams = list(dict.fromkeys(row["stream"] for run in runs for row in run.ledger))
     have = [run for run in runs if run.ledger]
-    figure = go.Figure([go.Bar(
-        name=stream, y=[html.escape(run.name) for run in have], orientation="h",
-        x=[sum(row["packed_bytes"] for row in run.ledger if row["stream"] == stream) for run in have]) for stream in streams])
+    figure = go.Figure()
+    for stream in streams:
+        sizes = [sum(row["packed_bytes"] for row in run.ledger if row["stream"] == stream) for run in have]
+        figure.add_trace(go.Bar(name=stream, y=[html.escape(run.name) for run in have], x=sizes, orientation="h"))
     return figure.update_layout(barmode="stack", xaxis_title="bytes", height=120 + 50 * len(have))
 
 
@@ -136,7 +141,7 @@ def page(runs: list[Run]) -> str:
         if has_data:
             figure = draw(runs).update_layout(margin={"t": 40, "r": 10}, template="plotly_white")
             body.append(f"<h2>{title}</h2>" + figure.to_html(full_html=False, include_plotlyjs=first,
-                                                              config={"displaylogo": False}))
+                                                              config={"displaylogo": False, "displayModeBar": "hover"}))
             first = False
     name = html.escape(", ".join(run.name for run in runs))
     return (f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{name}</title><link rel=icon href='data:,'>"

@@ -1,7 +1,7 @@
 """A record folder, anyone's, examined from its files and logs alone.
 
-What is found is a rule that is broken, or something to look at. What cannot be found so: whether a score is legal (tools/audit.py
-asks the program itself), and whether a log was printed by the script beside it.
+What is found is a rule that is broken, or something to look at. What cannot be found so: whether a score is legal
+(tools/audit.py asks the program itself), and whether a log was printed by the script beside it.
 """
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import runlog
 from shell import UsageError
 
 LIMIT_BYTES, LIMIT_SECONDS = 16_000_000, 600.0
-# Nats per token over bits per byte of the canonical validation texts: it is what a token's bytes are, so it tells the text.
+# Nats per token over bits per byte of the canonical validation texts: by bytes per token alone, so it tells the text.
 RATIOS = {"CaseOps": (2.18836, 2.18857), "CaseOps with MP3": (2.39263, 2.39264), "SP-8192": (2.58305, 2.58315),
           "SP-4096": (2.30125, 2.30145), "SP-1024": (1.68840, 1.68850), "SP-1024, first export": (1.69285, 1.69290)}
 CASEOPS_TOKENS = range(47_851_000, 47_854_000)
-SAME_TEXT = 2e-6            # relative difference of the ratio that printed digits allow
-LEAKED_STEP_1 = 9.0073      # CaseOps, seed 42: the first batch is document 10,000 of the validation text; 9.0087 is clean
-PATTERNS = {  # in the code -> what to look at; the text is not proof of anything
+SAME_TEXT = 2e-6  # relative difference of the ratio that printed digits allow
+LEAKED_STEP_1 = 9.0073  # CaseOps, seed 42: the first batch begins at validation document 10,000; 9.0087 is clean
+PATTERNS = {  # in the code -> what to look at; it proves nothing
     r"(?i)pre_?quant_?ttt|ttt_?pre_?quant": "test-time training before quantisation: on validation text not yet scored?",
     r"(?i)\bslot_(?:steps|lr|enabled)": "SLOT: optimises on the tokens that it scores",
     r"(?i)\bppm\w*mix|byte_?ppm|ppm_order": "byte-level PPM mixture: is it a distribution over tokens that sums to 1?",
     r"(?i)(?:within|word)_(?:boost|gate|tau|bonus)": "n-gram gates by word: do they read the token that is scored?",
-    r"(?i)val[_-]docs\b.{0,60}\b10_?000\b": "10,000 validation documents by default: do train shards begin there?",
+    r"(?i)val[_-]docs\b.{0,60}\b10_?000\b": "10,000 validation documents by default: does training begin there?",
     r"(?i)casefold\(\)|\.lower\(\)\s*\.encode": "folds case: is the text still lossless?"}
 
 
@@ -125,11 +125,12 @@ def sizes(folder: Path, script: Path, code: str, logs: dict, entry: dict) -> lis
         return [look("no log says how large its artifact is")]
     name, largest = max(artifacts.items(), key=lambda item: item[1])
     if largest + code_bytes > LIMIT_BYTES:
-        found.append(broken(f"train_gpt.py as it is shipped, {code_bytes:,} bytes, and the artifact of {name}, {largest:,}, are "
-                            f"{largest + code_bytes:,} bytes, over {LIMIT_BYTES:,}"))
+        found.append(broken(f"train_gpt.py as it is shipped, {code_bytes:,} bytes, and the artifact of {name}, "
+                            f"{largest:,}, are {largest + code_bytes:,} bytes, over {LIMIT_BYTES:,}"))
     elif largest + code_bytes + more > LIMIT_BYTES:
-        found.append(broken(f"with {', '.join(p.name for p in helpers)} ({more:,} bytes), which it names, train_gpt.py and "
-                            f"the artifact of {name} are {largest + code_bytes + more:,} bytes, over {LIMIT_BYTES:,}"))
+        found.append(broken(f"with {', '.join(p.name for p in helpers)} ({more:,} bytes), which it names, train_gpt.py "
+                            f"and the artifact of {name} are {largest + code_bytes + more:,} bytes, over "
+                            f"{LIMIT_BYTES:,}"))
     elif more:
         found.append(look(f"{', '.join(p.name for p in helpers)}: {more:,} bytes of code beside train_gpt.py"))
     for name, (run, _) in logs.items():
@@ -181,8 +182,8 @@ def texts(logs: dict) -> list[Finding]:
             found.append(broken(f"{name}: {min(tokens):,} validation tokens are 10,000 documents, not 50,000"))
         first = next((loss for step, _, loss in run.steps if step == 1), None)
         if "CaseOps" in known and str(run.settings.get("seed")) == "42" and first == LEAKED_STEP_1:
-            found.append(broken(f"{name}: the first batch has a loss of {first}: training text begins at document 10,000, "
-                                "inside the 50,000 of the validation text"))
+            found.append(broken(f"{name}: the first batch has a loss of {first}: training text begins at document "
+                                "10,000, inside the 50,000 of the validation text"))
     return found
 
 
@@ -193,7 +194,7 @@ def seeds(logs: dict) -> list[Finding]:
         unlike = ", ".join(f"{name} {value:.6f}" for name, value in last.items())
         found.append(broken(f"val_loss/val_bpb differs from log to log, which one text does not allow: {unlike}"))
     for name, (run, _) in logs.items():
-        inner = [run.loss[p] / run.bpb[p] for p in run.bpb if p in run.loss and p not in ("pre_quant", "ttt")]
+        inner = [run.loss[p] / run.bpb[p] for p in ("roundtrip", "sliding") if p in run.loss]
         inner += [run.loss["pre_quant"] / run.bpb["pre_quant"]] if "pre_quant" in run.loss else []
         if inner and max(inner) / min(inner) - 1 > 2e-4:
             found.append(broken(f"{name}: val_loss/val_bpb differs from line to line: "

@@ -1,7 +1,4 @@
-"""Runs of train_gpt.py as forks of a process that has imported it once: importing PyTorch takes longer than a tiny run.
-
-    python tools/forks.py 1 2 8     # the environment's run with 1, 2 and 8 ranks over gloo, in ARTIFACT_DIR/1, /2, /8
-"""
+"""Runs of train_gpt.py as forks of a process that has imported it once: importing PyTorch takes longer than a tiny run."""
 from __future__ import annotations
 
 import fcntl
@@ -21,7 +18,6 @@ import sentencepiece  # noqa: E402, F401 - it is imported late, and costs as muc
 import train_gpt as tg  # noqa: E402
 
 
-
 class Fork:
     """`main` of train_gpt.py in a process of its own. `environment`: its variables, and no others; `out`: the file
     that gets what it prints; `limit_bytes`: the largest file it can write (0: any), as if the disk were full."""
@@ -31,7 +27,8 @@ class Fork:
         out.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         # a pipe has no limit; it holds all that a small run prints
-        self.pipe, file = os.pipe() if limit_bytes else (-1, os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+        opened = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self.pipe, file = os.pipe() if limit_bytes else (-1, os.open(out, opened, 0o644))
         if limit_bytes:
             fcntl.fcntl(file, fcntl.F_SETPIPE_SZ, 1 << 20)
         self.pid = os.fork()
@@ -102,7 +99,8 @@ def start_ranks(world: int, environment: dict[str, str], out: Path) -> list[Fork
             for rank in range(world)]
 
 
-def main(worlds: list[str]) -> int:
+def run_worlds(worlds: list[str]) -> int:
+    """The environment's run with so many ranks over gloo each, in ARTIFACT_DIR/RANKS. Returns an exit code."""
     folder = Path(os.environ.get("ARTIFACT_DIR", "."))
     for world in worlds:
         ranks = start_ranks(int(world), {**os.environ, "ARTIFACT_DIR": str(folder / world)}, folder / world / "out")
@@ -111,7 +109,3 @@ def main(worlds: list[str]) -> int:
             print("".join(rank.printed() for rank in ranks if rank.code), file=sys.stderr)
             return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Bring README's generated tables up to date: `python tools/readme.py`."""
+"""Bring the generated tables of README.md and SETTINGS.md up to date: `python tools/readme.py`."""
 import sys
 from pathlib import Path
 
@@ -12,13 +12,15 @@ TABLES = {"settings": lambda: train_gpt.config_table(markdown=True),
 
 
 def refreshed(text: str) -> str:
-    """README's text with the tables of the code between their markers."""
+    """A text with the tables of the code between their markers."""
     for name, table in TABLES.items():
-        before, rest = text.split(f"<!-- {name} -->\n")
-        text = f"{before}<!-- {name} -->\n{table()}<!-- /{name} -->{rest.split(f'<!-- /{name} -->')[1]}"
+        before, marker, rest = text.partition(f"<!-- {name} -->\n")
+        if marker:
+            text = f"{before}{marker}{table()}<!-- /{name} -->{rest.split(f'<!-- /{name} -->')[1]}"
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(refreshed(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in ("README.md", "SETTINGS.md"):
+        path = ROOT / name
+        path.write_text(refreshed(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -378,7 +378,8 @@ def of_runs(args) -> None:
         if not log.is_file():
             raise RecordError(f"there is no run {name!r} in {args.runs / 'runs'} (bash run.sh runs lists them)")
         if not log.with_suffix(".audit.json").is_file():
-            raise RecordError(f"{name} has no audit: bash run.sh audit {args.runs}/runs/{name}/final_model.ptz RUN_ID={name}")
+            artifact = args.runs / "runs" / name / "final_model.ptz"
+            raise RecordError(f"{name} has no audit: bash run.sh audit {artifact} RUN_ID={name}")
 
 
 def keep_the_rules(args, runs: list[dict], record: dict) -> None:

@@ -1,14 +1,15 @@
 """Runs as charts: one HTML page that needs nothing else, or a PNG of an evaluation.
 
     python tools/report.py                                    # the newest run; ARTIFACT_DIR= says where
-    python tools/report.py RUN_ID other/train_seed42.log      # laid over each other: ours, and logs of published scripts
+    python tools/report.py RUN_ID other/train_seed42.log      # laid over each other: ours, and published logs
     python tools/report.py logs/RUN_ID.eval.json --out picture.png
 
-The page, beside the first run unless --out names it: loss, learning rate and step time against steps and seconds; bits per byte
-after each phase; what adaptation gains along the text and by position in the document; bytes of the artifact; settings that
-differ. Of a run that is still going it shows what there is.
+The page, beside the first run unless --out names it: loss, learning rate and step time against steps and seconds; bits
+per byte after each phase; what adaptation gains along the text and by position in the document; bytes of the artifact;
+settings that differ. Of a run that is still going it shows what there is.
 
-The PNG is made of a RUN_ID.eval.json, which is also printed as tables. Left: bits per byte along the text, with and without adaptation. Middle: what adaptation gains by position in the
+The PNG is made of a RUN_ID.eval.json, which is also printed as tables.
+Left: bits per byte along the text, with and without adaptation. Middle: what adaptation gains by position in the
 document. Right: seconds that each chunk took to score and to learn from.
 """
 from __future__ import annotations

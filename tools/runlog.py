@@ -76,7 +76,7 @@ def find(name: str, folder: Path) -> Run:
     if "/" not in name and ours.is_dir():
         return read(ours)
     if not Path(name).exists():
-        raise UsageError(f"no run {name!r} in {folder / 'runs'}, and no file of that name (bash run.sh runs lists them)")
+        raise UsageError(f"no run {name!r} in {folder / 'runs'}, and no such file (bash run.sh runs lists them)")
     return read(Path(name))
 
 
@@ -144,8 +144,8 @@ def read_events(path: Path) -> Run:
 def state_of(run: Run, process: dict, log: Path) -> str:
     if run.why:
         return "failed"
-    last = (read_text(log).splitlines() or [""])[-1] if log.is_file() else ""
-    if last.startswith("summary: "):
+    text = "\n" + read_text(log) if log.is_file() else ""
+    if text.rfind("\nsummary: ") > text.rfind("\nsettings other than the defaults: "):
         return "done"
     if process.get("host") == os.uname().nodename:
         alive = Path(f"/proc/{process['pid']}").exists() if Path("/proc").exists() else True
@@ -184,6 +184,6 @@ def read_published(path: Path) -> Run:
     sizes = all_of(r"Serialized model \S*\+\S*: (\d+) bytes")
     run.artifact_bytes = int(sizes[-1]) if sizes else None
     if not run.steps and not run.bpb:
-        raise UsageError(f"{path} has no line of a run that is known: neither train_loss nor val_bpb with its eval_time")
+        raise UsageError(f"{path} has no line of a run that is known: no train_loss, no val_bpb with its eval_time")
     run.state = "done" if run.bpb else "stopped"
     return run

@@ -4,8 +4,8 @@
     python tools/runs.py
     bash run.sh runs ARTIFACT_DIR=elsewhere --last 20
 
-Bits per byte of each phase: before quantisation, from the artifact, sliding windows, test-time training. "stopped" runs ended
-without a word: they were killed, or their machine was.
+Bits per byte of each phase: before quantisation, from the artifact, sliding windows, test-time training. "stopped" runs
+ended without a word: they were killed, or their machine was.
 """
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> int:
     found = runlog.all_runs(folder)[-args.last:]
     if not found:
         raise shell.UsageError(f"no runs in {folder / 'runs'}: bash run.sh makes one")
-    print(table([row(run) for run in found], ["run", "begun", "profile", "steps", "before", "artifact", "sliding", "ttt",
-                                              "bytes", "state", "other than the profile's"]))
+    heads = ["run", "begun", "profile", "steps", "before", "artifact", "sliding", "ttt", "bytes", "state"]
+    print(table([row(run) for run in found], [*heads, "other than the profile's"]))
     return 0
 
 

@@ -17,11 +17,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
 import shell  # noqa: E402
+import transforms  # noqa: E402
 
 
 def open_runtime(cfg: tg.Hyperparameters) -> tg.Runtime:
@@ -105,12 +107,17 @@ def write(args: argparse.Namespace) -> None:
     tokenizer, digest = tg.open_tokenizer(cfg)
     model = tg.load_model(tg.read_file(args.artifact), open_runtime(cfg), digest)
     bos = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
-    ids = bos + tokenizer.encode(args.prompt)
+    cased = not any(tokenizer.is_unknown(tokenizer.piece_to_id(mark)) for mark in transforms.MARKERS)
+    ids = bos + tokenizer.encode(transforms.encode_case(args.prompt) if cased else args.prompt)
     if not ids:
         raise tg.UserError("this tokenizer has no BOS to start from; give a prompt")
     tokens = continuation(model, ids, barred_ids(tokenizer), cfg.train_seq_len, args.temperature, args.top_k, args.seed)
     print(args.prompt, end="", flush=True)
-    for text in pieces_of_text(tokenizer, ids[-1], until_end(tokenizer, tokens, args.length)):
+    tokens = until_end(tokenizer, tokens, args.length)
+    if cased:  # space and marker may be one token
+        tokens = (part for token in tokens for part in transforms.split(tokenizer, np.array([token])).tolist())
+    pieces = pieces_of_text(tokenizer, ids[-1], tokens)
+    for text in transforms.readable(pieces) if cased else pieces:
         print(text, end="", flush=True)
 
 

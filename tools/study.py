@@ -21,7 +21,7 @@ GRACE_SECONDS = 30  # a lock older than this is of a killed process
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high for the TPE sampler: whole ones if both are, by their logarithm over a decade or more."""
+    """Numbers from low to high for the TPE sampler: whole ones if both are, in logarithms over a decade or more."""
 
     low: float
     high: float
@@ -60,7 +60,8 @@ def optuna():
 
 
 class Study:
-    """Trials of the settings in `axes`. sampler: grid, each combination once, or tpe, `trials` in all. Raises UsageError."""
+    """Trials of the settings in `axes`. sampler: grid, each combination once, or tpe, `trials` in all. Raises
+    UsageError."""
 
     def __init__(self, path: Path, axes: dict[str, list[str] | Range], sampler: str = "grid", trials: int = 0,
                  prune: bool = False, seed: int = 0):
@@ -91,7 +92,7 @@ class Study:
                 self.end(trial.number, why="its process was killed", again=trial.user_attrs.get("attempt", 1))
 
     def take(self):
-        """The next trial, with its settings as `trial.params`; None: there is none. For several threads and machines."""
+        """The next trial, with its settings as `trial.params`, or None. For several threads and machines."""
         with self.lock, self.guarded():
             while True:
                 waiting = self.study.get_trials(deepcopy=False, states=[self.states.WAITING])

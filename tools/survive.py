@@ -3,9 +3,9 @@
     bash run.sh survive                                   # the whole table; exit code 1 if a figure is missed
     bash run.sh survive --kills 5 --terms 0 --mutants 200 --ranks 0 --disks 2 DATA_PATH=... KEY=VALUE...
 
-The run is a small one with every phase - warm-up, training, calibration, packing, three scores - on the first tokens of the data. A
-run that was disturbed goes on with RESUME=1 (without it where no checkpoint was written yet) and has to end with the artifact and the
-scores of one left alone, bit for bit.
+The run is a small one with every phase - warm-up, training, calibration, packing, three scores - on the first tokens of
+the data. A run that was disturbed goes on with RESUME=1 (without it where no checkpoint was written yet) and has to end
+with the artifact and the scores of one left alone, bit for bit.
 """
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import benchlib
-import check_settings
 import torch
 from forks import Fork, start_ranks, tg
-from shell import Parser, UsageError, one_line_errors
+from shell import Parser, UsageError, check_profile, one_line_errors, read_profile
 
 SETTINGS = dict(
     NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=4, XSA_LAST_N=3, VE_LAYERS="1,2", VE_DIM=16,
@@ -98,10 +97,10 @@ class Lab:
         return Fork(self.environment(place, **more), place / "out", limit_bytes)
 
     def left_alone(self, world: int = 1) -> tuple[bytes, list, int]:
-        """Artifact, scores and lines of the log of a run that nothing disturbs. Raises UsageError if it fails all the same."""
+        """Artifact, scores and lines of the log of a run that nothing disturbs. Raises UsageError if it fails."""
         if world not in self.alone:
             place = self.place()
-            ranks = self.ranks(place, world) if world > 1 else [self.start(place)]
+            ranks = self.ranks(place, world)
             if any(rank.wait(LIMIT_S) for rank in ranks):
                 raise UsageError(f"the run fails undisturbed: {benchlib.last_line(ranks[0].printed())}")
             said = ranks[0].printed()
@@ -109,12 +108,15 @@ class Lab:
         return self.alone[world]
 
     def ranks(self, place: Path, world: int, **more) -> list[Fork]:
+        """A run of so many ranks; one has no process group."""
+        if world == 1:
+            return [self.start(place, **more)]
         return start_ranks(world, self.environment(place, **more), place / "out")
 
     def go_on(self, place: Path, world: int = 1) -> str:
         """Resume the run in `place` and let it end. Returns what is wrong with its results; nothing: ""."""
         for resume in (1, 0):
-            ranks = self.ranks(place, world, RESUME=resume) if world > 1 else [self.start(place, RESUME=resume)]
+            ranks = self.ranks(place, world, RESUME=resume)
             before = len(ranks[0].printed())
             codes = [rank.wait(LIMIT_S) for rank in ranks]
             said = ranks[0].printed()[before:]
@@ -193,7 +195,14 @@ def stop(lab: Lab, count: int) -> Tally:
 
 # ---- damaged files -----------------------------------------------------------------------------------------
 def mutate(blob: bytes, chance: random.Random) -> bytes:
-    """A file with one kind of damage: bits turned, cut off, longer, zeros, a piece elsewhere or out, a large number."""
+    """The file with damage that makes a difference."""
+    while (mutant := mutate_once(blob, chance)) == blob:
+        pass
+    return mutant
+
+
+def mutate_once(blob: bytes, chance: random.Random) -> bytes:
+    """One kind of damage: bits turned, cut off, longer, zeros, a piece elsewhere or out, a large number."""
     out, at, kind = bytearray(blob), chance.randrange(len(blob)), chance.randrange(8)
     length = chance.choice((1, 4, 64, 1000))
     if kind < 2:
@@ -245,11 +254,11 @@ class CheckpointReader:
             tg.load_checkpoint(self.cfg, self.rt, self.state)
 
 
-def read_profile(path: Path, variables: dict[str, str]) -> None:
+def take_profile(path: Path, variables: dict[str, str]) -> None:
     """As run.sh does: its lines, then its names, then its values."""
     names = [list(tg.env_names(f)) for f in dataclasses.fields(tg.Hyperparameters)]
-    values = check_settings.read_profile(path)
-    check_settings.check_profile(str(path), [key for key, _ in values], names)
+    values = read_profile(path)
+    check_profile(str(path), [key for key, _ in values], names)
     tg.Hyperparameters.from_env({**dict(values), **variables})
 
 
@@ -282,15 +291,15 @@ def damage(lab: Lab, count: int) -> Tally:
     checkpoint = next(path for path in sorted(place.rglob("*.pt")) if "checkpoint" in str(path.relative_to(place)))
     profile = benchlib.ROOT / "profiles" / "smoke.env"
     val = (data / "fineweb_val_000000.bin").read_bytes()
-    kinds = [("shard", val, read_shard, whole_shard), ("profile", profile.read_bytes(), read_profile, lambda _: True),
-             ("checkpoint", checkpoint.read_bytes(), CheckpointReader(lab), None)]
+    kinds = [("shard", val, read_shard, whole_shard), ("profile", profile.read_bytes(), take_profile, lambda _: True),
+             ("checkpoint", checkpoint.read_bytes(), CheckpointReader(lab), lambda _: False)]
     for i in range(count):
         kind, blob, read, fits = kinds[i % len(kinds)]
         mutant = mutate(blob, lab.random)
         scratch.write_bytes(mutant)
         verdict = looked_at(read, scratch, lab.variables)
         fault = "" if verdict in ("accepted", "refused") else f"{kind}: {verdict}"
-        if verdict == "accepted" and not (fits(mutant) if fits else mutant == blob):
+        if verdict == "accepted" and not fits(mutant):
             fault = f"{kind}: accepted, but it cannot be right"
         tally.add(fault, f"{kind} {verdict if not fault else 'at fault'}")
     return tally
@@ -299,7 +308,8 @@ def damage(lab: Lab, count: int) -> Tally:
 # ---- ranks and disks ---------------------------------------------------------------------------------------
 def lose_rank(lab: Lab, count: int, world: int = 8) -> Tally:
     """One of the ranks is killed at a random step: the others end by themselves, without a launcher."""
-    tally = Tally(f"one of {world} ranks killed at a random step", f"down within {DOWN_S:.0f} s, resumed to the same bits")
+    tally = Tally(f"one of {world} ranks killed at a random step",
+                  f"down within {DOWN_S:.0f} s, resumed to the same bits")
     steps, longest = int(lab.variables["ITERATIONS"]), 0.0
     for _ in range(count if lab.left_alone(world) else 0):
         place, at, victim = lab.place(), lab.random.randrange(1, steps), lab.random.randrange(world)
@@ -323,8 +333,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def fill_disk(lab: Lab, count: int) -> Tally:
-    """No file grows beyond a limit, from nothing to the largest there is. What an earlier run left stays whole, and with
-    room again the run goes on."""
+    """No file grows beyond a limit, from nothing to the largest there is. What an earlier run left stays whole, and
+    with room again the run goes on."""
     tally = Tally("disk full, as a limit on file size", "old files intact, then resumed to the same bits")
     old = lab.place()
     lab.start(old, RUN_ID="old").wait(LIMIT_S)

@@ -5,14 +5,15 @@
     bash run.sh sweep profiles/sweeps/slope.toml --jobs 8
     python tools/sweep.py smoke XSA_LAST_N=0,4 SEED=1,2 ITERATIONS=200
 
-Alternatives stand between commas, those of settings that are lists themselves between slashes (VE_LAYERS=1,2/2,3); a range
-for the TPE sampler is low..high. Everything lies in sweeps/NAME/ in ARTIFACT_DIR, the runs in runs/NAME.VALUES/. The same command
-goes on where an earlier one was stopped, from the checkpoints of its runs; on several machines with one file system it shares
-the work. A run that fails is tried once more. --prune ends runs that validate worse than the median at the same step (tpe: always).
-The first combination of the table is the baseline: p is two-sided, of equal means (Welch).
+Alternatives stand between commas, those of settings that are lists themselves between slashes (VE_LAYERS=1,2/2,3); a
+range for the TPE sampler is low..high. Everything lies in sweeps/NAME/ in ARTIFACT_DIR, the runs in runs/NAME.VALUES/.
+The same command goes on where an earlier one was stopped, from the checkpoints of its runs; on several machines with one
+file system it shares the work. A run that fails is tried once more. --prune ends runs that validate worse than the
+median at the same step (tpe: always). The table's first combination is the baseline: p is two-sided, of equal means
+(Welch).
 
-FILE.toml: profile = "smoke"; sampler, trials, jobs, prune, name as above; [settings] that all runs share; [sweep] with lists of values
-or low/high ranges as strings ("0.01..0.1").
+FILE.toml: profile = "smoke"; sampler, trials, jobs, prune, name as above; [settings] that all runs share; [sweep] with
+lists of values, or ranges as texts ("0.01..0.1").
 """
 from __future__ import annotations
 
@@ -153,7 +154,8 @@ class Sweep:
             share = max(len(gpus) // self.plan.jobs, 1)
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(job * share + i) % len(gpus)] for i in range(share))
         else:
-            env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // self.plan.jobs, 1))
+            share = max((os.cpu_count() or 1) // self.plan.jobs, 1)
+            env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(share)
         return env
 
     def work(self, job: int) -> None:
@@ -246,7 +248,8 @@ def last_error(path: Path) -> str:
 def gpus_here() -> list[str]:
     if os.environ.get("DEVICE") == "cpu" or not tg.torch.cuda.is_available():
         return []
-    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(tg.torch.cuda.device_count())))).split(",")
+    count = tg.torch.cuda.device_count()
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
 
 
 # ---- results -----------------------------------------------------------------------------------------------

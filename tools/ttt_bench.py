@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import pickle
@@ -29,22 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 import shell  # noqa: E402
+import study  # noqa: E402
 
-LISTS = ("TTT_LORA_TARGETS", "TTT_LORA_LAYERS", "TTT_LORA_LAYER_RATES", "VE_LAYERS")
 VARIES = {"SEED", *(name for f in tg.settings_by_section()["Evaluation"] for name in tg.env_names(f))}
-
-
-def read_grid(pairs: list[str]) -> list[dict[str, str]]:
-    """KEY=a,b … as every combination of values, the last key changing fastest."""
-    axes = []
-    for pair in pairs:
-        key, _, values = pair.partition("=")
-        if "/" in values:
-            values = values.split("/")
-        else:
-            values = [values] if key in LISTS else values.split(",")
-        axes.append([(key, value) for value in values])
-    return [dict(row) for row in itertools.product(*axes)]
 
 
 def load(path: Path, rt: tg.Runtime, val: tg.ValData, cfg: tg.Hyperparameters) -> tg.GPT:
@@ -157,7 +143,10 @@ def main(argv: list[str]) -> int:
         if getattr(args, name) < least:
             raise tg.UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: {least} or more")
     os.environ.update({key: value for key, value in settings.items() if key not in VARIES})
-    grid = read_grid([f"{key}={values}" for key, values in settings.items() if key in VARIES])
+    axes = {key: study.read_axis(key, values) for key, values in settings.items() if key in VARIES}
+    if any(isinstance(axis, study.Range) for axis in axes.values()):
+        raise tg.UserError("a range of values is for sweeps of whole runs; name the values: a,b,c")
+    grid = study.grid(axes)
     bench = Bench(args)
     for changes in grid:
         bench.settings(changes)  # a bad combination is refused before anything is scored
