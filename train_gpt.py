@@ -368,9 +368,9 @@ class Hyperparameters:
     def doc_chunks(self) -> tuple[tuple[float, int], ...]:
         """(tokens of the longest document, tokens of its chunks), growing. Raises UserError."""
         def parse(parts):
-            steps = [*(tuple(map(int, part.split(":"))) for part in parts), (math.inf, self.ttt_doc_chunk_tokens)]
-            limits, chunks = zip(*steps)
-            if min(chunks) < 1 or any(list(values) != sorted(set(values)) for values in (limits, chunks)):
+            steps = [(int(limit), int(chunk)) for limit, chunk in (part.split(":") for part in parts)]
+            steps.append((math.inf, self.ttt_doc_chunk_tokens))
+            if min(steps)[1] < 1 or any(list(values) != sorted(set(values)) for values in zip(*steps)):
                 raise ValueError
             return tuple(steps)
         return parse_list("TTT_CHUNK_LADDER", self.ttt_chunk_ladder, "growing lengths of documents with growing chunks "
