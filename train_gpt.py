@@ -4161,6 +4161,27 @@ class Occurrences:
         return torch.empty_like(sums).index_copy_(0, self.place, sums - sums[self.first])
 
 
+def count_contexts(tokens: Tensor, orders):
+    """For each context length, growing: how often each token's context has occurred before, how often followed by this
+    token, and by how many different ones. tokens [n + 1]  # yields three int64 [n] each"""
+    last, wanted = tokens[:-1].long(), tokens[1:].long()
+    contexts, length, base = Occurrences(last + 1), 1, max(len(tokens), 2 ** 16) + 1  # id 0: before the text
+    for order in orders:
+        while length < order:  # a longer context is two that overlap or touch
+            step = min(length, order - length)
+            contexts = Occurrences(F.pad(contexts.ids, (step, 0))[:-step] * base + contexts.ids)
+            length += step
+        hits = Occurrences(contexts.ids * base + wanted).before(torch.ones_like(wanted))
+        yield contexts.before(torch.ones_like(wanted)), hits, contexts.before(hits == 0)
+
+
+def back_off(logp: Tensor, counts, concentration: float) -> Tensor:
+    """Log-probabilities p_n of tokens from p_{n-1} and what `count_contexts` yields: see `mixture_nll`."""
+    seen, hits, kinds = (count.double() for count in counts)
+    prior = concentration * kinds
+    return torch.where(seen > 0, torch.logaddexp(hits.log(), prior.log() + logp) - (seen + prior).log(), logp)
+
+
 def mixture_nll(tokens: Tensor, nll: Tensor, ngrams) -> Tensor:
     """Scores by a back-off over exact counts of the tokens before, with the model's probabilities at its end:
 
@@ -4173,17 +4194,9 @@ def mixture_nll(tokens: Tensor, nll: Tensor, ngrams) -> Tensor:
     tokens [n + 1]: in the order of decoding; nll [n]: the model's, in nats, of all but the first; ngrams: (context
     length, concentration), growing.  # float64 [n]
     """
-    last, wanted, logp = tokens[:-1].long(), tokens[1:].long(), -nll.double()
-    contexts, length, base = Occurrences(last + 1), 1, max(len(tokens), 2 ** 16) + 1  # ids: 0 is what precedes the text
-    for order, concentration in ngrams:
-        while length < order:  # a longer context is two that overlap or touch
-            step = min(length, order - length)
-            contexts = Occurrences(F.pad(contexts.ids, (step, 0))[:-step] * base + contexts.ids)
-            length += step
-        hits = Occurrences(contexts.ids * base + wanted).before(torch.ones_like(wanted))
-        seen, prior = contexts.before(torch.ones_like(wanted)), concentration * contexts.before(hits == 0).double()
-        mixed = torch.logaddexp(hits.double().log(), prior.log() + logp) - (seen + prior).log()
-        logp = torch.where(seen > 0, mixed, logp)
+    logp = -nll.double()
+    for counts, (_, concentration) in zip(count_contexts(tokens, [order for order, _ in ngrams]), ngrams):
+        logp = back_off(logp, counts, concentration)
     return -logp
 
 

@@ -132,6 +132,7 @@ def test_any_number_of_ranks_gives_the_same_bits(setting, tmp_path, monkeypatch,
         assert results[-1].loss == plain / 699 and results[-1].bytes == int(val.sizes[1:].sum())
         assert results[-1].bpb == plain / math.log(2) / results[-1].bytes
     assert results[0].bpb == results[1].bpb == results[2].bpb and results[0].tokens == 699
+    assert tg.mixed_result("mixed", traces[0], val, cfg, make_runtime(tmp_path, rank=1)).tokens == 0, "rank 0 adds them"
 
 
 @pytest.mark.parametrize("changes, of", [({"TTT_ENABLED": 0}, "final_int6_sliding_window"),

@@ -603,7 +603,7 @@ class Audit:
         counts, own, worst = Counts(self.tokens.tolist(), self.cfg.ngrams), np.zeros(targets), 0.0
         for i in range(targets):
             word = counts.tokens[i + 1]
-            own[i] = -np.log(counts.mix(i, np.exp(-given[i]), [word])[0])
+            own[i] = -np.log(counts.mix(i, np.exp(-given[i:i + 1]), [word])[0])
             if i % max(targets // 300, 1) == 0:  # any distribution in which the target has the model's probability
                 rest = np.full(vocab, (1 - np.exp(-given[i])) / (vocab - 1))
                 rest[word] = np.exp(-given[i])
@@ -623,8 +623,8 @@ class Audit:
             result.loss * result.tokens, total, rel_tol=1e-9), f"{result.loss * result.tokens:.6f} nats, single scores "
             f"{total:.6f}")
         bpb = total / math.log(2) / size
-        self.find("ngram", "bits per byte are nats / ln 2 / bytes", result.bytes == size and math.isclose(
-            result.bpb, bpb, rel_tol=1e-9), f"{result.bpb:.8f} reported, {bpb:.8f} computed")
+        told = size == result.bytes and math.isclose(bpb, result.bpb, rel_tol=1e-9)
+        self.find("ngram", "bits per byte are nats / ln 2 / bytes", told, f"{result.bpb:.8f} reported, {bpb:.8f} computed")
 
     def often_seen(self, count: int) -> list[int]:
         """Targets whose shortest context occurred most often before."""
