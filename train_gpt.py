@@ -1502,7 +1502,7 @@ SCALE_FLOOR = 2.0 ** -20  # for rows of zeros; below any trained row (PR 1092's 
 GPTQ_BLOCK = 128      # columns rounded before their errors are passed on to the rest of the matrix
 GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
 WATER_BITS = 13       # of the codes under water-filling: so many that hardly a weight is clipped
-STEP_LIMIT = 512      # their steps are 2**(k/16); largest row and column part of k
+STEPS_PER_OCTAVE, STEP_LIMIT = 4, 128  # their steps are 2**(k/4); the row's and the column's part of k is 128 at most
 CURVATURE_FLOOR = 0.03  # of a matrix's mean, for rows that calibration hardly reaches
 
 
@@ -1526,14 +1526,14 @@ class QuantSpec:
 
 
 class Steps(NamedTuple):
-    """The steps of water-filling, as a file holds them: 2**((row + column) / 16)."""
+    """The steps of water-filling, as a file holds them: 2**((row + column) / 4)."""
 
     rows: Tensor     # int16 [..., rows, 1]
     columns: Tensor  # int16 [..., 1, columns]
 
     def float(self) -> Tensor:
         """The steps.  # float32 [..., rows, columns]"""
-        sizes = [2.0 ** (k / 16) for k in range(-2 * STEP_LIMIT, 2 * STEP_LIMIT + 1)]  # float64: rounds alike anywhere
+        sizes = [2.0 ** (k / STEPS_PER_OCTAVE) for k in range(-2 * STEP_LIMIT, 2 * STEP_LIMIT + 1)]
         return torch.tensor(sizes, device=self.rows.device)[self.rows.int() + self.columns.int() + 2 * STEP_LIMIT]
 
 
@@ -1720,7 +1720,7 @@ def water_fill(factors: dict[str, tuple[Tensor, Tensor]], nats: float, exponent:
     level = math.log2(24 * nats / cost) / 2
 
     def stored(exponents: Tensor) -> Tensor:
-        return (16 * exponents).round().clamp(-STEP_LIMIT, STEP_LIMIT).short()
+        return (STEPS_PER_OCTAVE * exponents).round().clamp(-STEP_LIMIT, STEP_LIMIT).short()
     return {name: Steps(stored(level - exponent / 2 * rows.log2()), stored(-exponent / 2 * columns.log2()))
             for name, (rows, columns) in factors.items()}
 
@@ -3311,7 +3311,7 @@ FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xf
 FLOAT_KINDS = {"half": np.dtype("<f2"), "float": np.dtype("<f4")}
 CODECS = {"range": "constriction", "lzma": "lzma", "zstd": "zstandard"}  # and the package of each
 LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}  # for unaligned bytes
-Parts = list[tuple[np.ndarray, int]]  # what a stream is made of: arrays and their bits (0: floats)
+Parts = list[tuple]  # what a stream is made of: arrays, their bits (0: floats), and Stored.steps of water-filled codes
 
 
 def library(codec: str):
@@ -3461,40 +3461,55 @@ class RowPredictor:
             self.innovations[:, left + k] = (residual[:, k] - np.floor(within / 4096)).clip(-2 ** 20, 2 ** 20)
 
 
-def code_tensor(codes: np.ndarray, top: int, histograms_of) -> None:
-    """Code a tensor, int8 [(matrices,) rows, columns]: an encoder reads it, a decoder fills it.
+def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None = None) -> None:
+    """Code a tensor, integers [(matrices,) rows, columns]: an encoder reads it, a decoder fills it.
 
     Matrix by matrix, in growing blocks of rows. A weight's predicted magnitude is the level of its row, from the tiles
     to its left, times the factor of its column, from the blocks above; both are shrunk towards the average so far.
+    With `steps` these are magnitudes of weights, and a code's is so much larger as its step is finer than the mean.
     """
     columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
     histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
-    for matrix in codes.reshape(-1, *codes.shape[-2:]):
+    for matrix, octaves in zip(codes.reshape(-1, *codes.shape[-2:]), finer(steps, codes)):
         predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
-        column_sum, level_sum, done, block = np.zeros(columns, np.int64), 0, 0, matrix[:0]
+        column_sum, level_sum, done, block = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0, matrix[:0]
         while done < len(matrix):
             above, block = block, matrix[done:done + min(max(done // 2, 4), max(4096 // columns, 64))]
             if predictor:
                 predictor.begin(above, len(block))
             average = max(total * FIXED // cells, FIXED // 256)
             column = (column_sum + 6 * average) * FIXED // (level_sum + 6 * average)  # FIXED: like its row
-            magnitude, level = code_block(block, top, histograms, predictor, average, column)
+            fineness = octaves[done:done + len(block)]
+            scale = powers_of_two()[16 * 16 + fineness]  # FIXED: a code of the mean step
+            magnitude, level = code_block(block, top, histograms, predictor, average, column, fineness, scale)
             column_sum += magnitude.sum(0) * FIXED
-            level_sum += int(level.sum())
+            level_sum += (level[:, None] * scale // FIXED).sum(0)
             total += int(magnitude.sum())
-            cells += int(column.sum()) * len(block) // FIXED
+            cells += int((column * scale.sum(0) // FIXED).sum()) // FIXED
             done += len(block)
 
 
-def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column):
+def finer(steps: Steps | None, codes: np.ndarray):
+    """Yields for each matrix by how many sixteenths of an octave steps are finer than the mean.  # [rows, columns]"""
+    if steps is None:
+        yield from np.zeros(codes.shape, np.int64).reshape(-1, *codes.shape[-2:])
+        return
+    rows, columns = (t.numpy().astype(np.int64) for t in steps)
+    mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
+    yield from ((16 // STEPS_PER_OCTAVE * (mean - row - column)).clip(-96, 96) for row, column in zip(rows, columns))
+
+
+def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column,
+               fineness, scale):
     """Code rows of a matrix tile by tile: the residuals of the predictor or, without one, the codes themselves.
     Raises ValueError for a code out of range. Returns (magnitudes of the symbols [rows, columns], levels [rows])."""
     width = 16 if predictor else 64  # columns of a tile; the average counts as much as so many columns of a row
-    magnitude, row_sum, expected = np.zeros(block.shape, np.int64), np.zeros(len(block), np.int64), 0
-    level = row_sum + average
+    magnitude, row_sum = np.zeros(block.shape, np.int64), np.zeros(len(block), np.int64)
+    level, expected = row_sum + average, row_sum
     for left in range(0, block.shape[1], width):
-        tile, factor = block[:, left:left + width], column[left:left + width]
-        spread = log2_sixteenths(level)[:, None] + log2_sixteenths(factor)  # 512: one code
+        here = slice(left, left + width)
+        tile, factor = block[:, here], column[here]
+        spread = log2_sixteenths(level)[:, None] + log2_sixteenths(factor) + fineness[:, here]  # 512: one code
         bucket = ((spread - 448) // BUCKET_STEP).clip(0, BUCKETS - 1)
         predicted = predictor.predict(left, tile.shape[1], top) if predictor else 0
         symbols = histograms.code(bucket, tile.astype(np.int64) - predicted)
@@ -3503,9 +3518,9 @@ def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPred
         tile[:] = symbols + predicted
         if predictor:
             predictor.observe(left, tile)
-        magnitude[:, left:left + width] = np.abs(symbols)
+        magnitude[:, here] = np.abs(symbols)
         row_sum += np.abs(symbols).sum(1)
-        expected += int(factor.sum())
+        expected = expected + (factor * scale[:, here] // FIXED).sum(1)
         level = (row_sum * FIXED + width * average) * FIXED // (expected + width * FIXED)
     return magnitude, level
 
@@ -3517,8 +3532,8 @@ def code_tensors(parts: Parts, packed: bytes | None = None) -> bytes:
     encoder = coders.RangeEncoder()
     decoder = None if packed is None else coders.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
     histograms_of = functools.cache(lambda reach: SpreadHistograms(reach, encoder, decoder))  # shared where it is equal
-    for codes, bits in parts:
-        code_tensor(codes, QuantSpec(bits).max_code, histograms_of)
+    for codes, bits, *steps in parts:
+        code_tensor(codes, QuantSpec(bits).max_code, histograms_of, *(read() for read in steps))
     written = encoder.get_compressed().astype("<u4").tobytes()
     if packed is not None and written != packed:
         raise ValueError("a range stream is not the code of its values")
@@ -3581,18 +3596,21 @@ def blank_parameters(cfg: Hyperparameters, precision: list, limit: int) -> list[
 
 
 def streams_of(stored: list[Stored]) -> dict[str, Parts]:
-    """Stream -> its (array, bits), in order of their names: what is packed together."""
+    """Stream -> its parts, in order of their names but for the steps, which the codes' contexts know: what is packed
+    together."""
     streams = collections.defaultdict(list)
     for s in stored:
-        streams[s.stream].append((s.values, s.bits))
-        if s.bits:
-            stream, bits = ("steps", WATER_BITS) if s.bits == WATER_BITS else ("scales", 0)
-            streams[stream].append((s.scales, bits))
-    return dict(sorted(streams.items()))
+        if s.bits == WATER_BITS:
+            streams["steps"].append((s.scales, s.bits))
+            streams[s.stream].append((s.values, s.bits, s.steps))
+        else:
+            streams[s.stream].append((s.values, s.bits))
+            streams["scales"] += [(s.scales, 0)] if s.bits else []
+    return {name: streams[name] for name in sorted(streams, key=lambda name: (name != "steps", name)) if streams[name]}
 
 
 def joined(parts: Parts) -> np.ndarray:
-    return np.concatenate([array.reshape(-1) for array, _ in parts])
+    return np.concatenate([array.reshape(-1) for array, *_ in parts])
 
 
 def pack_stream(codec: str, parts: Parts) -> bytes:
@@ -3607,7 +3625,7 @@ def unpack_stream(codec: str, packed: bytes, parts: Parts) -> None:
     flat = joined(parts)
     planes = np.frombuffer(decompress(codec, packed, flat.nbytes), np.uint8).reshape(flat.itemsize, -1)
     flat = planes.T.copy().reshape(-1).view(flat.dtype)
-    for array, bits in parts:
+    for array, bits, *_ in parts:
         array[...], flat = flat[:array.size].reshape(array.shape), flat[array.size:]
         if bits and (np.abs(array.astype(np.int32)) > QuantSpec(bits).max_code).any():
             raise ValueError("a code is out of range")
