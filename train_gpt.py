@@ -1697,7 +1697,7 @@ def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tupl
     bad = ~mean.isfinite() | (mean <= 0)
     if bad.any():
         raise UserError(f"CLIP_RULE=waterfill: the gradient of {names[int(bad.nonzero()[0])]} is zero or not finite")
-    columns = squares.new_ones(len(squares), 1, squares.size(-1))
+    columns = squares.new_ones(*squares.shape[:-2], 1, squares.size(-1))
     if hessian is not None:
         dead, order, factor = column_order(hessian, names)
         squares = squares.div(hessian.diagonal(dim1=-2, dim2=-1)[:, None]).masked_fill(dead[:, None], 0)
@@ -3064,7 +3064,7 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
 # ------------------------------------------------------------------------------------------------ ROUNDING
 SELF_TEXT_ROWS, SELF_TEXT_TEMPERATURE = 4, 0.8   # PR 1019; its 64 sequences are 16 batches
 FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
-FIT_DOUBLINGS = 4.0  # the step is doubled four times at most: 6-bit weights then have 2 bits left
+FIT_DOUBLINGS, FILL_DOUBLINGS = 4.0, 8.0  # of the step, at most: 6-bit weights then have 2 bits left; water-filling's
 GRADIENT_PIECES, GRADIENT_TOKENS = 256, 256  # pieces of text, over all ranks, and tokens in each
 
 
@@ -3115,21 +3115,25 @@ def self_generated_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
         yield text[:, :-1], text[:, 1:]
 
 
+def calibration_text(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int):
+    """Yields inputs and targets: of the training steps from `step` on, which no step has read, or the model's own."""
+    if cfg.gptq_calibration == "self":
+        yield from self_generated_text(cfg, rt, model)
+        return
+    for i in range(cfg.gptq_calibration_batches):
+        yield from data.batch(step + i)
+
+
 @torch.no_grad()
 def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int,
               left_s: float) -> dict[str, Tensor]:
     """Hessians by parameter, from GPTQ_CALIBRATION_BATCHES of text, or fewer if `left_s` seconds of the training time
-    run out; empty without GPTQ.
-
-    The text is that of the training steps from `step` on, which no step has read, or the model's own.
-    """
+    run out; empty without GPTQ."""
     if not cfg.gptq_enabled:
         return {}
     watch, look, tokens = Stopwatch(), HessianSums(model), 0
-    texts = self_generated_text(cfg, rt, model) if cfg.gptq_calibration == "self" else (
-        batch for i in range(cfg.gptq_calibration_batches) for batch in data.batch(step + i))
     rt.log("GPTQ:collecting Hessians from calibration data...")
-    for inputs, _ in texts:
+    for inputs, _ in calibration_text(cfg, rt, model, data, step):
         model.logits(model.hidden(inputs, hook=look), hook=look)
         tokens += inputs.numel()
         rt.synchronize()
@@ -3156,9 +3160,8 @@ def loss_curvature(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainDat
     params, watch, length = dict(model.named_parameters()), Stopwatch(), min(GRADIENT_TOKENS, cfg.train_seq_len)
     squares = {name: torch.zeros_like(params[name], dtype=torch.float32) for name in quant_specs(cfg, params)}
     weights, tokens = [params[name] for name in squares], torch.zeros((), device=rt.device)
-    texts = self_generated_text(cfg, rt, model) if cfg.gptq_calibration == "self" else (
-        batch for i in range(cfg.gptq_calibration_batches) for batch in data.batch(step + i))
-    pieces = ((ids, targets) for batch in texts for ids, targets in zip(*(t.reshape(-1).split(length) for t in batch)))
+    pieces = (piece for batch in calibration_text(cfg, rt, model, data, step)
+              for piece in zip(*(t.reshape(-1).split(length) for t in batch)))
     for ids, targets in itertools.islice(pieces, -(-GRADIENT_PIECES // rt.world_size)):
         gradients = torch.autograd.grad(len(ids) * model.loss(ids[None], targets[None]), weights)
         torch._foreach_addcmul_(list(squares.values()), gradients, gradients)
@@ -3206,11 +3209,11 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
     Raises UserError where the widest steps do not suffice. Stops after FIT_ROUNDS packings or FIT_SECONDS.
     """
     limit, watch, best, doublings, slope = cfg.artifact_limit_bytes, Stopwatch(), None, 0.0, -weights / 8
-    finest = -FIT_DOUBLINGS if cfg.clip_rule == "waterfill" else 0.0
+    finest, coarsest = (-FILL_DOUBLINGS, FILL_DOUBLINGS) if cfg.clip_rule == "waterfill" else (0.0, FIT_DOUBLINGS)
     rt.log(f"size_fit:start total:{total} limit:{limit} over:{total / limit - 1:.2%}")
     for _ in range(FIT_ROUNDS):
         before, size_before = doublings, total
-        doublings = min(max(doublings + (limit * (1 - FIT_WINDOW / 2) - total) / slope, finest), FIT_DOUBLINGS)
+        doublings = min(max(doublings + (limit * (1 - FIT_WINDOW / 2) - total) / slope, finest), coarsest)
         settings = dataclasses.replace(cfg, mlp_clip_widen=cfg.mlp_clip_widen * 2 ** doublings,
                                        attn_clip_widen=cfg.attn_clip_widen * 2 ** doublings,
                                        waterfill_nats=cfg.waterfill_nats * 4 ** doublings)
@@ -3220,7 +3223,7 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
                f"time:{watch.elapsed():.1f}s", "size_fit", total=total, limit=limit, widen=2 ** doublings)
         if total <= limit and (best is None or total > best[2]):
             best = settings, artifact, total
-        at_end = doublings == (FIT_DOUBLINGS if total > limit else -FIT_DOUBLINGS)
+        at_end = doublings == coarsest if total > limit else doublings == finest < 0
         if limit * (1 - FIT_WINDOW) <= total <= limit or at_end or watch.elapsed() > FIT_SECONDS:
             break
         if doublings != before:  # a search that stands still keeps its slope; no slope is flatter than 1/8 bit
@@ -3505,7 +3508,7 @@ def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPred
     Raises ValueError for a code out of range. Returns (magnitudes of the symbols [rows, columns], levels [rows])."""
     width = 16 if predictor else 64  # columns of a tile; the average counts as much as so many columns of a row
     magnitude, row_sum = np.zeros(block.shape, np.int64), np.zeros(len(block), np.int64)
-    level, expected = row_sum + average, row_sum
+    level, expected = row_sum + average, 0
     for left in range(0, block.shape[1], width):
         here = slice(left, left + width)
         tile, factor = block[:, here], column[here]
@@ -3520,7 +3523,7 @@ def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPred
             predictor.observe(left, tile)
         magnitude[:, here] = np.abs(symbols)
         row_sum += np.abs(symbols).sum(1)
-        expected = expected + (factor * scale[:, here] // FIXED).sum(1)
+        expected += (factor * scale[:, here] // FIXED).sum(1)
         level = (row_sum * FIXED + width * average) * FIXED // (expected + width * FIXED)
     return magnitude, level
 
@@ -3561,7 +3564,7 @@ class Artifact:
 
 def header_bytes(cfg: Hyperparameters, tokenizer_sha256: str, stored: list[Stored], rows: list) -> bytes:
     """The header text: model settings, tokenizer, how each parameter is stored (its bits, "half" or "float"), in the
-    model's order, and [codec, bytes, crc32] of each stream, in order of their names."""
+    model's order, and [codec, bytes, crc32] of each stream, in the order of `streams_of`."""
     fields = {"config": model_settings(cfg), "tokenizer": tokenizer_sha256,
               "precision": [s.bits or s.stream for s in stored], "streams": rows}
     return json.dumps(fields, separators=(",", ":")).encode()
