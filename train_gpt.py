@@ -65,6 +65,7 @@ import glob
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import math
@@ -221,7 +222,8 @@ class Hyperparameters:
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
     val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
-    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. The last step has one", lo=0)
+    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. Validations and the last step "
+                                      "have one", lo=0)
     checkpoint_seconds: float = env_field(120.0, "seconds of training between them; 0: not by time", lo=0, hi=1e7)
     resume: bool = env_field(False, "continue from the last checkpoint of RUN_ID")
     # Averaging
@@ -247,8 +249,13 @@ class Hyperparameters:
     embed_bits: int = env_field(8, "bits of the token table and output layer", lo=2, hi=8)
     bigram_bits: int = env_field(8, "bits of the hashed tables", lo=2, hi=8)
     ve_bits: int = env_field(8, "bits of the value-embedding table", lo=2, hi=8)
-    clip_rule: str = env_field("percentile", "clip of each row: the best of five percentiles, the largest weight or "
-                               "k standard deviations", choices="percentile amax sdclip")
+    clip_rule: str = env_field("percentile", "clip of each row: the best of five percentiles, the largest weight, k "
+                               "standard deviations, or none: steps of rows and columns by water-filling (needs GPTQ; "
+                               "bits do not matter then)", choices="percentile amax sdclip waterfill")
+    waterfill_nats: float = env_field(0.01, "nats per token that water-filling's steps cost by its own estimate; "
+                                      "SIZE_FIT moves it, both ways", lo=1e-9, hi=100)
+    waterfill_exponent: float = env_field(0.5, "its steps are in proportion to (second derivative of the loss)^(-a/2): "
+                                          "1 is best for fine steps, less for coarse ones", lo=0, hi=1)
     mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     embed_clip_sigmas: float = env_field(20.0, "k of sdclip, all tables", lo=0.1, hi=1000)
@@ -293,17 +300,27 @@ class Hyperparameters:
     ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, alias="LORA_RANK")
     ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0, hi=1e5)
     ttt_lora_targets: str = env_field("q,v,head", "matrices that get one: of q, k, v, o, mlp, head, comma-separated")
+    ttt_lora_parallel: bool = env_field(False, "additions of o and mlp go from the normalised input of attention and "
+                                        "MLP to their output (PR 1530)")
     ttt_lora_layers: str = env_field("", "in which layers (from 0), like 7-10 or 8,9,10; empty: all")
     ttt_lora_layer_rates: str = env_field("", "layers with another learning rate, relative to TTT_LORA_LR: 7:0.6,8:0.8")
     ttt_lora_optimizer: str = env_field("adam", "optimiser of the additions", choices="adam sgd")
     ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0, hi=100)
+    ttt_local_lr_mult: float = env_field(1.0, "multiplies it (PR 1953)", lo=0, hi=100)
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
     ttt_adam_eps: float = env_field(1e-10, "adam's epsilon", lo=0, hi=1)
     ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0, hi=10)
     ttt_batch_docs: int = env_field(64, "documents in a rank's batch; fewer are padded", lo=1, alias="TTT_BATCH_SIZE")
     ttt_doc_chunk_tokens: int = env_field(256, "document tokens scored per adaptation", lo=1, alias="TTT_CHUNK_SIZE")
+    ttt_chunk_ladder: str = env_field("", "fewer where a batch's longest document has at most so many tokens (PR "
+                                      "2014): 256:8,2000:24", alias="TTT_SHORT_SCORE_FIRST_STEPS")
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
+    ttt_eval_seq_len: int = env_field(0, "tokens of context inside a document; 0: EVAL_SEQ_LEN", lo=0)
+    ttt_warm_start_a: bool = env_field(False, "the next batch of documents goes on with the first factors, A, of the "
+                                       "additions (PR 1767)")
+    ttt_warm_chains: int = env_field(8, "in so many chains of batches, which ranks share: any number of them gives the "
+                                     "same scores", lo=1, hi=4096)
     hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
     ngram_orders: str = env_field("", "context lengths at which counts of scored tokens join the last score's "
@@ -348,6 +365,28 @@ class Hyperparameters:
         """Tokens of an evaluation window."""
         return self.eval_seq_len or self.train_seq_len
 
+    @property
+    def doc_context(self) -> int:
+        """Most tokens a document's token is scored with."""
+        return self.ttt_eval_seq_len or self.window
+
+    @property
+    def doc_chunks(self) -> tuple[tuple[float, int], ...]:
+        """(tokens of the longest document, tokens of its chunks), growing. Raises UserError."""
+        def parse(parts):
+            steps = [(int(limit), int(chunk)) for limit, chunk in (part.split(":") for part in parts)]
+            steps.append((math.inf, self.ttt_doc_chunk_tokens))
+            if min(steps)[1] < 1 or any(list(values) != sorted(set(values)) for values in zip(*steps)):
+                raise ValueError
+            return tuple(steps)
+        return parse_list("TTT_CHUNK_LADDER", self.ttt_chunk_ladder, "growing lengths of documents with growing chunks "
+                          f"below TTT_DOC_CHUNK_TOKENS={self.ttt_doc_chunk_tokens}, like 256:8,2000:24", parse)
+
+    @property
+    def lengths_known(self) -> bool:
+        """Whether scores depend on the lengths of documents, which a decoder would have to be told."""
+        return self.ttt_warm_start_a or bool(self.ttt_chunk_ladder)
+
     def visits(self, looped: bool) -> list[int]:
         """The layers in the order in which they are applied; `looped`: those of the loop again and again."""
         layers, again = list(range(self.num_layers)), self.num_loops if looped else 0
@@ -386,7 +425,8 @@ class Hyperparameters:
     @property
     def lora_kinds(self) -> tuple[str, ...]:
         """Which matrices LoRA adds to, by the names of LayerWeights."""
-        kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "mlp": ["up", "down"], "head": ["head"]}
+        kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "head": ["head"],
+                 "mlp": ["down"] if self.ttt_lora_parallel else ["up", "down"]}
         return parse_list("TTT_LORA_TARGETS", self.ttt_lora_targets, "some of q,k,v,o,mlp,head",
                           lambda parts: tuple(kind for part in parts for kind in kinds[part]))
 
@@ -517,7 +557,7 @@ def check_combinations(cfg: Hyperparameters) -> None:
     for holds, message in combination_rules(cfg):
         if not holds:
             raise UserError(message.format(**shown, head_dim=cfg.head_dim, window=cfg.window, last=cfg.num_layers - 1,
-                                           scored=cfg.eval_stride or cfg.window))
+                                           scored=cfg.eval_stride or cfg.window, context=cfg.doc_context))
 
 
 def combination_rules(cfg: Hyperparameters):
@@ -554,7 +594,10 @@ def combination_rules(cfg: Hyperparameters):
             "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
     elif cfg.ttt_enabled:
         yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
-        yield cfg.ttt_doc_chunk_tokens <= cfg.window, "{ttt_doc_chunk_tokens} is longer than a window of {window}"
+        yield cfg.doc_chunks[-1][1] <= cfg.doc_context, "{ttt_doc_chunk_tokens} is longer than a window of {context}"
+        yield not cfg.rope_train_seq_len or cfg.ttt_eval_seq_len <= cfg.train_seq_len, (
+            "{ttt_eval_seq_len} is more than {train_seq_len}, up to which {rope_train_seq_len} gives one rotary base; "
+            "ROPE_TRAIN_SEQ_LEN=0 never changes it")
         yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
         yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
     if cfg.ttt_enabled and cfg.ttt_mode == "lora":
@@ -564,6 +607,9 @@ def combination_rules(cfg: Hyperparameters):
     yield not cfg.ngrams or cfg.ngrams[-1][0] <= 10_000, "{ngram_orders} has contexts longer than 10,000 tokens"
     yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
+    if cfg.clip_rule == "waterfill":
+        yield cfg.gptq_enabled, "{clip_rule} rounds by GPTQ's Hessians; {gptq_enabled}"
+        yield not (cfg.qat_enabled or cfg.late_qat), "{clip_rule} has no steps while training: {late_qat}, {qat_enabled}"
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
     yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
     yield re.fullmatch(r"(?!\.)[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits, _ + -, later dots"
@@ -593,23 +639,31 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
-    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
-    given. Raises UserError."""
+@contextlib.contextmanager
+def replacing(path: Path, size: str = ""):
+    """A spare path, for what then takes the place of `path` completely or not at all. Raises UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        spare.unlink(missing_ok=True)
+        yield spare
+        os.replace(spare, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            spare.unlink()
+        raise UserError(f"cannot write {path}{size}: {error.strerror}") from None
+
+
+def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
+    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
+    given. Raises UserError."""
+    with replacing(path, f" ({len(data):,} bytes)") as spare:
         with open(spare, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         if older is not None and path.exists():
             os.replace(path, older)
-        os.replace(spare, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            spare.unlink()
-        raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
 
 
 def older_place(path: Path) -> Path:
@@ -620,68 +674,56 @@ def older_place(path: Path) -> Path:
 
 def link(place: Path, file: Path) -> None:
     """Make `place` a relative link to `file`, or a copy of it where there are no links. Raises UserError."""
-    spare = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        spare.unlink(missing_ok=True)
+    with replacing(place) as spare:
         try:
             spare.symlink_to(os.path.relpath(file.resolve(), place.parent.resolve()))
             if place.is_file() and not place.is_symlink():  # it is not a run's, whose place has links
                 place.rename(older_place(place))
         except OSError:
             spare.write_bytes(file.read_bytes())
-        os.replace(spare, place)
-    except OSError as error:
-        raise UserError(f"cannot write {place}: {error.strerror}") from None
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal, of this number, ends the run."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = int(number)
 
 
 class Signals:
-    """SIGINT and SIGTERM. The first one of this rank is `number`: raised as Interrupted at once, or noted for the code
-    that is running to act on, when all ranks have `agreed` on one. A second one stops the process."""
+    """SIGINT and SIGTERM, inside `with`. The first one of this rank is `number`: raised as KeyboardInterrupt(number) at
+    once, or noted for the code that is running to act on, when all ranks have `agreed` on one. A second one stops the
+    process."""
 
-    SAME_S = 1.0  # torchrun passes on what the terminal has already sent
+    SAME_S = 1.0  # a cluster sends one to each process, and torchrun passes on its own
 
     def __init__(self):
-        self.number, self.agreed, self.raises, self.first_s = 0, 0, False, 0.0
+        self.number, self.agreed, self.at_once, self.first_s = 0, 0, False, 0.0
 
     def __call__(self, number: int, frame) -> None:
-        if self.number and time.monotonic() > self.first_s + self.SAME_S:
+        if not self.number:
+            self.number, self.first_s = number, time.monotonic()
+            self.raise_where_allowed()
+        elif time.monotonic() > self.first_s + self.SAME_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        elif not self.number:
-            self.number, self.first_s = number, time.monotonic()
-            if self.raises:
-                raise Interrupted(number)
 
-    @contextlib.contextmanager
-    def caught(self):
-        """Inside, they come here, but for those that the process ignores."""
+    def raise_where_allowed(self) -> None:
+        if self.at_once and self.number:
+            raise KeyboardInterrupt(self.number)
+
+    def __enter__(self) -> Signals:
         heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self.before = {number: signal.signal(number, self) for number in heard}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     @contextlib.contextmanager
     def act(self, at_once: bool):
-        """Whether the first one is raised inside, or noted."""
-        before, self.raises = self.raises, at_once
+        """Whether one is raised inside, or noted."""
+        before, self.at_once = self.at_once, at_once
         try:
+            self.raise_where_allowed()
             yield
         finally:
-            self.raises = before
-        if before and self.number:
-            raise Interrupted(self.number)
+            self.at_once = before
+        self.raise_where_allowed()
 
 
 class RunLog:
@@ -722,6 +764,8 @@ class RunLog:
         held = open(path, "a")
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for spare in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                spare.unlink()
         except BlockingIOError:
             raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
         except OSError:
@@ -1141,13 +1185,13 @@ class Runtime:
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
 
     def agree(self, value: float) -> float:
-        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. Along with it
+        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. With it
         travels the signal of any rank."""
         box = torch.tensor([value if self.rank == 0 else -math.inf, self.signals.number], dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(box, dist.ReduceOp.MAX, group=self.groups["cpu"])
-        value, self.signals.agreed = box.tolist()
-        return value
+        self.signals.agreed = int(box[1])
+        return box[0].item()
 
     def copy_first(self, tensors) -> None:
         """Rank 0's values into these tensors of every rank."""
@@ -1516,6 +1560,9 @@ PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # PR 1092's candidates for 
 SCALE_FLOOR = 2.0 ** -20  # for rows of zeros; below any trained row (PR 1092's 1/31 puts most rows on one coarse grid)
 GPTQ_BLOCK = 128      # columns rounded before their errors are passed on to the rest of the matrix
 GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
+WATER_BITS = 13       # of the codes under water-filling: so many that hardly a weight is clipped
+STEPS_PER_OCTAVE, STEP_LIMIT = 4, 128  # their steps are 2**(k/4); the row's and the column's part of k is 128 at most
+CURVATURE_FLOOR = 0.03  # of a matrix's mean, for rows that calibration hardly reaches
 
 
 @dataclass(frozen=True)
@@ -1531,6 +1578,22 @@ class QuantSpec:
     def max_code(self) -> int:
         """The largest code; codes are symmetric, so that rounding has no bias."""
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def code_type(self) -> torch.dtype:
+        return torch.int8 if self.bits <= 8 else torch.int16
+
+
+class Steps(NamedTuple):
+    """The steps of water-filling, as a file holds them: 2**((row + column) / 4)."""
+
+    rows: Tensor     # int16 [..., rows, 1]
+    columns: Tensor  # int16 [..., 1, columns]
+
+    def float(self) -> Tensor:
+        """The steps.  # float32 [..., rows, columns]"""
+        sizes = [2.0 ** (k / STEPS_PER_OCTAVE) for k in range(-2 * STEP_LIMIT, 2 * STEP_LIMIT + 1)]
+        return torch.tensor(sizes, device=self.rows.device)[self.rows.int() + self.columns.int() + 2 * STEP_LIMIT]
 
 
 def upper_quantiles(magnitudes: Tensor, shares: tuple[float, ...]) -> Tensor:
@@ -1578,13 +1641,13 @@ def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
     return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
-def quantise(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """(int8 codes [..., rows, columns], fp16 scales [..., rows, 1]) of a float weight."""
-    scale = row_scales(weight.float(), spec)
-    return round_to(weight.float(), scale, spec).to(torch.int8), scale.half()
+def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None) -> tuple[Tensor, Tensor | Steps]:
+    """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight."""
+    scale = (steps or row_scales(weight.float(), spec)).float()
+    return round_to(weight.float(), scale, spec).to(spec.code_type), steps or scale.half()
 
 
-def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
+def dequantise(codes: Tensor, scales: Tensor | Steps) -> Tensor:
     """The float32 weight of codes and scales."""
     return codes.float() * scales.float()
 
@@ -1622,23 +1685,31 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
     return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
-def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> tuple[Tensor, Tensor]:
+def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str],
+         steps: Steps | None = None) -> tuple[Tensor, Tensor | Steps]:
     """`quantise`, but the columns still to be rounded compensate the error of those already rounded.
 
     Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
-    without input become 0. The scales are `row_scales`, those late QAT trained on. Source: GPTQ, arXiv 2210.17323.
-    Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be used.
+    without input become 0. The scales are `row_scales`, those late QAT trained on, if no `steps` are given. Source:
+    GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be used.
     """
-    weight, hessian = weight.float(), hessian.float()
+    weight = weight.float()
+    dead, order, factor = column_order(hessian, names)
+    scale = (steps or row_scales(weight, spec)).float()  # of the rows as they are, not as they are compensated
+    weight, grid = weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale.expand_as(weight)
+    codes = round_columns(weight, grid.take_along_dim(order, -1), factor, spec)
+    return codes.take_along_dim(order.argsort(dim=-1), -1).to(spec.code_type), steps or scale.half()
+
+
+def column_order(hessian: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Which columns have no input [n, columns], the order of rounding [n, 1, columns] and `inverse_factor` in it."""
+    hessian = hessian.float()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0                                                               # [n, columns]
-    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]     # [n, 1, columns]
+    dead = diagonal == 0
+    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]
     hessian = (hessian + torch.diag_embed(dead.float())).take_along_dim(order, -1).take_along_dim(order.mT, -2)
-    factor = inverse_factor(hessian.double(), names)
-    scale = row_scales(weight, spec)  # of the rows as they are: all columns of a row share one grid
-    codes = round_columns(weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale, factor, spec)
-    return codes.take_along_dim(order.argsort(dim=-1), -1).to(torch.int8), scale.half()
+    return dead, order, inverse_factor(hessian.double(), names)
 
 
 def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
@@ -1649,8 +1720,8 @@ def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec
         errors = torch.empty_like(weight[..., start:stop])
         for j in range(start, stop):
             column = weight[..., j:j + 1]
-            codes[..., j:j + 1] = code = round_to(column, scale, spec)
-            error = (column - code * scale) / factor[:, j:j + 1, j:j + 1]
+            codes[..., j:j + 1] = code = round_to(column, scale[..., j:j + 1], spec)
+            error = (column - code * scale[..., j:j + 1]) / factor[:, j:j + 1, j:j + 1]
             weight[..., j + 1:stop] -= error * factor[:, j:j + 1, j + 1:stop]
             errors[..., j - start:j - start + 1] = error
         weight[..., stop:] -= errors @ factor[:, start:stop, stop:]
@@ -1671,6 +1742,46 @@ def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
         damping = torch.where(failed[:, None, None], 10 * damping, damping)
     raise UserError(f"GPTQ: the Hessian of {names[int(failed.nonzero()[0])]} is singular or not finite, even damped; "
                     "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
+
+
+def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tuple[Tensor, Tensor]:
+    """Second derivative of the loss by each weight once GPTQ has made up for its error: a factor of its row times one
+    of its column, whose geometric mean in a matrix is 1.  # [n, rows, 1], [n, 1, columns]
+
+    `squares`: the mean square of the loss's gradient by each weight [n, rows, columns]. With an input x of matrix
+    `hessian`, E[x x^T], it is a row's G times E[x_j^2]; what the columns rounded later do not explain of x_j is
+    1 / U_jj^2. Without (tables) there are rows only. Raises UserError where a matrix has no usable gradient.
+    """
+    mean = squares.mean((-2, -1))
+    bad = ~mean.isfinite() | (mean <= 0)
+    if bad.any():
+        raise UserError(f"CLIP_RULE=waterfill: the gradient of {names[int(bad.nonzero()[0])]} is zero or not finite")
+    columns = squares.new_ones(*squares.shape[:-2], 1, squares.size(-1))
+    if hessian is not None:
+        dead, order, factor = column_order(hessian, names)
+        squares = squares.div(hessian.diagonal(dim1=-2, dim2=-1)[:, None]).masked_fill(dead[:, None], 0)
+        columns = factor.diagonal(dim1=-2, dim2=-1)[:, None].pow(-2).take_along_dim(order.argsort(dim=-1), -1)
+        columns = columns.masked_fill(dead[:, None], columns.mean())
+    rows = squares.mean(-1, keepdim=True)
+    centre = columns.log().mean(-1, keepdim=True).exp()
+    return rows.maximum(CURVATURE_FLOOR * rows.mean(-2, keepdim=True)) * centre, columns / centre
+
+
+def water_fill(factors: dict[str, tuple[Tensor, Tensor]], nats: float, exponent: float) -> dict[str, Steps]:
+    """Steps of all weights, in proportion to curvature^(-exponent/2), that cost `nats` to second order.
+
+    A step of s makes a mean square error of s^2 / 12, and with exponent 1 each weight has the same part in the cost,
+    which is the least for the bits (reverse water-filling; WaterSIC, arXiv 2603.04956, does it by columns). Where steps
+    are so coarse that the second order fails, a smaller exponent does better.
+    """
+    cost = sum(float((rows.double() ** (1 - exponent)).sum(-2).mul((columns.double() ** (1 - exponent)).sum(-1)).sum())
+               for rows, columns in factors.values())
+    level = math.log2(24 * nats / cost) / 2
+
+    def stored(exponents: Tensor) -> Tensor:
+        return (STEPS_PER_OCTAVE * exponents).round().clamp(-STEP_LIMIT, STEP_LIMIT).short()
+    return {name: Steps(stored(level - exponent / 2 * rows.log2()), stored(-exponent / 2 * columns.log2()))
+            for name, (rows, columns) in factors.items()}
 
 
 # ------------------------------------------------------------------------------------------------ KERNELS
@@ -1994,9 +2105,12 @@ def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def project(x: Tensor, weight) -> Tensor:
-    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one: see `GPT.hidden`."""
-    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
+    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one, and of `source`, the input
+    of attention or MLP as a whole, if it has the attribute `parallel`: see `GPT.hidden`."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    return weight(x, source) if getattr(weight, "parallel", False) else weight(x)
 
 
 class SmearGate(nn.Module):
@@ -2094,7 +2208,7 @@ class Attention(nn.Module):
         if self.sparse_gate is not None:
             channels = recent[..., :self.sparse_gate.in_features]
             y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
-        return project(y.flatten(2), out_w), value
+        return project(y.flatten(2), out_w, recent), value
 
 
 class Block(nn.Module):
@@ -2142,7 +2256,7 @@ class Block(nn.Module):
         plain = all(isinstance(weight, Tensor) for weight in weights[4:])
         if plain and suits_triton(self.kernels, x.dtype, *weights.up.shape):
             return FusedMlp.apply(x.flatten(0, 1), weights.up, weights.down, self.slope).view_as(x)
-        return project(SquaredLeakyReLU.apply(project(x, weights.up), self.slope), weights.down)
+        return project(SquaredLeakyReLU.apply(project(x, weights.up), self.slope), weights.down, x)
 
 
 class GPT(nn.Module):
@@ -2403,8 +2517,9 @@ def route(cfg: Hyperparameters, names) -> dict[str, Family]:
 def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
     """How each parameter that is exported rounded is rounded - by QAT and by the export alike."""
     kept = f"{cfg.fp16_keep_name_patterns},{cfg.int8_keep_float_fp32_name_patterns}"
-    return {name: QuantSpec(getattr(cfg, family.bits), cfg.clip_rule, getattr(cfg, family.sigmas),
-                            getattr(cfg, family.widen))
+    fill = cfg.clip_rule == "waterfill"
+    return {name: QuantSpec(WATER_BITS if fill else getattr(cfg, family.bits), cfg.clip_rule,
+                            getattr(cfg, family.sigmas), getattr(cfg, family.widen))
             for name, family in route(cfg, names).items() if family.bits and not named_in(kept, name)}
 
 
@@ -2782,13 +2897,9 @@ class TrainState:
         self.seq_len, self.seq_step = packed["seq_len"]
 
 
-def checkpoint_path(rt: Runtime) -> Path:
-    return rt.run_folder / "checkpoint.pt"
-
-
-def older_checkpoint(rt: Runtime) -> Path:
-    """The place of the checkpoint before the newest."""
-    return checkpoint_path(rt).with_suffix(".before.pt")
+def checkpoint_path(rt: Runtime, kind: str = "") -> Path:
+    """The place of the newest checkpoint; `kind` ".before": of the one before it."""
+    return rt.run_folder / f"checkpoint{kind}.pt"
 
 
 def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
@@ -2805,25 +2916,16 @@ def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Copy the state off the device, for a thread to write. Weights that are not finite are not saved."""
+    """Serialise the state, for a thread to write. Weights that are not finite are not saved."""
     elapsed_s = state.watch.elapsed()
     if not torch.nn.utils.get_total_norm(list(state.model.parameters())).isfinite():
         return rt.log(f"warning: no checkpoint of step {state.step}: its weights are not finite")
     packed = state.pack()  # on every rank: shards are gathered
     if rt.rank == 0:
-        packed = copy_to_host({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
-        rt.in_background(lambda: rt.attempt(write_atomically, checkpoint_path(rt), with_digest(torch_bytes(packed)),
-                                            older_checkpoint(rt)))
-    rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
-
-
-def copy_to_host(value):
-    """The same dictionaries, lists and tuples, with copies of the tensors in them."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_host(part) for key, part in value.items()}
-    return type(value)(map(copy_to_host, value)) if isinstance(value, (list, tuple)) else value
+        data = torch_bytes({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
+        rt.in_background(lambda: rt.attempt(write_atomically, checkpoint_path(rt), with_digest(data),
+                                            checkpoint_path(rt, ".before")))
+    rt.agree(0.0)  # or the others' next collective would wait for rank 0
 
 
 def with_digest(data: bytes) -> bytes:
@@ -2831,21 +2933,19 @@ def with_digest(data: bytes) -> bytes:
     return data + hashlib.sha256(data).digest()
 
 
-def newest_checkpoint(rt: Runtime) -> tuple[Path, bytes]:
-    """The newest checkpoint of RUN_ID that is whole. Raises UserError if there is none."""
-    newest, damaged = checkpoint_path(rt), []
-    for stale in newest.parent.glob(".*.tmp"):  # of a run that was killed while it wrote
-        stale.unlink()
-    for path in (newest, older_checkpoint(rt)):
-        with contextlib.suppress(FileNotFoundError):
-            data = path.read_bytes()
-            if with_digest(data[:-32]) == data:
-                if damaged:
-                    rt.log(f"warning: checkpoint {newest} is damaged; going on from the one before")
-                return path, data
-            damaged.append(path)
-    raise UserError(f"checkpoint {damaged[0]} is damaged, and there is no other one; start without RESUME=1" if damaged
-                    else f"RESUME=1, but there is no checkpoint {newest}")
+def newest_checkpoint(cfg: Hyperparameters, rt: Runtime) -> tuple[Path, bytes] | None:
+    """The newest checkpoint of RUN_ID that is whole. None if there is none, and a restart looks for one; with RESUME=1,
+    or if all are damaged, it raises UserError."""
+    paths = [path for path in (checkpoint_path(rt), checkpoint_path(rt, ".before")) if path.exists()]
+    for path in paths:
+        data = path.read_bytes()
+        if with_digest(data[:-32]) == data:
+            return path, data
+        rt.log(f"warning: checkpoint {path} is damaged")
+    if paths:
+        raise UserError(f"no checkpoint in {rt.run_folder} is whole; start without RESUME=1")
+    if cfg.resume:
+        raise UserError(f"RESUME=1, but there is no checkpoint {checkpoint_path(rt)}")
 
 
 def torch_bytes(value) -> bytes:
@@ -2857,9 +2957,10 @@ def torch_bytes(value) -> bytes:
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
     """Resume from the newest checkpoint of RUN_ID, which rank 0 reads for all. Returns the seconds of training it took.
     Raises UserError if it is missing, damaged or of other settings."""
-    if not rt.agree(float(cfg.resume or checkpoint_path(rt).exists())):
-        return 0.0  # a restart, and the first part did not come that far
-    path, data = rt.from_first(lambda: newest_checkpoint(rt))
+    found = rt.from_first(lambda: newest_checkpoint(cfg, rt))
+    if found is None:
+        return 0.0
+    path, data = found
     try:
         packed = torch.load(io.BytesIO(data), map_location=rt.device, weights_only=True)
         then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
@@ -2897,8 +2998,8 @@ def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
         if state.skipped:
             rt.log(f"warning: step {step} is not applied: the norm of its gradient is {norm}", "skipped", step=step)
         if state.skipped == MOST_SKIPPED:
-            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, are "
-                            "not finite; lower MATRIX_LR or SCALAR_LR")
+            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, "
+                            "are not finite; lower MATRIX_LR or SCALAR_LR")
 
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
@@ -2943,7 +3044,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     while True:
         done = state.ended(cfg, elapsed)
         if done or state.due(cfg.val_loss_every):
-            with state.watch.paused(rt.synchronize):
+            with state.watch.paused(rt.synchronize), rt.signals.act(at_once=True):  # the last step is saved
                 result = validate("validation", score_fn)
             log_losses(cfg, rt, state, elapsed, "validation", {"val_loss": result.loss, "val_bpb": result.bpb})
         if done:
@@ -2964,13 +3065,12 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
             loss = rt.sum_(loss).item()
             log_losses(cfg, rt, state, elapsed, "train", {"train_loss": loss}, lr_scale=plan.lr_scale)
         due = state.due(cfg.checkpoint_every) or 0 < cfg.checkpoint_seconds <= elapsed - saved_s
-        if ended or due or rt.signals.agreed:
+        if ended or due or state.due(cfg.val_loss_every) or rt.signals.agreed:
             saved_s = elapsed
             with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
         if rt.signals.agreed:
-            rt.finish_writing()
-            raise Interrupted(rt.signals.agreed)
+            raise KeyboardInterrupt(rt.signals.agreed)
     model.looped = True
     if state.step < cfg.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{state.step}/{cfg.iterations}")
@@ -3011,7 +3111,8 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
 # ------------------------------------------------------------------------------------------------ ROUNDING
 SELF_TEXT_ROWS, SELF_TEXT_TEMPERATURE = 4, 0.8   # PR 1019; its 64 sequences are 16 batches
 FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
-FIT_DOUBLINGS = 4.0  # the step is doubled four times at most: 6-bit weights then have 2 bits left
+FIT_DOUBLINGS, FILL_DOUBLINGS = 4.0, 8.0  # of the step, at most: 6-bit weights then have 2 bits left; water-filling's
+GRADIENT_PIECES, GRADIENT_TOKENS = 256, 256  # pieces of text, over all ranks, and tokens in each
 
 
 class HessianSums:
@@ -3061,21 +3162,25 @@ def self_generated_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
         yield text[:, :-1], text[:, 1:]
 
 
+def calibration_text(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int):
+    """Yields inputs and targets: of the training steps from `step` on, which no step has read, or the model's own."""
+    if cfg.gptq_calibration == "self":
+        yield from self_generated_text(cfg, rt, model)
+        return
+    for i in range(cfg.gptq_calibration_batches):
+        yield from data.batch(step + i)
+
+
 @torch.no_grad()
 def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int,
               left_s: float) -> dict[str, Tensor]:
     """Hessians by parameter, from GPTQ_CALIBRATION_BATCHES of text, or fewer if `left_s` seconds of the training time
-    run out; empty without GPTQ.
-
-    The text is that of the training steps from `step` on, which no step has read, or the model's own.
-    """
+    run out; empty without GPTQ."""
     if not cfg.gptq_enabled:
         return {}
     watch, look, tokens = Stopwatch(), HessianSums(model), 0
-    texts = self_generated_text(cfg, rt, model) if cfg.gptq_calibration == "self" else (
-        batch for i in range(cfg.gptq_calibration_batches) for batch in data.batch(step + i))
     rt.log("GPTQ:collecting Hessians from calibration data...")
-    for inputs, _ in texts:
+    for inputs, _ in calibration_text(cfg, rt, model, data, step):
         model.logits(model.hidden(inputs, hook=look), hook=look)
         tokens += inputs.numel()
         rt.synchronize()
@@ -3090,44 +3195,83 @@ def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, st
     return hessians
 
 
+def loss_curvature(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int,
+                   hessians: dict[str, Tensor], left_s: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """`curvature` of each parameter that is exported rounded; empty unless CLIP_RULE=waterfill.
+
+    By the Fisher information of GRADIENT_PIECES pieces of the text that `calibrate` reads: the gradient of the nats of
+    a whole piece, squared, over its tokens. Stops early when `left_s` seconds are over.
+    """
+    if cfg.clip_rule != "waterfill":
+        return {}
+    params, watch, length = dict(model.named_parameters()), Stopwatch(), min(GRADIENT_TOKENS, cfg.train_seq_len)
+    squares = {name: torch.zeros_like(params[name], dtype=torch.float32) for name in quant_specs(cfg, params)}
+    weights, tokens = [params[name] for name in squares], torch.zeros((), device=rt.device)
+    pieces = (piece for batch in calibration_text(cfg, rt, model, data, step)
+              for piece in zip(*(t.reshape(-1).split(length) for t in batch)))
+    for ids, targets in itertools.islice(pieces, -(-GRADIENT_PIECES // rt.world_size)):
+        gradients = torch.autograd.grad(len(ids) * model.loss(ids[None], targets[None]), weights)
+        torch._foreach_addcmul_(list(squares.values()), gradients, gradients)
+        tokens += len(ids)
+        rt.synchronize()
+        if watch.elapsed() > left_s:
+            break
+    rt.sum_many_([tokens, *squares.values()])
+    rt.log(f"waterfill:gradients of {int(tokens)} tokens in {watch.elapsed():.1f}s")
+    factors = {}
+    for name, square in squares.items():
+        parts = curvature(square.view(-1, *square.shape[-2:]) / tokens, hessians.get(name), labels(name, square))
+        factors[name] = tuple(part.view(*square.shape[:-2], *part.shape[-2:]) for part in parts)
+    return factors
+
+
+def labels(name: str, weight: Tensor) -> list[str]:
+    """A name for each matrix of a parameter."""
+    return [f"{name}[{i}]" for i in range(len(weight))] if weight.ndim == 3 else [name]
+
+
 @torch.no_grad()
-def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(codes, scales) of each parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest."""
+def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
+                factors: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, tuple[Tensor, Tensor | Steps]]:
+    """(codes, scales) of each parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest.
+    `factors`: what `loss_curvature` returned."""
     params, rounded = dict(model.named_parameters()), {}
+    filled = water_fill(factors, cfg.waterfill_nats, cfg.waterfill_exponent) if factors else {}
     for name, spec in quant_specs(cfg, params).items():
         weight = prune(params[name].detach().float(), cfg.prune_frac)
-        if name in hessians:
-            labels = [f"{name}[{i}]" for i in range(len(weight))] if weight.ndim == 3 else [name]
-            codes, scales = gptq(weight.view(len(labels), *weight.shape[-2:]), hessians[name], spec, labels)
-            rounded[name] = codes.view_as(weight), scales.view(*weight.shape[:-1], 1)
-        else:
-            rounded[name] = quantise(weight, spec)
+        matrices, steps = weight.view(-1, *weight.shape[-2:]), filled.get(name)
+        codes, scales = gptq(matrices, hessians[name], spec, labels(name, weight), steps) if name in hessians else \
+            quantise(matrices, spec, steps)
+        rounded[name] = codes.view_as(weight), steps or scales.view(*weight.shape[:-1], 1)
     return rounded
 
 
 def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, code_bytes: int):
-    """(settings, artifact) at most 0.5 % under ARTIFACT_LIMIT_BYTES: all steps of the banks, of `weights` weights, are
-    widened by one factor. `make(settings)` rounds and packs; `total`: the bytes without widening.
+    """(settings, artifact) at most 0.5 % under ARTIFACT_LIMIT_BYTES: all steps of the banks - with water-filling of all
+    rounded parameters - of `weights` weights are widened by one factor, by water-filling also narrowed.
+    `make(settings)` rounds and packs; `total`: the bytes with the steps as they are.
 
     With an entropy coder a step twice as wide saves about one bit per weight; from there on the secant of the sizes
     packed so far says how wide. (Bits are no further knob: INT5 is INT6 with steps twice as wide, to the same codes.)
     Raises UserError where the widest steps do not suffice. Stops after FIT_ROUNDS packings or FIT_SECONDS.
     """
     limit, watch, best, doublings, slope = cfg.artifact_limit_bytes, Stopwatch(), None, 0.0, -weights / 8
+    finest, coarsest = (-FILL_DOUBLINGS, FILL_DOUBLINGS) if cfg.clip_rule == "waterfill" else (0.0, FIT_DOUBLINGS)
     rt.log(f"size_fit:start total:{total} limit:{limit} over:{total / limit - 1:.2%}")
     for _ in range(FIT_ROUNDS):
         before, size_before = doublings, total
-        doublings = min(max(doublings + (limit * (1 - FIT_WINDOW / 2) - total) / slope, 0.0), FIT_DOUBLINGS)
+        doublings = min(max(doublings + (limit * (1 - FIT_WINDOW / 2) - total) / slope, finest), coarsest)
         settings = dataclasses.replace(cfg, mlp_clip_widen=cfg.mlp_clip_widen * 2 ** doublings,
-                                       attn_clip_widen=cfg.attn_clip_widen * 2 ** doublings)
+                                       attn_clip_widen=cfg.attn_clip_widen * 2 ** doublings,
+                                       waterfill_nats=cfg.waterfill_nats * 4 ** doublings)
         artifact = make(settings)
         total = len(artifact.blob) + code_bytes
         rt.log(f"size_fit:total:{total} ({total / limit:.2%} of the limit) steps of the banks x{2 ** doublings:.3f} "
                f"time:{watch.elapsed():.1f}s", "size_fit", total=total, limit=limit, widen=2 ** doublings)
         if total <= limit and (best is None or total > best[2]):
             best = settings, artifact, total
-        coarsest = total > limit and doublings == FIT_DOUBLINGS
-        if limit * (1 - FIT_WINDOW) <= total <= limit or coarsest or watch.elapsed() > FIT_SECONDS:
+        at_end = doublings == coarsest if total > limit else doublings == finest < 0
+        if limit * (1 - FIT_WINDOW) <= total <= limit or at_end or watch.elapsed() > FIT_SECONDS:
             break
         if doublings != before:  # a search that stands still keeps its slope; no slope is flatter than 1/8 bit
             slope = min((total - size_before) / (doublings - before), -weights / 64)
@@ -3147,12 +3291,38 @@ class Stored:
     name: str
     stream: str
     bits: int                         # 0: not rounded
-    values: np.ndarray                # int8 codes, or floats of the stream's type
-    scales: np.ndarray | None = None  # fp16 [..., rows, 1], of codes
+    values: np.ndarray                # integer codes, or floats of the stream's type
+    scales: np.ndarray | None = None  # of codes: fp16 [..., rows, 1]; of WATER_BITS, int16 [1, 1, n]: see `store_steps`
+    queries: "Stored | None" = None   # of keys and values: where the steps of their columns are
 
     def weight(self) -> Tensor:
         values = torch.from_numpy(self.values)
+        if self.bits == WATER_BITS:
+            steps = self.steps()
+            return dequantise(values.view(len(steps.rows), *values.shape[-2:]), steps).view_as(values)
         return dequantise(values, torch.from_numpy(self.scales)) if self.bits else values.float()
+
+    def steps(self) -> Steps:
+        """What `store_steps` stored; whatever a file holds is brought into the range that it stores."""
+        exponents = torch.from_numpy(self.scales.ravel().cumsum(dtype=np.int64).clip(-STEP_LIMIT, STEP_LIMIT)).short()
+        count = math.prod(self.values.shape[:-1])
+        rows = exponents[:count].view(-1, self.values.shape[-2], 1)
+        if not self.queries:
+            return Steps(rows, exponents[count:].view(-1, 1, self.values.shape[-1]))
+        half = len(rows) // 2
+        return Steps(rows, self.queries.steps().columns[:half].repeat(2, 1, 1))
+
+
+def store_steps(steps: Steps, with_columns: bool) -> np.ndarray:
+    """The exponents of all rows, then of all columns, as differences from the one before.  # int16 [1, 1, n]"""
+    parts = [steps.rows.flatten(), steps.columns.flatten()][:1 + with_columns]
+    return np.diff(torch.cat(parts).cpu().numpy(), prepend=np.int16(0))[None, None]
+
+
+def shared_columns(name: str, bits: int, stored: list[Stored]) -> Stored | None:
+    """The parameter, stored before, that has the steps of this one's columns, too: keys and values read what queries
+    read."""
+    return next((s for s in stored if name == "kv_bank" and s.name == "qo_bank" and s.bits == bits == WATER_BITS), None)
 
 
 def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[Stored]:
@@ -3162,9 +3332,11 @@ def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[S
     for name in (name for name in params if families[name].exported):
         weight = params[name].detach().float().cpu()
         if name in specs:
-            codes, scales = (t.cpu() for t in rounded.get(name) or quantise(weight, specs[name]))
-            finite = weight.isfinite().all() and scales.isfinite().all()
-            stored.append(Stored(name, families[name].name, specs[name].bits, codes.numpy(), scales.numpy()))
+            codes, scales = rounded.get(name) or quantise(weight, specs[name])
+            queries = shared_columns(name, specs[name].bits, stored)
+            scales = store_steps(scales, not queries) if isinstance(scales, Steps) else scales.cpu().numpy()
+            finite = weight.isfinite().all() and np.isfinite(scales).all()
+            stored.append(Stored(name, families[name].name, specs[name].bits, codes.cpu().numpy(), scales, queries))
         else:
             kind = "float" if named_in(cfg.int8_keep_float_fp32_name_patterns, name) else "half"
             values = weight if kind == "float" else weight.half()
@@ -3181,7 +3353,7 @@ def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[S
 # | header: LZMA of JSON (see header_bytes) | the packed streams | first 16 bytes of the SHA-256 of all before.
 # Nothing in it is executed. Names, shapes and streams of the parameters follow from the model settings in the header;
 # their sizes are bounded before memory of that size is allocated.
-ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES, ARTIFACT_HEADER_LIMIT = b"PGOLF", 4, 16, 2 ** 20
+ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES, ARTIFACT_HEADER_LIMIT = b"PGOLF", 5, 16, 2 ** 20
 ARTIFACT_MAGIC = ARTIFACT_NAME + bytes([ARTIFACT_VERSION]) + b"\r\n"
 ARTIFACT_NUMBERS = struct.Struct("<QII")
 FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xfd7zXZ": "an xz file",
@@ -3189,7 +3361,7 @@ FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xf
 FLOAT_KINDS = {"half": np.dtype("<f2"), "float": np.dtype("<f4")}
 CODECS = {"range": "constriction", "lzma": "lzma", "zstd": "zstandard"}  # and the package of each
 LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}  # for unaligned bytes
-Parts = list[tuple[np.ndarray, int]]  # what a stream is made of: arrays and their bits (0: floats)
+Parts = list[tuple]  # what a stream is made of: arrays, their bits (0: floats), and Stored.steps of water-filled codes
 
 
 def library(codec: str):
@@ -3249,6 +3421,7 @@ def order0_bytes(array: np.ndarray) -> float:
 # operations that IEEE 754 defines exactly (no exp or log, no float sum whose order could matter).
 FIXED = 1 << 16               # 1.0 in fixed-point numbers
 BUCKETS, BUCKET_STEP = 96, 2  # contexts: predicted magnitudes from 1/16 code upwards, in steps of 2/16 octave
+ESCAPE = 255                  # symbols from here on are this one, and what is beyond it as a number by itself
 
 
 @functools.cache
@@ -3267,26 +3440,34 @@ class SpreadHistograms:
     degrees of freedom: nearly Gaussian, without `exp`) and count a symbol half as itself and half as its negative."""
 
     def __init__(self, reach: int, encoder, decoder=None):
-        self.reach, self.encoder, self.decoder = reach, encoder, decoder
+        self.reach, self.beyond, self.encoder, self.decoder = min(reach, ESCAPE), reach - ESCAPE, encoder, decoder
         mean = powers_of_two()[BUCKET_STEP * np.arange(BUCKETS) + 16 * 12 + BUCKET_STEP // 2] / FIXED
         sigma = (1.25 * mean + 0.2)[:, None]  # of a Gaussian with that mean magnitude, and the rounding
-        square = 1 + np.arange(-reach, reach + 1) ** 2 / (7 * sigma * sigma)
+        square = 1 + np.arange(-self.reach, self.reach + 1) ** 2 / (7 * sigma * sigma)
         bell = np.rint(2.0 ** 30 / (square * square * square * square)).astype(np.int64)
         self.counts = 1 + (bell << 14) // bell.sum(1, keepdims=True)  # 64 make one symbol
 
     def code(self, bucket: np.ndarray, symbols: np.ndarray) -> np.ndarray:
         """Encode symbols, context by context; with a decoder, read as many from it first. Returns them."""
-        categorical = library("range").stream.model.Categorical
+        models, near = library("range").stream.model, symbols.clip(-self.reach, self.reach)
         for b in np.unique(bucket):
             here = bucket == b
-            model = categorical(self.counts[b].astype(np.float64), perfect=False)
+            model = models.Categorical(self.counts[b].astype(np.float64), perfect=False)
             if self.decoder:
-                symbols[here] = self.decoder.decode(model, int(here.sum())) - self.reach
-            shifted = symbols[here] + self.reach
+                near[here] = self.decoder.decode(model, int(here.sum())) - self.reach
+            shifted = near[here] + self.reach
             self.encoder.encode(shifted.astype(np.int32), model)
             seen = np.bincount(shifted, minlength=2 * self.reach + 1)
             self.counts[b] += 32 * (seen + seen[::-1])
-        return symbols
+        far = np.abs(near) == ESCAPE
+        if self.beyond <= 0 or not far.any():
+            return near
+        model, rest = models.Uniform(self.beyond + 1), np.abs(symbols[far]) - ESCAPE
+        if self.decoder:
+            rest = self.decoder.decode(model, int(far.sum()))
+        self.encoder.encode(rest.astype(np.int32), model)
+        near[far] += np.sign(near[far]) * rest
+        return near
 
 
 class RowPredictor:
@@ -3330,40 +3511,55 @@ class RowPredictor:
             self.innovations[:, left + k] = (residual[:, k] - np.floor(within / 4096)).clip(-2 ** 20, 2 ** 20)
 
 
-def code_tensor(codes: np.ndarray, top: int, histograms_of) -> None:
-    """Code a tensor, int8 [(matrices,) rows, columns]: an encoder reads it, a decoder fills it.
+def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None = None) -> None:
+    """Code a tensor, integers [(matrices,) rows, columns]: an encoder reads it, a decoder fills it.
 
     Matrix by matrix, in growing blocks of rows. A weight's predicted magnitude is the level of its row, from the tiles
     to its left, times the factor of its column, from the blocks above; both are shrunk towards the average so far.
+    With `steps` these are magnitudes of weights, and a code's is so much larger as its step is finer than the mean.
     """
     columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
     histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
-    for matrix in codes.reshape(-1, *codes.shape[-2:]):
+    for matrix, octaves in zip(codes.reshape(-1, *codes.shape[-2:]), finer(steps, codes)):
         predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
-        column_sum, level_sum, done, block = np.zeros(columns, np.int64), 0, 0, matrix[:0]
+        column_sum, level_sum, done, block = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0, matrix[:0]
         while done < len(matrix):
             above, block = block, matrix[done:done + min(max(done // 2, 4), max(4096 // columns, 64))]
             if predictor:
                 predictor.begin(above, len(block))
             average = max(total * FIXED // cells, FIXED // 256)
             column = (column_sum + 6 * average) * FIXED // (level_sum + 6 * average)  # FIXED: like its row
-            magnitude, level = code_block(block, top, histograms, predictor, average, column)
+            fineness = octaves[done:done + len(block)]
+            scale = powers_of_two()[16 * 16 + fineness]  # FIXED: a code of the mean step
+            magnitude, level = code_block(block, top, histograms, predictor, average, column, fineness, scale)
             column_sum += magnitude.sum(0) * FIXED
-            level_sum += int(level.sum())
+            level_sum += (level[:, None] * scale // FIXED).sum(0)
             total += int(magnitude.sum())
-            cells += int(column.sum()) * len(block) // FIXED
+            cells += int((column * scale.sum(0) // FIXED).sum()) // FIXED
             done += len(block)
 
 
-def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column):
+def finer(steps: Steps | None, codes: np.ndarray):
+    """Yields for each matrix by how many sixteenths of an octave steps are finer than the mean.  # [rows, columns]"""
+    if steps is None:
+        yield from np.zeros(codes.shape, np.int64).reshape(-1, *codes.shape[-2:])
+        return
+    rows, columns = (t.numpy().astype(np.int64) for t in steps)
+    mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
+    yield from ((16 // STEPS_PER_OCTAVE * (mean - row - column)).clip(-96, 96) for row, column in zip(rows, columns))
+
+
+def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column,
+               fineness, scale):
     """Code rows of a matrix tile by tile: the residuals of the predictor or, without one, the codes themselves.
     Raises ValueError for a code out of range. Returns (magnitudes of the symbols [rows, columns], levels [rows])."""
     width = 16 if predictor else 64  # columns of a tile; the average counts as much as so many columns of a row
-    magnitude, row_sum, expected = np.zeros(block.shape, np.int64), np.zeros(len(block), np.int64), 0
-    level = row_sum + average
+    magnitude, row_sum = np.zeros(block.shape, np.int64), np.zeros(len(block), np.int64)
+    level, expected = row_sum + average, 0
     for left in range(0, block.shape[1], width):
-        tile, factor = block[:, left:left + width], column[left:left + width]
-        spread = log2_sixteenths(level)[:, None] + log2_sixteenths(factor)  # 512: one code
+        here = slice(left, left + width)
+        tile, factor = block[:, here], column[here]
+        spread = log2_sixteenths(level)[:, None] + log2_sixteenths(factor) + fineness[:, here]  # 512: one code
         bucket = ((spread - 448) // BUCKET_STEP).clip(0, BUCKETS - 1)
         predicted = predictor.predict(left, tile.shape[1], top) if predictor else 0
         symbols = histograms.code(bucket, tile.astype(np.int64) - predicted)
@@ -3372,9 +3568,9 @@ def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPred
         tile[:] = symbols + predicted
         if predictor:
             predictor.observe(left, tile)
-        magnitude[:, left:left + width] = np.abs(symbols)
+        magnitude[:, here] = np.abs(symbols)
         row_sum += np.abs(symbols).sum(1)
-        expected += int(factor.sum())
+        expected += (factor * scale[:, here] // FIXED).sum(1)
         level = (row_sum * FIXED + width * average) * FIXED // (expected + width * FIXED)
     return magnitude, level
 
@@ -3386,8 +3582,8 @@ def code_tensors(parts: Parts, packed: bytes | None = None) -> bytes:
     encoder = coders.RangeEncoder()
     decoder = None if packed is None else coders.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
     histograms_of = functools.cache(lambda reach: SpreadHistograms(reach, encoder, decoder))  # shared where it is equal
-    for codes, bits in parts:
-        code_tensor(codes, QuantSpec(bits).max_code, histograms_of)
+    for codes, bits, *steps in parts:
+        code_tensor(codes, QuantSpec(bits).max_code, histograms_of, *(read() for read in steps))
     written = encoder.get_compressed().astype("<u4").tobytes()
     if packed is not None and written != packed:
         raise ValueError("a range stream is not the code of its values")
@@ -3415,7 +3611,7 @@ class Artifact:
 
 def header_bytes(cfg: Hyperparameters, tokenizer_sha256: str, stored: list[Stored], rows: list) -> bytes:
     """The header text: model settings, tokenizer, how each parameter is stored (its bits, "half" or "float"), in the
-    model's order, and [codec, bytes, crc32] of each stream, in order of their names."""
+    model's order, and [codec, bytes, crc32] of each stream, in the order of `streams_of`."""
     fields = {"config": model_settings(cfg), "tokenizer": tokenizer_sha256,
               "precision": [s.bits or s.stream for s in stored], "streams": rows}
     return json.dumps(fields, separators=(",", ":")).encode()
@@ -3437,26 +3633,34 @@ def blank_parameters(cfg: Hyperparameters, precision: list, limit: int) -> list[
     for (name, shape), family, kind in zip(shapes.items(), route(cfg, shapes).values(), precision, strict=True):
         if kind in FLOAT_KINDS:
             stored.append(Stored(name, kind, 0, np.zeros(shape, FLOAT_KINDS[kind])))
-        elif family.bits and type(kind) is int and 2 <= kind <= 8:
-            codes, scales = np.zeros(shape, np.int8), np.zeros((*shape[:-1], 1), "<f2")
-            stored.append(Stored(name, family.name, kind, codes, scales))
+        elif family.bits and type(kind) is int and (2 <= kind <= 8 or kind == WATER_BITS):
+            wide, queries = kind == WATER_BITS, shared_columns(name, kind, stored)
+            if any(s.bits and (s.bits == WATER_BITS) != wide for s in stored):
+                raise ValueError(f"parameter {name} is rounded in another way than those before it")
+            count = math.prod(shape[:-1]) + (0 if queries else math.prod(shape) // shape[-2])
+            scales = np.zeros((1, 1, count), "<i2") if wide else np.zeros((*shape[:-1], 1), "<f2")
+            stored.append(Stored(name, family.name, kind, np.zeros(shape, "<i2" if wide else "i1"), scales, queries))
         else:
             raise ValueError(f"parameter {name} cannot be stored as {kind!r}")
     return stored
 
 
 def streams_of(stored: list[Stored]) -> dict[str, Parts]:
-    """Stream -> its (array, bits), in order of their names: what is packed together."""
+    """Stream -> its parts, in order of their names but for the steps, which the codes' contexts know: what is packed
+    together."""
     streams = collections.defaultdict(list)
     for s in stored:
-        streams[s.stream].append((s.values, s.bits))
-        if s.bits:
-            streams["scales"].append((s.scales, 0))
-    return dict(sorted(streams.items()))
+        if s.bits == WATER_BITS:
+            streams["steps"].append((s.scales, s.bits))
+            streams[s.stream].append((s.values, s.bits, s.steps))
+        else:
+            streams[s.stream].append((s.values, s.bits))
+            streams["scales"] += [(s.scales, 0)] if s.bits else []
+    return {name: streams[name] for name in sorted(streams, key=lambda name: (name != "steps", name)) if streams[name]}
 
 
 def joined(parts: Parts) -> np.ndarray:
-    return np.concatenate([array.reshape(-1) for array, _ in parts])
+    return np.concatenate([array.reshape(-1) for array, *_ in parts])
 
 
 def pack_stream(codec: str, parts: Parts) -> bytes:
@@ -3471,9 +3675,9 @@ def unpack_stream(codec: str, packed: bytes, parts: Parts) -> None:
     flat = joined(parts)
     planes = np.frombuffer(decompress(codec, packed, flat.nbytes), np.uint8).reshape(flat.itemsize, -1)
     flat = planes.T.copy().reshape(-1).view(flat.dtype)
-    for array, bits in parts:
+    for array, bits, *_ in parts:
         array[...], flat = flat[:array.size].reshape(array.shape), flat[array.size:]
-        if bits and (np.abs(array.astype(np.int16)) > QuantSpec(bits).max_code).any():
+        if bits and (np.abs(array.astype(np.int32)) > QuantSpec(bits).max_code).any():
             raise ValueError("a code is out of range")
 
 
@@ -3595,13 +3799,15 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
 # ------------------------------------------------------------------------------------------------ ADAPTERS
 class LowRank:
     """A matrix with a low-rank addition, as a function of its input: x W^T + scale (x a^T) b^T. a [rank, in] and
-    b [out, rank] are for all rows of x [rows, T, in], or with a leading dimension one pair per row."""
+    b [out, rank] are for all rows of x [rows, T, in], or with a leading dimension one pair per row. If `parallel`, the
+    addition reads `source` instead of x."""
 
-    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float):
-        self.matrix, self.a, self.b, self.scale = matrix, a, b, scale
+    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float, parallel: bool = False):
+        self.matrix, self.a, self.b, self.scale, self.parallel = matrix, a, b, scale, parallel
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix) + self.scale * (x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
+    def __call__(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        source = source if self.parallel else x
+        return F.linear(x, self.matrix) + self.scale * (source @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
 
 
 def hash_pairs(ids: Tensor, buckets: int) -> Tensor:
@@ -3730,11 +3936,13 @@ class LoraAdapter(Adapter):
         rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
         self.scale, self.pairs, self.initial, trained = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
         generator = torch.Generator().manual_seed(cfg.seed)
+        self.parallel = ("out", "down") if cfg.ttt_lora_parallel else ()
 
         def add(kind: str, visit: int, matrix: Tensor) -> Tensor:
             layer = model.layer_of(visit)
             if kind in cfg.lora_kinds and (layer < 0 or layer in cfg.lora_layer_ids):
-                a = torch.empty(rank, matrix.size(1)).uniform_(-1, 1, generator=generator) * matrix.size(1) ** -0.5
+                width = model.cfg.model_dim if kind in self.parallel else matrix.size(1)
+                a = torch.empty(rank, width).uniform_(-1, 1, generator=generator) * width ** -0.5
                 initial = [t.to(matrix.device) for t in (a, torch.zeros(matrix.size(0), rank))]
                 pair = self.pairs[kind, visit] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in initial]
                 self.initial += initial
@@ -3742,16 +3950,20 @@ class LoraAdapter(Adapter):
             return matrix
         model.layer_weights(False, add)
         model.output_weight(False, add)
-        super().__init__(model, cfg, rt, trained, cfg.ttt_lora_lr, cfg.ttt_lora_optimizer, rows)
+        lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        super().__init__(model, cfg, rt, trained, lr, cfg.ttt_lora_optimizer, rows)
 
     def hook(self, kind: str, visit: int, matrix: Tensor):
         pair = self.pairs.get((kind, visit))
-        return LowRank(matrix, *pair, self.scale) if pair else super().hook(kind, visit, matrix)
+        if pair is None:
+            return super().hook(kind, visit, matrix)
+        return LowRank(matrix, *pair, self.scale, kind in self.parallel)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the initial values, in place, for other documents."""
-        torch._foreach_copy_(self.trained, [start.expand_as(t) for start, t in zip(self.initial, self.trained)])
+    def reset(self, keep_a: bool = False) -> None:
+        """Back to the initial values, in place, for other documents; keep_a: but for the first factors."""
+        initial, trained = (values[1::2] if keep_a else values for values in (self.initial, self.trained))
+        torch._foreach_copy_(trained, [start.expand_as(t) for start, t in zip(initial, trained)])
         for state in self.optimiser.state.values():
             torch._foreach_zero_(list(state.values()))
 
@@ -3838,6 +4050,8 @@ class ScoredChunk:
     first: int = 0          # the first of them, in a stream
     progress: float = 0.0   # 0..1 of the text
     resets: bool = False    # the adapter starts afresh: other documents begin here
+    keeps_a: bool = False   # but for the first factors of its additions
+    goes_on: Tensor | None = None  # which documents have more chunks, bool [rows]: the others have no use of a lesson
 
     @property
     def reads(self) -> int:
@@ -3866,25 +4080,38 @@ def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Scor
     """This rank's documents, TTT_BATCH_DOCS of about one length side by side, chunk by chunk. A document runs from its
     BOS to the next one, which is its last target. What a token is scored with depends on nothing after it: chunks are
     counted from the BOS, and every batch has the same number of rows.
+
+    If the lengths of documents are known (PR 1855, 2014), they do more: chunks may grow with them, a last window
+    reaches back as far as any, and first factors pass along a chain of whole batches, longest documents first. The
+    chains are the plan's, not the ranks': what a batch goes on from depends on no rank's speed.
     """
-    targets, chunk = len(val.tokens) - 1, cfg.ttt_doc_chunk_tokens
+    targets, rows, warm = len(val.tokens) - 1, cfg.ttt_batch_docs, cfg.ttt_warm_start_a
     starts = (val.tokens[:-1] == val.bos_id).nonzero().flatten().cpu()
     bounds = torch.unique(F.pad(F.pad(starts, (1, 0), value=0), (0, 1), value=targets))
     first, stop = bounds[:-1], bounds[1:]
-    order = (stop - first).argsort(descending=True, stable=True)
-    loads, plan = [0] * rt.world_size, []
-    for group in order.split(cfg.ttt_batch_docs):  # longest first, each to the rank with the least to do
-        steps = -(-int((stop - first)[group[0]]) // chunk)
-        owner = loads.index(min(loads))
-        loads[owner] += steps
-        for step in range(steps if owner == rt.rank else 0):
+    groups = (stop - first).argsort(descending=not cfg.lengths_known, stable=True).split(rows)
+    longest_of = lambda group: int((stop - first)[group].max())
+    if cfg.lengths_known:  # among equals a batch that is not full comes first: no other goes on from it
+        groups = sorted(groups, key=lambda group: (-longest_of(group), len(group) == rows))
+    chains = [[] for _ in range(cfg.ttt_warm_chains if warm else rt.world_size)]
+    loads, carried = [0] * len(chains), [False] * len(chains)
+    for group in groups:
+        longest = longest_of(group)
+        chunk = next(tokens for limit, tokens in cfg.doc_chunks if longest + 1 <= limit)  # with the BOS after it
+        steps = -(-longest // chunk)
+        owner = loads.index(min(loads))  # the longest to the chain with the least to do
+        for step in range(steps if owner % rt.world_size == rt.rank else 0):
             end = chunk * (step + 1)
             low, high = ((first[group] + at).minimum(stop[group]) for at in (end - chunk, end))
-            length = min(end, cfg.window)
-            windows = Windows(first[group] + end - length, low, high, length, chunk).filled(cfg.ttt_batch_docs)
+            length, reach = min(end, cfg.doc_context), high if cfg.lengths_known else first[group] + end
+            windows = Windows((reach - length).maximum(first[group]), low, high, length, chunk).filled(rows)
             trains = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
-            plan.append(ScoredChunk([windows], cfg.ttt_batch_docs * length if trains else 0, resets=step == 0))
-    return plan
+            chains[owner].append(ScoredChunk(
+                [windows], rows * length if trains else 0, resets=step == 0, keeps_a=carried[owner],
+                goes_on=F.pad(stop[group] - first[group] > end, (0, rows - len(group)))))
+        loads[owner] += steps
+        carried[owner] = warm and len(group) == rows  # where a row had no document, nothing was learnt
+    return [chunk for chain in chains for chunk in chain]
 
 
 def plan_evaluation(val: ValData, cfg: Hyperparameters, rt: Runtime, stride: int, batch_seqs: int,
@@ -4036,7 +4263,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     for i, chunk in enumerate(plan):
         epochs = clock.affordable_epochs(chunk.train_tokens, i)
         if chunk.resets:
-            adapter.reset()
+            adapter.reset(chunk.keeps_a)
         for windows in chunk.batches:
             ids, targets, numbers, counted = windows.read(val.tokens)
             rescore = functools.partial(score_fn, ids, targets, temperature, hook)
@@ -4052,7 +4279,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
         if epochs and rows:
             scored.require_scored_once(scored.times[numbers])
-            adapter.learn_rows(nll, counted, epochs, rescore)
+            adapter.learn_rows(nll, counted & chunk.goes_on.to(counted.device)[:, None], epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
         clock.lap("learn", chunk.resets, chunk.train_tokens, epochs)
@@ -4258,14 +4485,15 @@ def submitted_code_bytes(cfg: Hyperparameters) -> int:
     return cfg.code_bytes or os.path.getsize(__file__)
 
 
-def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians: dict[str, Tensor]) -> Path:
+def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians: dict[str, Tensor],
+           factors: dict[str, tuple[Tensor, Tensor]]) -> Path:
     """Write the float model and the artifact, and hold the artifact against its limit. Returns the artifact's path.
 
     Raises UserError above the limit, after the table of what took the bytes; with SIZE_FIT=1 it rounds more coarsely
-    instead.
+    instead, or by water-filling also more finely.
     """
     def make(settings: Hyperparameters) -> Artifact:
-        return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, hessians))
+        return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, hessians, factors))
 
     path, code_bytes, total = rt.run_folder / "final_model.ptz", submitted_code_bytes(cfg), 0
     if rt.rank == 0:
@@ -4277,9 +4505,9 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
         total = len(artifact.blob) + code_bytes
-        if cfg.size_fit and total > cfg.artifact_limit_bytes:
-            banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
-            cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
+        if cfg.size_fit and (total > cfg.artifact_limit_bytes or factors):
+            weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith("_bank") or n in factors)
+            cfg, artifact = fit_size(cfg, rt, weights, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
         older = older_place(path) if path.exists() and not rt.resumes else None
         try:
@@ -4289,8 +4517,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             rt.unwritten.append(f"{error}; the artifact is {path}")
             rt.log(f"warning: {error}; it goes to {path}")
             write_atomically(path, artifact.blob)
-        for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
-            rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
+        link_models(rt, path)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -4306,8 +4533,16 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
     return path
 
 
+def link_models(rt: Runtime, path: Path) -> None:
+    """Show the newest run's artifact and float model where the published scripts have them."""
+    for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
+        rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
+
+
 def precision_tag(cfg: Hyperparameters) -> str:
     mlp, attn = cfg.mlp_quant_bits, cfg.attn_qat_bits
+    if cfg.clip_rule == "waterfill":
+        return "waterfill"
     return f"int{mlp}" if mlp == attn else f"int{mlp}mlp+int{attn}attn"
 
 
@@ -4387,7 +4622,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
-    made = rt.from_first(lambda: read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
+    made = rt.from_first(lambda: rt.resumes and read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
     return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
 
 
@@ -4406,41 +4641,39 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainDa
     seconds["train"], phase = state.watch.elapsed(), Stopwatch()
     left_s = cfg.max_wallclock_seconds - seconds["train"] if cfg.max_wallclock_seconds else math.inf
     hessians = calibrate(cfg, rt, model, data, state.step, left_s)
+    factors = loss_curvature(cfg, rt, model, data, state.step, hessians, left_s - phase.elapsed())
     seconds["calibrate"] = phase.elapsed()
     averaged = plain("post_average", rt.compiled(model.nll))
     log_score(rt, "DIAGNOSTIC post_average", averaged)
     phase = Stopwatch()
-    path = export(cfg, rt, model, val, hessians)
+    path = export(cfg, rt, model, val, hessians, factors)
     seconds["export"] = phase.elapsed()
     made = {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
             "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
     rt.finish_writing()
     if rt.rank == 0:
-        held = {"belongs_to": origin(cfg, rt, path), "made": made}
-        rt.attempt(write_atomically, export_path(rt), json.dumps(held).encode())
+        rt.attempt(write_atomically, rt.run_folder / "export.json", export_record(cfg, rt, made))
     return made
 
 
-def export_path(rt: Runtime) -> Path:
-    return rt.run_folder / "export.json"
-
-
-def origin(cfg: Hyperparameters, rt: Runtime, path: str | Path) -> list[str]:
-    """What tells whether the artifact at `path` comes from the newest checkpoint and these settings."""
-    digests = [hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "" for p in
-               (Path(path), checkpoint_path(rt))]
-    return [*digests, resumable_settings(cfg, exported=True)]
+def export_record(cfg: Hyperparameters, rt: Runtime, made: dict) -> bytes:
+    """What `make_artifact` returns, and what it belongs to: digests of artifact and newest checkpoint, and settings."""
+    files = filter(Path.exists, (Path(made["artifact_path"]), checkpoint_path(rt)))
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    settings = resumable_settings(cfg, exported=True)
+    return json.dumps({"made": made, "digests": digests, "settings": settings}).encode()
 
 
 def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
-    """What `make_artifact` returned before a run to be resumed was stopped, if its artifact is still there."""
+    """What `make_artifact` returned before a run to be resumed was stopped, if that is still what it would make."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        held = json.loads(export_path(rt).read_bytes() if rt.resumes else "null")
-        path = held["made"]["artifact_path"]
-        if held["belongs_to"] == origin(cfg, rt, path):
-            rt.log(f"resume:artifact {path} of step {held['made']['steps']} is finished; its scores start over", "resume",
-                   step=held["made"]["steps"])
-            return held["made"]
+        record = (rt.run_folder / "export.json").read_bytes()
+        made = json.loads(record)["made"]
+        if record == export_record(cfg, rt, made):
+            link_models(rt, Path(made["artifact_path"]))
+            rt.log(f"resume:artifact {made['artifact_path']} of step {made['steps']} is finished; its scores start "
+                   "over", "resume", step=made["steps"])
+            return made
 
 
 def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
@@ -4494,10 +4727,11 @@ def report(rt: Runtime, summary: dict) -> None:
             rt.log.link(name)  # where there are no links, the copies of the first lines become those of the whole
 
 
-def print_error(message: str, signals: Signals, rank: int, wait_s: float) -> None:
-    """A rank that another one may speak for waits whether torchrun stops it meanwhile."""
-    time.sleep(wait_s)
-    if not (wait_s and signals.number):
+def print_error(message: str, rank: int, signals: Signals | None = None) -> None:
+    """`signals`: of a rank that another one may speak for. It waits whether torchrun stops it meanwhile."""
+    if signals:
+        time.sleep(3.0)
+    if not (signals and signals.number):
         print(f"error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
 
 
@@ -4531,14 +4765,13 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{config_table()}" if asked else f"error: no argument {arguments[0]} (settings are "
               "environment variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    signals = Signals()
-    with signals.caught():
+    with Signals() as signals:
         return start(signals)
 
 
 def start(signals: Signals) -> int:
     """`main` without arguments."""
-    rank, rt, failed = 0, None, True
+    rank, rt, code = 0, None, 1
     try:
         with signals.act(at_once=True):
             rank = read_ranks(process_environment())[0]
@@ -4551,29 +4784,29 @@ def start(signals: Signals) -> int:
                 raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
                                 "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
             rt.agree(0.0)  # no rank leaves before the first has written its last file
-            failed = False
+            code = 0
     except UserError as error:
         log_failure(rt, str(error))
-        print_error(str(error), signals, rank, wait_s=3.0 if rank else 0.0)
-        return 2
+        print_error(str(error), rank, signals if rank else None)
+        code = 2
     except KeyboardInterrupt as stop:
-        number = getattr(stop, "number", signal.SIGINT)
-        log_failure(rt, f"interrupted ({signal.Signals(number).name})")
+        number = (*stop.args, signal.SIGINT)[0]
+        why = f"interrupted ({signal.Signals(number).name})"
+        log_failure(rt, why)
         if rank == 0:
-            print(f"interrupted ({signal.Signals(number).name}){how_to_go_on(rt)}", file=sys.stderr, flush=True)
-        return 128 + number
+            print(why + how_to_go_on(rt), file=sys.stderr, flush=True)
+        code = 128 + number
     except Exception as error:  # said before the process group ends: that may take this process with it
         if rt is None or rt.world_size == 1:
             raise
-        if not lost_a_rank(error):
+        if lost_a_rank(error):
+            print_error(f"another rank is gone ({str(error).strip().splitlines()[0][-150:]})", rank, signals)
+        else:
             traceback.print_exc()
-            return 1
-        print_error(f"another rank is gone ({str(error).strip().splitlines()[0][-150:]})", signals, rank, wait_s=3.0)
-        return 128 + signals.number if signals.number else 1
     finally:
         if rt is not None:
-            rt.close(failed)
-    return 0
+            rt.close(failed=code != 0)
+    return code
 
 
 if __name__ == "__main__":

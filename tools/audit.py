@@ -155,6 +155,7 @@ class EvalPass:
 
     nll: Tensor           # float64 [targets], on the CPU; zero where this rank gave no score
     times: Tensor         # float64 [targets]: how often it gave one
+    order: Tensor         # float64 [targets]: when, one rank after another
     name: str = ""
     calls: int = 0        # of the scoring function whose scores were committed
     extra_calls: int = 0  # neither committed nor training on what was committed last
@@ -226,7 +227,7 @@ class Spy:
 
     def pass_of(self, scored) -> EvalPass:
         if not self.passes or self.passes[-1][0] is not scored:
-            self.passes.append((scored, EvalPass(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))))
+            self.passes.append((scored, EvalPass(*torch.zeros(3, len(self.tokens) - 1, dtype=torch.float64))))
             self.last = None
         return self.passes[-1][1]
 
@@ -252,6 +253,8 @@ class Spy:
     @torch.no_grad()
     def commit(self, eval_pass: EvalPass, numbers: Tensor, nll: Tensor) -> None:
         """Scores on their way into the sum: the last call must have made them, from the text before their targets."""
+        done = self.audit.rt.rank * len(eval_pass.times) + eval_pass.times.sum()
+        eval_pass.order[numbers] = done + torch.arange(len(numbers), dtype=torch.float64)
         eval_pass.nll.index_add_(0, numbers, nll.double())
         eval_pass.times.index_add_(0, numbers, torch.ones_like(nll, dtype=torch.float64))
         calls, self.pending = self.pending, []
@@ -392,9 +395,15 @@ class Audit:
         self.take_piece(size, sizes)
         if len(self.tokens) <= cfg.window + 1:
             raise AuditError(f"AUDIT_TOKENS={size}: the audit needs more than a window of {cfg.window} tokens of text")
-        self.cfg = dataclasses.replace(  # small chunks, so that many borders cost little; no clock, for it adapts less
-            cfg, eval_max_seconds=0.0, ttt_chunk_tokens=chunk,
-            ttt_doc_chunk_tokens=min(cfg.ttt_doc_chunk_tokens, max(len(self.tokens) // 8, 1)))
+        self.known = cfg.ttt_enabled and cfg.ttt_reset == "document" and getattr(cfg, "lengths_known", False)
+        self.order = torch.arange(len(self.tokens) - 1, dtype=torch.float64)  # in which targets are scored, or as if
+        documents, small = int((self.tokens == self.val.bos_id).sum()), {"ttt_chunk_tokens": chunk}
+        if self.known:  # several batches, one after another
+            small |= {"ttt_batch_docs": min(cfg.ttt_batch_docs, max(documents // 3, 1)), "ttt_warm_chains": 1}
+        else:
+            small["ttt_doc_chunk_tokens"] = min(cfg.ttt_doc_chunk_tokens, max(len(self.tokens) // 8, 1))
+        # small chunks, so that many borders cost little; no clock, for it adapts less
+        self.cfg = dataclasses.replace(cfg, eval_max_seconds=0.0, **small)
         self.model, self.disk = (script.load_model(self.blob, rt, self.val.tokenizer_sha256) for _ in range(2))
         self.weights = {name: tensor.clone() for name, tensor in self.disk.state_dict().items()}
         self.random, self.rt = self.generator(), self.watched(rt)
@@ -478,10 +487,17 @@ class Audit:
             if passes[key]:
                 self.single_scores(key, passes[key][-1], again[0][key])
         equal = [passes, *again]
+        if self.known and passes["ttt"]:
+            self.order = passes["ttt"][-1].order
         positions = self.where_to_change()
-        others = [self.scores(self.other_text(t))[1] for t in positions]
+        texts = [self.other_text(t) for t in positions]
+        others = [self.scores(text)[1] for text in texts]
+        changed = [(text != self.tokens)[1:].cpu() for text in texts]
         for key in [key for key in results if all(w[key] for w in (*equal, *others))]:
-            self.noise_and_causality(key, [w[key][-1] for w in equal], positions, [w[key][-1].nll for w in others])
+            order = self.order if key == "ttt" else torch.arange(len(self.order))
+            before = [order < order[targets].min() for targets in changed]
+            self.noise_and_causality(key, [w[key][-1] for w in equal], positions, before,
+                                     [w[key][-1].nll for w in others])
 
     # -- checks
     def find(self, evaluation: str, check: str, holds: bool, evidence: str) -> None:
@@ -519,7 +535,7 @@ class Audit:
 
     def sums(self, key: str, result, passes: list[EvalPass], size: int) -> None:
         """Checks of a result and the passes that reported it, of which there must be one."""
-        eval_pass = passes[-1] if passes else EvalPass(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))
+        eval_pass = passes[-1] if passes else EvalPass(*torch.zeros(3, len(self.tokens) - 1, dtype=torch.float64))
         targets, twice = len(eval_pass.times), int((eval_pass.times != 1).sum())
         once = not (twice or eval_pass.extra_calls or eval_pass.misplaced) and len(passes) == 1
         self.find(key, "each token scored once", once and result.tokens == targets,
@@ -557,8 +573,10 @@ class Audit:
         self.find(key, "full-vocabulary normalisation", worst <= EXACT, f"probabilities of the {self.cfg.vocab_size} "
                   f"tokens in one place are 1 together, {worst:.1e} off at most in {len(masses)} places")
 
-    def noise_and_causality(self, key: str, equal: list[EvalPass], positions: list[int], others: list[Tensor]) -> None:
-        """Checks of three equal passes, and of one for each position over a text that differs from there on."""
+    def noise_and_causality(self, key: str, equal: list[EvalPass], positions: list[int], before: list[Tensor],
+                            others: list[Tensor]) -> None:
+        """Checks of three equal passes, and of one for each position over a text that differs from there on; `before`:
+        which targets are scored before all that differ."""
         def difference(a: Tensor, b: Tensor) -> Tensor:  # [largest, root mean square]
             return torch.stack(((a - b).abs().max(), (a - b).square().mean().sqrt()))
         nll, dtype = equal[0].nll, self.rt.dtype
@@ -568,11 +586,11 @@ class Audit:
         self.find(key, "repeatable", (noise <= noise.new_tensor(UNSTEADY[dtype])).all(),
                   f"three equal passes differ by {said(noise)}" + "; weights differ too" * drift)
         limit = (NOISE_FACTOR * noise).maximum(noise.new_tensor(FLIPS[dtype])) if drift or noise.any() else noise
-        pairs = list(zip(positions, others))  # token t is target t - 1
-        worst = torch.stack([difference(other[:t - 1], nll[:t - 1]) for t, other in pairs]).amax(0)
-        unseen = sum(torch.equal(other[t - 1:], nll[t - 1:]) for t, other in pairs)
+        worst = torch.stack([difference(other[first], nll[first]) for first, other in zip(before, others)]).amax(0)
+        unseen = sum(torch.equal(other[~first], nll[~first]) for first, other in zip(before, others))
+        how = " in the order of scoring, ends of documents excepted" if self.known and key == "ttt" else ""
         self.find(key, "causality", (worst <= limit).all() and not unseen,
-                  f"text changed from {', '.join(map(str, positions))} on: scores before are "
+                  f"text changed from {', '.join(map(str, positions))} on{how}: scores before are "
                   + (f"off by {said(worst)}" if worst.any() else "bit-identical")
                   + f"; {unseen} changes did not show after it either" * bool(unseen))
 
@@ -636,16 +654,22 @@ class Audit:
         longest = max(zip([0, *starts], [*starts, last]), key=lambda span: span[1] - span[0])[0]
         chunk = longest + self.cfg.ttt_doc_chunk_tokens if documents else self.cfg.ttt_chunk_tokens
         near = [border + more for more in (2, 0) for border in (chunk, *starts[:1], 2 * chunk)]
+        if self.known:  # late in the order of scoring: much comes before
+            near = [int(self.order.argsort()[last * share // 10]) + 1 for share in (9, 5, 2)]
         anywhere = torch.randint(2, last, (self.positions,), generator=self.random).tolist()
         picked = [*near[:(self.positions + 1) // 2], *anywhere][:self.positions]
         return sorted({min(max(t, 2), last - 1) for t in picked})
 
     def other_text(self, t: int) -> Tensor:
-        """The text with every token from position t on another one; documents may end anywhere."""
-        tokens, size = self.tokens.clone(), self.cfg.vocab_size
-        tokens[t:] = (tokens[t:] + torch.randint(1, size, (len(tokens) - t,), generator=self.random).to(tokens)) % size
-        if self.val.bos_id >= 0:
-            tokens[t + 7::97] = self.val.bos_id
+        """The text with every token from position t on another one; documents may end anywhere. If their lengths are
+        known they end where they did, and what changes is all that is scored with that token or after it."""
+        tokens, size, bos = self.tokens.clone(), self.cfg.vocab_size, self.val.bos_id
+        later = 1 + (self.order >= self.order[t - 1]).nonzero().flatten().to(tokens.device)  # token t is target t - 1
+        tokens[later] = (tokens[later] + torch.randint(1, size, later.shape, generator=self.random).to(tokens)) % size
+        if self.known:
+            return tokens.where((tokens != bos) & (self.tokens != bos), self.tokens)
+        if bos >= 0:
+            tokens[t + 7::97] = bos
         return tokens
 
     def decoded_bytes(self) -> int:
