@@ -604,6 +604,8 @@ def combination_rules(cfg: Hyperparameters):
         yield cfg.lora_kinds, "{ttt_lora_targets} is not some of q,k,v,o,mlp,head"
         yield layers.issuperset(cfg.lora_layer_ids), "{ttt_lora_layers} names a layer outside 0..{last}"
         yield layers.issuperset(cfg.lora_layer_rates), "{ttt_lora_layer_rates} names a layer outside 0..{last}"
+    yield not (cfg.ngrams and cfg.ttt_enabled and cfg.ttt_warm_start_a), (
+        "{ngram_orders} counts along the text; {ttt_warm_start_a} scores documents in another order")
     yield not cfg.ngrams or cfg.ngrams[-1][0] <= 10_000, "{ngram_orders} has contexts longer than 10,000 tokens"
     yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
