@@ -44,6 +44,7 @@ Where a technique lives:
     late QAT, soft rounding                 when: qat_progress; how: fake_quantise, soft_round
     complementary training                  BigramCounts; pruning: prune
     GPTQ, fitting the size                  gptq, HessianSums; fit_size
+    steps by what they cost (water-filling) loss_curvature, curvature, water_fill; the coder: finer_sixteenths
     sliding windows, time limit             Windows, plan_stream; EvalClock
     test-time training of all weights       SgdAdapter; of low-rank additions (LoRA): LoraAdapter
     of each document by itself              plan_documents, and the rows of LoraAdapter

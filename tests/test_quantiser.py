@@ -536,7 +536,7 @@ def test_a_whole_run_is_water_filled(run):
     free = run(WATERFILL_NATS=1e-3, **variables)
     assert free.code == 0, free.err
     assert "waterfill:gradients of 512 tokens" in free.out and "final_waterfill_roundtrip" in free.out
-    assert abs(free.summary["val_bpb_roundtrip"] - free.summary["val_bpb_pre_quant"]) < 0.01
+    assert abs(free.summary["val_bpb_roundtrip"] - free.summary["val_bpb_pre_quant"]) < 0.03
     for limit in (free.summary["total_bytes"] - 3000, free.summary["total_bytes"] + 3000):
         done = run(SIZE_FIT=1, ARTIFACT_LIMIT_BYTES=limit, WATERFILL_NATS=1e-3, **variables)
         assert done.code == 0 and 0.995 * limit <= done.summary["total_bytes"] <= limit, done.err
