@@ -180,6 +180,7 @@ ready() {  # [PROFILE] KEY=VALUE...: sets $python, $gpus and the environment of 
   gpus=${gpus:-$(count_gpus)}  # after the profile: it may set DEVICE
   note "profile $profile, $([ "$gpus" = 0 ] && echo CPU || echo "$gpus GPU"), $python"
 }
+name_run() { export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}; }
 launcher() {  # sets $launch: Python alone, or what starts this machine's ranks and finds those of the others
   local nodes=${NNODES:-1} node=${NODE_RANK:-} ranks=${NPROC_PER_NODE:-$gpus} restarts=${MAX_RESTARTS:-0} pair
   [ "$node" ] || [ "$nodes" != 1 ] || node=0
@@ -201,7 +202,7 @@ launcher() {  # sets $launch: Python alone, or what starts this machine's ranks 
     launch+=(--nnodes="$nodes" --node_rank="$node" --rdzv_backend=c10d --rdzv_endpoint="$RDZV_ENDPOINT")
     note "machine $node of 0 to $((nodes - 1)) meets the others at $RDZV_ENDPOINT"
   fi
-  [ "$restarts" = 0 ] || launch+=(--max_restarts="$restarts")
+  [ "$restarts" = 0 ] || { launch+=(--max_restarts="$restarts"); name_run; }  # it goes on under the same name
   launch+=(--nproc_per_node="$((ranks > 1 ? ranks : 1))")
 }
 built_size() { "$python" tools/record.py build >/dev/null 2>&1 && wc -c <build/train_gpt.py || echo 0; }  # 0: unknown
@@ -223,7 +224,7 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
   [ "${TENSORBOARD:-0}${WANDB_ENABLED:-0}" = 00 ] || tracked=1
   [ "$audit$scaled$tracked" != 0 ] || exec "${launch[@]}" train_gpt.py
   if [ "$audit" != only ]; then
-    export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$RANDOM}  # the audit's files go beside the log, the table into it
+    name_run  # the audit's files go beside the log, the table into it
     local code=0 log=${ARTIFACT_DIR:-${OUT_DIR:-.}}/logs/$RUN_ID.txt
     [ -z "$tracked" ] || track
     "${launch[@]}" train_gpt.py || code=$?

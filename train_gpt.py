@@ -223,7 +223,8 @@ class Hyperparameters:
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
     val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
-    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. The last step has one", lo=0)
+    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. Validations and the last step "
+                                      "have one", lo=0)
     checkpoint_seconds: float = env_field(120.0, "seconds of training between them; 0: not by time", lo=0, hi=1e7)
     resume: bool = env_field(False, "continue from the last checkpoint of RUN_ID")
     # Averaging
@@ -300,19 +301,33 @@ class Hyperparameters:
     ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, alias="LORA_RANK")
     ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0, hi=1e5)
     ttt_lora_targets: str = env_field("q,v,head", "matrices that get one: of q, k, v, o, mlp, head, comma-separated")
+    ttt_lora_parallel: bool = env_field(False, "additions of o and mlp go from the normalised input of attention and "
+                                        "MLP to their output (PR 1530)")
     ttt_lora_layers: str = env_field("", "in which layers (from 0), like 7-10 or 8,9,10; empty: all")
     ttt_lora_layer_rates: str = env_field("", "layers with another learning rate, relative to TTT_LORA_LR: 7:0.6,8:0.8")
     ttt_lora_optimizer: str = env_field("adam", "optimiser of the additions", choices="adam sgd")
     ttt_lora_lr: float = env_field(0.01, "its learning rate; a cosine over the chunks of a stream", lo=0, hi=100)
+    ttt_local_lr_mult: float = env_field(1.0, "multiplies it (PR 1953)", lo=0, hi=100)
     ttt_beta1: float = env_field(0.9, "adam's first beta", lo=0, hi=0.9999)
     ttt_beta2: float = env_field(0.95, "adam's second beta", lo=0, hi=0.99999)
     ttt_adam_eps: float = env_field(1e-10, "adam's epsilon", lo=0, hi=1)
     ttt_weight_decay: float = env_field(0.0, "adam's decoupled weight decay", lo=0, hi=10)
     ttt_batch_docs: int = env_field(64, "documents in a rank's batch; fewer are padded", lo=1, alias="TTT_BATCH_SIZE")
     ttt_doc_chunk_tokens: int = env_field(256, "document tokens scored per adaptation", lo=1, alias="TTT_CHUNK_SIZE")
+    ttt_chunk_ladder: str = env_field("", "fewer where a batch's longest document has at most so many tokens (PR "
+                                      "2014): 256:8,2000:24", alias="TTT_SHORT_SCORE_FIRST_STEPS")
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
+    ttt_eval_seq_len: int = env_field(0, "tokens of context inside a document; 0: EVAL_SEQ_LEN", lo=0)
+    ttt_warm_start_a: bool = env_field(False, "the next batch of documents goes on with the first factors, A, of the "
+                                       "additions (PR 1767)")
+    ttt_warm_chains: int = env_field(8, "in so many chains of batches, which ranks share: any number of them gives the "
+                                     "same scores", lo=1, hi=4096)
     hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
+    ngram_orders: str = env_field("", "context lengths at which counts of scored tokens join the last score's "
+                                  "probabilities, shortest first: 2,3,4,5,6,8,12; empty: none")
+    ngram_concentrations: str = env_field("8", "weight of a shorter context's probability there, for each token known "
+                                        "to follow: one for all lengths or one each (tools/ngram.py finds them)")
 
     @property
     def train_files(self) -> str:
@@ -350,6 +365,28 @@ class Hyperparameters:
     def window(self) -> int:
         """Tokens of an evaluation window."""
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def doc_context(self) -> int:
+        """Most tokens a document's token is scored with."""
+        return self.ttt_eval_seq_len or self.window
+
+    @property
+    def doc_chunks(self) -> tuple[tuple[float, int], ...]:
+        """(tokens of the longest document, tokens of its chunks), growing. Raises UserError."""
+        def parse(parts):
+            steps = [(int(limit), int(chunk)) for limit, chunk in (part.split(":") for part in parts)]
+            steps.append((math.inf, self.ttt_doc_chunk_tokens))
+            if min(steps)[1] < 1 or any(list(values) != sorted(set(values)) for values in zip(*steps)):
+                raise ValueError
+            return tuple(steps)
+        return parse_list("TTT_CHUNK_LADDER", self.ttt_chunk_ladder, "growing lengths of documents with growing chunks "
+                          f"below TTT_DOC_CHUNK_TOKENS={self.ttt_doc_chunk_tokens}, like 256:8,2000:24", parse)
+
+    @property
+    def lengths_known(self) -> bool:
+        """Whether scores depend on the lengths of documents, which a decoder would have to be told."""
+        return self.ttt_warm_start_a or bool(self.ttt_chunk_ladder)
 
     def visits(self, looped: bool) -> list[int]:
         """The layers in the order in which they are applied; `looped`: those of the loop again and again."""
@@ -389,7 +426,8 @@ class Hyperparameters:
     @property
     def lora_kinds(self) -> tuple[str, ...]:
         """Which matrices LoRA adds to, by the names of LayerWeights."""
-        kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "mlp": ["up", "down"], "head": ["head"]}
+        kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "head": ["head"],
+                 "mlp": ["down"] if self.ttt_lora_parallel else ["up", "down"]}
         return parse_list("TTT_LORA_TARGETS", self.ttt_lora_targets, "some of q,k,v,o,mlp,head",
                           lambda parts: tuple(kind for part in parts for kind in kinds[part]))
 
@@ -406,6 +444,25 @@ class Hyperparameters:
         """Layer -> its learning rate over TTT_LORA_LR, where that is not 1."""
         return parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", lambda parts: {
             int(layer): float(rate) for layer, rate in (part.split(":") for part in parts)})
+
+    @property
+    def ngrams(self) -> tuple[tuple[int, float], ...]:
+        """Lengths of the contexts that are counted, growing, each with its concentration. Raises UserError."""
+        def growing(parts):
+            orders = [int(part) for part in parts]
+            if orders != sorted(set(orders)) or min(orders, default=1) < 1:
+                raise ValueError
+            return orders
+
+        def one_each(parts):
+            weights = [float(part) for part in parts] * (len(orders) if len(parts) == 1 else 1)
+            if len(weights) != len(orders) or not all(0 < weight < math.inf for weight in weights):  # NaN neither
+                raise ValueError
+            return weights
+        orders = parse_list("NGRAM_ORDERS", self.ngram_orders, "growing lengths of contexts, like 2,3,5", growing)
+        return tuple(zip(orders, parse_list(
+            "NGRAM_CONCENTRATIONS", self.ngram_concentrations,
+            f"one positive number, or one for each of NGRAM_ORDERS={self.ngram_orders}", one_each)))
 
     @classmethod
     def from_env(cls, environ) -> Hyperparameters:
@@ -430,7 +487,7 @@ class Hyperparameters:
 
 WITHOUT_EFFECT = {  # published variables that cannot mean anything here -> why; a run logs those that are set
     **dict.fromkeys(("NGRAM_CACHE", "NGRAM_ORDER", "NGRAM_TAU", "NGRAM_CONC", "HEDGE_MIXER", "HEDGE_ETA"),
-                    "hashed n-gram mixers do not give normalised probabilities"),
+                    "hashed n-gram mixers do not give normalised probabilities; NGRAM_ORDERS counts exactly"),
     **dict.fromkeys(("ONLINE_BIAS", "BIAS_LR"), "PR 550's online bias learned from padding; test-time training adapts"),
     **dict.fromkeys(("NORM_RECAL_EPOCHS", "NORM_RECAL_LR", "NORM_RECAL_SEQS", "FISHER_VAL_SEQS"),
                     "training on validation text before it is scored is not legal"),
@@ -501,7 +558,7 @@ def check_combinations(cfg: Hyperparameters) -> None:
     for holds, message in combination_rules(cfg):
         if not holds:
             raise UserError(message.format(**shown, head_dim=cfg.head_dim, window=cfg.window, last=cfg.num_layers - 1,
-                                           scored=cfg.eval_stride or cfg.window))
+                                           scored=cfg.eval_stride or cfg.window, context=cfg.doc_context))
 
 
 def combination_rules(cfg: Hyperparameters):
@@ -538,13 +595,17 @@ def combination_rules(cfg: Hyperparameters):
             "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
     elif cfg.ttt_enabled:
         yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
-        yield cfg.ttt_doc_chunk_tokens <= cfg.window, "{ttt_doc_chunk_tokens} is longer than a window of {window}"
+        yield cfg.doc_chunks[-1][1] <= cfg.doc_context, "{ttt_doc_chunk_tokens} is longer than a window of {context}"
+        yield not cfg.rope_train_seq_len or cfg.ttt_eval_seq_len <= cfg.train_seq_len, (
+            "{ttt_eval_seq_len} is more than {train_seq_len}, up to which {rope_train_seq_len} gives one rotary base; "
+            "ROPE_TRAIN_SEQ_LEN=0 never changes it")
         yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
         yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
     if cfg.ttt_enabled and cfg.ttt_mode == "lora":
         yield cfg.lora_kinds, "{ttt_lora_targets} is not some of q,k,v,o,mlp,head"
         yield layers.issuperset(cfg.lora_layer_ids), "{ttt_lora_layers} names a layer outside 0..{last}"
         yield layers.issuperset(cfg.lora_layer_rates), "{ttt_lora_layer_rates} names a layer outside 0..{last}"
+    yield not cfg.ngrams or cfg.ngrams[-1][0] <= 10_000, "{ngram_orders} has contexts longer than 10,000 tokens"
     yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
     if cfg.clip_rule == "waterfill":
@@ -580,23 +641,31 @@ def config_table(markdown: bool = False) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ RUNTIME
-def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
-    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
-    given. Raises UserError."""
+@contextlib.contextmanager
+def replacing(path: Path, size: str = ""):
+    """A spare path, for what then takes the place of `path` completely or not at all. Raises UserError."""
     spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        spare.unlink(missing_ok=True)
+        yield spare
+        os.replace(spare, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            spare.unlink()
+        raise UserError(f"cannot write {path}{size}: {error.strerror}") from None
+
+
+def write_atomically(path: Path, data: bytes, older: Path | None = None) -> None:
+    """Write a file completely or not at all. An existing file is kept on failure; on success it moves to `older`, if
+    given. Raises UserError."""
+    with replacing(path, f" ({len(data):,} bytes)") as spare:
         with open(spare, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         if older is not None and path.exists():
             os.replace(path, older)
-        os.replace(spare, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            spare.unlink()
-        raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
 
 
 def older_place(path: Path) -> Path:
@@ -607,68 +676,56 @@ def older_place(path: Path) -> Path:
 
 def link(place: Path, file: Path) -> None:
     """Make `place` a relative link to `file`, or a copy of it where there are no links. Raises UserError."""
-    spare = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        spare.unlink(missing_ok=True)
+    with replacing(place) as spare:
         try:
             spare.symlink_to(os.path.relpath(file.resolve(), place.parent.resolve()))
             if place.is_file() and not place.is_symlink():  # it is not a run's, whose place has links
                 place.rename(older_place(place))
         except OSError:
             spare.write_bytes(file.read_bytes())
-        os.replace(spare, place)
-    except OSError as error:
-        raise UserError(f"cannot write {place}: {error.strerror}") from None
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal, of this number, ends the run."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = int(number)
 
 
 class Signals:
-    """SIGINT and SIGTERM. The first one of this rank is `number`: raised as Interrupted at once, or noted for the code
-    that is running to act on, when all ranks have `agreed` on one. A second one stops the process."""
+    """SIGINT and SIGTERM, inside `with`. The first one of this rank is `number`: raised as KeyboardInterrupt(number) at
+    once, or noted for the code that is running to act on, when all ranks have `agreed` on one. A second one stops the
+    process."""
 
-    SAME_S = 1.0  # torchrun passes on what the terminal has already sent
+    SAME_S = 1.0  # a cluster sends one to each process, and torchrun passes on its own
 
     def __init__(self):
-        self.number, self.agreed, self.raises, self.first_s = 0, 0, False, 0.0
+        self.number, self.agreed, self.at_once, self.first_s = 0, 0, False, 0.0
 
     def __call__(self, number: int, frame) -> None:
-        if self.number and time.monotonic() > self.first_s + self.SAME_S:
+        if not self.number:
+            self.number, self.first_s = number, time.monotonic()
+            self.raise_where_allowed()
+        elif time.monotonic() > self.first_s + self.SAME_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        elif not self.number:
-            self.number, self.first_s = number, time.monotonic()
-            if self.raises:
-                raise Interrupted(number)
 
-    @contextlib.contextmanager
-    def caught(self):
-        """Inside, they come here, but for those that the process ignores."""
+    def raise_where_allowed(self) -> None:
+        if self.at_once and self.number:
+            raise KeyboardInterrupt(self.number)
+
+    def __enter__(self) -> Signals:
         heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self.before = {number: signal.signal(number, self) for number in heard}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     @contextlib.contextmanager
     def act(self, at_once: bool):
-        """Whether the first one is raised inside, or noted."""
-        before, self.raises = self.raises, at_once
+        """Whether one is raised inside, or noted."""
+        before, self.at_once = self.at_once, at_once
         try:
+            self.raise_where_allowed()
             yield
         finally:
-            self.raises = before
-        if before and self.number:
-            raise Interrupted(self.number)
+            self.at_once = before
+        self.raise_where_allowed()
 
 
 class RunLog:
@@ -709,6 +766,8 @@ class RunLog:
         held = open(path, "a")
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for spare in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                spare.unlink()
         except BlockingIOError:
             raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
         except OSError:
@@ -1128,13 +1187,13 @@ class Runtime:
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
 
     def agree(self, value: float) -> float:
-        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. Along with it
+        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. With it
         travels the signal of any rank."""
         box = torch.tensor([value if self.rank == 0 else -math.inf, self.signals.number], dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(box, dist.ReduceOp.MAX, group=self.groups["cpu"])
-        value, self.signals.agreed = box.tolist()
-        return value
+        self.signals.agreed = int(box[1])
+        return box[0].item()
 
     def copy_first(self, tensors) -> None:
         """Rank 0's values into these tensors of every rank."""
@@ -2048,9 +2107,12 @@ def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def project(x: Tensor, weight) -> Tensor:
-    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one: see `GPT.hidden`."""
-    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
+    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one, and of `source`, the input
+    of attention or MLP as a whole, if it has the attribute `parallel`: see `GPT.hidden`."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    return weight(x, source) if getattr(weight, "parallel", False) else weight(x)
 
 
 class SmearGate(nn.Module):
@@ -2148,7 +2210,7 @@ class Attention(nn.Module):
         if self.sparse_gate is not None:
             channels = recent[..., :self.sparse_gate.in_features]
             y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
-        return project(y.flatten(2), out_w), value
+        return project(y.flatten(2), out_w, recent), value
 
 
 class Block(nn.Module):
@@ -2196,7 +2258,7 @@ class Block(nn.Module):
         plain = all(isinstance(weight, Tensor) for weight in weights[4:])
         if plain and suits_triton(self.kernels, x.dtype, *weights.up.shape):
             return FusedMlp.apply(x.flatten(0, 1), weights.up, weights.down, self.slope).view_as(x)
-        return project(SquaredLeakyReLU.apply(project(x, weights.up), self.slope), weights.down)
+        return project(SquaredLeakyReLU.apply(project(x, weights.up), self.slope), weights.down, x)
 
 
 class GPT(nn.Module):
@@ -2837,13 +2899,9 @@ class TrainState:
         self.seq_len, self.seq_step = packed["seq_len"]
 
 
-def checkpoint_path(rt: Runtime) -> Path:
-    return rt.run_folder / "checkpoint.pt"
-
-
-def older_checkpoint(rt: Runtime) -> Path:
-    """The place of the checkpoint before the newest."""
-    return checkpoint_path(rt).with_suffix(".before.pt")
+def checkpoint_path(rt: Runtime, kind: str = "") -> Path:
+    """The place of the newest checkpoint; `kind` ".before": of the one before it."""
+    return rt.run_folder / f"checkpoint{kind}.pt"
 
 
 def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
@@ -2860,25 +2918,16 @@ def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
-    """Copy the state off the device, for a thread to write. Weights that are not finite are not saved."""
+    """Serialise the state, for a thread to write. Weights that are not finite are not saved."""
     elapsed_s = state.watch.elapsed()
     if not torch.nn.utils.get_total_norm(list(state.model.parameters())).isfinite():
         return rt.log(f"warning: no checkpoint of step {state.step}: its weights are not finite")
     packed = state.pack()  # on every rank: shards are gathered
     if rt.rank == 0:
-        packed = copy_to_host({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
-        rt.in_background(lambda: rt.attempt(write_atomically, checkpoint_path(rt), with_digest(torch_bytes(packed)),
-                                            older_checkpoint(rt)))
-    rt.agree(0.0)  # or the others' next collective would wait for rank 0's disk
-
-
-def copy_to_host(value):
-    """The same dictionaries, lists and tuples, with copies of the tensors in them."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_host(part) for key, part in value.items()}
-    return type(value)(map(copy_to_host, value)) if isinstance(value, (list, tuple)) else value
+        data = torch_bytes({**packed, "settings": resumable_settings(cfg), "elapsed_s": elapsed_s})
+        rt.in_background(lambda: rt.attempt(write_atomically, checkpoint_path(rt), with_digest(data),
+                                            checkpoint_path(rt, ".before")))
+    rt.agree(0.0)  # or the others' next collective would wait for rank 0
 
 
 def with_digest(data: bytes) -> bytes:
@@ -2886,21 +2935,19 @@ def with_digest(data: bytes) -> bytes:
     return data + hashlib.sha256(data).digest()
 
 
-def newest_checkpoint(rt: Runtime) -> tuple[Path, bytes]:
-    """The newest checkpoint of RUN_ID that is whole. Raises UserError if there is none."""
-    newest, damaged = checkpoint_path(rt), []
-    for stale in newest.parent.glob(".*.tmp"):  # of a run that was killed while it wrote
-        stale.unlink()
-    for path in (newest, older_checkpoint(rt)):
-        with contextlib.suppress(FileNotFoundError):
-            data = path.read_bytes()
-            if with_digest(data[:-32]) == data:
-                if damaged:
-                    rt.log(f"warning: checkpoint {newest} is damaged; going on from the one before")
-                return path, data
-            damaged.append(path)
-    raise UserError(f"checkpoint {damaged[0]} is damaged, and there is no other one; start without RESUME=1" if damaged
-                    else f"RESUME=1, but there is no checkpoint {newest}")
+def newest_checkpoint(cfg: Hyperparameters, rt: Runtime) -> tuple[Path, bytes] | None:
+    """The newest checkpoint of RUN_ID that is whole. None if there is none, and a restart looks for one; with RESUME=1,
+    or if all are damaged, it raises UserError."""
+    paths = [path for path in (checkpoint_path(rt), checkpoint_path(rt, ".before")) if path.exists()]
+    for path in paths:
+        data = path.read_bytes()
+        if with_digest(data[:-32]) == data:
+            return path, data
+        rt.log(f"warning: checkpoint {path} is damaged")
+    if paths:
+        raise UserError(f"no checkpoint in {rt.run_folder} is whole; start without RESUME=1")
+    if cfg.resume:
+        raise UserError(f"RESUME=1, but there is no checkpoint {checkpoint_path(rt)}")
 
 
 def torch_bytes(value) -> bytes:
@@ -2912,9 +2959,10 @@ def torch_bytes(value) -> bytes:
 def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> float:
     """Resume from the newest checkpoint of RUN_ID, which rank 0 reads for all. Returns the seconds of training it took.
     Raises UserError if it is missing, damaged or of other settings."""
-    if not rt.agree(float(cfg.resume or checkpoint_path(rt).exists())):
-        return 0.0  # a restart, and the first part did not come that far
-    path, data = rt.from_first(lambda: newest_checkpoint(rt))
+    found = rt.from_first(lambda: newest_checkpoint(cfg, rt))
+    if found is None:
+        return 0.0
+    path, data = found
     try:
         packed = torch.load(io.BytesIO(data), map_location=rt.device, weights_only=True)
         then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
@@ -2952,8 +3000,8 @@ def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
         if state.skipped:
             rt.log(f"warning: step {step} is not applied: the norm of its gradient is {norm}", "skipped", step=step)
         if state.skipped == MOST_SKIPPED:
-            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, are "
-                            "not finite; lower MATRIX_LR or SCALAR_LR")
+            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, "
+                            "are not finite; lower MATRIX_LR or SCALAR_LR")
 
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
@@ -2998,7 +3046,7 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     while True:
         done = state.ended(cfg, elapsed)
         if done or state.due(cfg.val_loss_every):
-            with state.watch.paused(rt.synchronize):
+            with state.watch.paused(rt.synchronize), rt.signals.act(at_once=True):  # the last step is saved
                 result = validate("validation", score_fn)
             log_losses(cfg, rt, state, elapsed, "validation", {"val_loss": result.loss, "val_bpb": result.bpb})
         if done:
@@ -3019,13 +3067,12 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
             loss = rt.sum_(loss).item()
             log_losses(cfg, rt, state, elapsed, "train", {"train_loss": loss}, lr_scale=plan.lr_scale)
         due = state.due(cfg.checkpoint_every) or 0 < cfg.checkpoint_seconds <= elapsed - saved_s
-        if ended or due or rt.signals.agreed:
+        if ended or due or state.due(cfg.val_loss_every) or rt.signals.agreed:
             saved_s = elapsed
             with state.watch.paused(rt.synchronize):
                 save_checkpoint(cfg, rt, state)
         if rt.signals.agreed:
-            rt.finish_writing()
-            raise Interrupted(rt.signals.agreed)
+            raise KeyboardInterrupt(rt.signals.agreed)
     model.looped = True
     if state.step < cfg.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{state.step}/{cfg.iterations}")
@@ -3754,13 +3801,15 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
 # ------------------------------------------------------------------------------------------------ ADAPTERS
 class LowRank:
     """A matrix with a low-rank addition, as a function of its input: x W^T + scale (x a^T) b^T. a [rank, in] and
-    b [out, rank] are for all rows of x [rows, T, in], or with a leading dimension one pair per row."""
+    b [out, rank] are for all rows of x [rows, T, in], or with a leading dimension one pair per row. If `parallel`, the
+    addition reads `source` instead of x."""
 
-    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float):
-        self.matrix, self.a, self.b, self.scale = matrix, a, b, scale
+    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float, parallel: bool = False):
+        self.matrix, self.a, self.b, self.scale, self.parallel = matrix, a, b, scale, parallel
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix) + self.scale * (x @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
+    def __call__(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        source = source if self.parallel else x
+        return F.linear(x, self.matrix) + self.scale * (source @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
 
 
 def hash_pairs(ids: Tensor, buckets: int) -> Tensor:
@@ -3889,11 +3938,13 @@ class LoraAdapter(Adapter):
         rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
         self.scale, self.pairs, self.initial, trained = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
         generator = torch.Generator().manual_seed(cfg.seed)
+        self.parallel = ("out", "down") if cfg.ttt_lora_parallel else ()
 
         def add(kind: str, visit: int, matrix: Tensor) -> Tensor:
             layer = model.layer_of(visit)
             if kind in cfg.lora_kinds and (layer < 0 or layer in cfg.lora_layer_ids):
-                a = torch.empty(rank, matrix.size(1)).uniform_(-1, 1, generator=generator) * matrix.size(1) ** -0.5
+                width = model.cfg.model_dim if kind in self.parallel else matrix.size(1)
+                a = torch.empty(rank, width).uniform_(-1, 1, generator=generator) * width ** -0.5
                 initial = [t.to(matrix.device) for t in (a, torch.zeros(matrix.size(0), rank))]
                 pair = self.pairs[kind, visit] = [t.repeat(rows, 1, 1) if rows else t.clone() for t in initial]
                 self.initial += initial
@@ -3901,16 +3952,20 @@ class LoraAdapter(Adapter):
             return matrix
         model.layer_weights(False, add)
         model.output_weight(False, add)
-        super().__init__(model, cfg, rt, trained, cfg.ttt_lora_lr, cfg.ttt_lora_optimizer, rows)
+        lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        super().__init__(model, cfg, rt, trained, lr, cfg.ttt_lora_optimizer, rows)
 
     def hook(self, kind: str, visit: int, matrix: Tensor):
         pair = self.pairs.get((kind, visit))
-        return LowRank(matrix, *pair, self.scale) if pair else super().hook(kind, visit, matrix)
+        if pair is None:
+            return super().hook(kind, visit, matrix)
+        return LowRank(matrix, *pair, self.scale, kind in self.parallel)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the initial values, in place, for other documents."""
-        torch._foreach_copy_(self.trained, [start.expand_as(t) for start, t in zip(self.initial, self.trained)])
+    def reset(self, keep_a: bool = False) -> None:
+        """Back to the initial values, in place, for other documents; keep_a: but for the first factors."""
+        initial, trained = (values[1::2] if keep_a else values for values in (self.initial, self.trained))
+        torch._foreach_copy_(trained, [start.expand_as(t) for start, t in zip(initial, trained)])
         for state in self.optimiser.state.values():
             torch._foreach_zero_(list(state.values()))
 
@@ -3997,6 +4052,8 @@ class ScoredChunk:
     first: int = 0          # the first of them, in a stream
     progress: float = 0.0   # 0..1 of the text
     resets: bool = False    # the adapter starts afresh: other documents begin here
+    keeps_a: bool = False   # but for the first factors of its additions
+    goes_on: Tensor | None = None  # which documents have more chunks, bool [rows]: the others have no use of a lesson
 
     @property
     def reads(self) -> int:
@@ -4025,25 +4082,38 @@ def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Scor
     """This rank's documents, TTT_BATCH_DOCS of about one length side by side, chunk by chunk. A document runs from its
     BOS to the next one, which is its last target. What a token is scored with depends on nothing after it: chunks are
     counted from the BOS, and every batch has the same number of rows.
+
+    If the lengths of documents are known (PR 1855, 2014), they do more: chunks may grow with them, a last window
+    reaches back as far as any, and first factors pass along a chain of whole batches, longest documents first. The
+    chains are the plan's, not the ranks': what a batch goes on from depends on no rank's speed.
     """
-    targets, chunk = len(val.tokens) - 1, cfg.ttt_doc_chunk_tokens
+    targets, rows, warm = len(val.tokens) - 1, cfg.ttt_batch_docs, cfg.ttt_warm_start_a
     starts = (val.tokens[:-1] == val.bos_id).nonzero().flatten().cpu()
     bounds = torch.unique(F.pad(F.pad(starts, (1, 0), value=0), (0, 1), value=targets))
     first, stop = bounds[:-1], bounds[1:]
-    order = (stop - first).argsort(descending=True, stable=True)
-    loads, plan = [0] * rt.world_size, []
-    for group in order.split(cfg.ttt_batch_docs):  # longest first, each to the rank with the least to do
-        steps = -(-int((stop - first)[group[0]]) // chunk)
-        owner = loads.index(min(loads))
-        loads[owner] += steps
-        for step in range(steps if owner == rt.rank else 0):
+    groups = (stop - first).argsort(descending=not cfg.lengths_known, stable=True).split(rows)
+    longest_of = lambda group: int((stop - first)[group].max())
+    if cfg.lengths_known:  # among equals a batch that is not full comes first: no other goes on from it
+        groups = sorted(groups, key=lambda group: (-longest_of(group), len(group) == rows))
+    chains = [[] for _ in range(cfg.ttt_warm_chains if warm else rt.world_size)]
+    loads, carried = [0] * len(chains), [False] * len(chains)
+    for group in groups:
+        longest = longest_of(group)
+        chunk = next(tokens for limit, tokens in cfg.doc_chunks if longest + 1 <= limit)  # with the BOS after it
+        steps = -(-longest // chunk)
+        owner = loads.index(min(loads))  # the longest to the chain with the least to do
+        for step in range(steps if owner % rt.world_size == rt.rank else 0):
             end = chunk * (step + 1)
             low, high = ((first[group] + at).minimum(stop[group]) for at in (end - chunk, end))
-            length = min(end, cfg.window)
-            windows = Windows(first[group] + end - length, low, high, length, chunk).filled(cfg.ttt_batch_docs)
+            length, reach = min(end, cfg.doc_context), high if cfg.lengths_known else first[group] + end
+            windows = Windows((reach - length).maximum(first[group]), low, high, length, chunk).filled(rows)
             trains = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
-            plan.append(ScoredChunk([windows], cfg.ttt_batch_docs * length if trains else 0, resets=step == 0))
-    return plan
+            chains[owner].append(ScoredChunk(
+                [windows], rows * length if trains else 0, resets=step == 0, keeps_a=carried[owner],
+                goes_on=F.pad(stop[group] - first[group] > end, (0, rows - len(group)))))
+        loads[owner] += steps
+        carried[owner] = warm and len(group) == rows  # where a row had no document, nothing was learnt
+    return [chunk for chain in chains for chunk in chain]
 
 
 def plan_evaluation(val: ValData, cfg: Hyperparameters, rt: Runtime, stride: int, batch_seqs: int,
@@ -4063,6 +4133,15 @@ class EvalClock:
 
     def __init__(self, limit_s: float, rt: Runtime, now=time.perf_counter):
         self.limit, self.rt, self.watch, self.pace = limit_s or math.inf, rt, Stopwatch(now=now), 0.0
+        self.after = 0.0  # seconds of what follows the last evaluation
+
+    def measure_after(self, work, share: float) -> None:
+        """Time `work()`, the given share of what follows the last evaluation."""
+        if not math.isinf(self.limit):
+            begun = self.watch.elapsed()
+            work()
+            self.rt.synchronize()
+            self.after = self.rt.agree((self.watch.elapsed() - begun) / share)
 
     def measure_pace(self, batch, tokens: int, reads: int) -> None:
         """Time `batch()`, which reads `tokens` tokens; raise UserError if reading `reads` would take too long."""
@@ -4073,7 +4152,7 @@ class EvalClock:
             batch()
             self.rt.synchronize()
         self.pace = (self.watch.elapsed() - begun) / tokens
-        needed = self.rt.agree(self.pace * reads)
+        needed = self.rt.agree(self.pace * reads) + self.after
         if needed > self.limit:
             raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
                             "more (0: no limit) or raise EVAL_STRIDE")
@@ -4112,8 +4191,8 @@ class EvalClock:
         if math.isinf(self.limit) or not tokens:
             return self.epochs if tokens else 0
         before, spent, scoring = self.epochs, self.watch.elapsed(), self.to_do["score"] * self.cost("score")
-        room = (self.limit * (1 - self.RESERVE) - spent - scoring) / max(self.cost("learn"), 1e-12)  # in tokens
-        epochs = max(0, min(before, math.ceil(room / self.to_do["learn"]), int(room / tokens)))
+        room = (self.limit * (1 - self.RESERVE) - spent - scoring - self.after) / max(self.cost("learn"), 1e-12)
+        epochs = max(0, min(before, math.ceil(room / self.to_do["learn"]), int(room / tokens)))  # room: in tokens
         self.epochs = epochs = int(self.rt.agree(epochs)) if self.in_step else epochs
         self.left_out += self.most - epochs
         if epochs < before:
@@ -4186,7 +4265,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     for i, chunk in enumerate(plan):
         epochs = clock.affordable_epochs(chunk.train_tokens, i)
         if chunk.resets:
-            adapter.reset()
+            adapter.reset(chunk.keeps_a)
         for windows in chunk.batches:
             ids, targets, numbers, counted = windows.read(val.tokens)
             rescore = functools.partial(score_fn, ids, targets, temperature, hook)
@@ -4202,7 +4281,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
             report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
         if epochs and rows:
             scored.require_scored_once(scored.times[numbers])
-            adapter.learn_rows(nll, counted, epochs, rescore)
+            adapter.learn_rows(nll, counted & chunk.goes_on.to(counted.device)[:, None], epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
         clock.lap("learn", chunk.resets, chunk.train_tokens, epochs)
@@ -4225,7 +4304,7 @@ def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
 
 
 class Trace:
-    """Sums nats and bytes by place: along the text, and by distance from the start of the document."""
+    """All scores, and nats and bytes by place: along the text, and by distance from the start of the document."""
 
     PIECES = 256  # of the text
 
@@ -4234,16 +4313,86 @@ class Trace:
         self.starts = F.pad((val.tokens[1:-1] == val.bos_id).nonzero().flatten() + 1, (1, 0))
         self.stream = torch.zeros(self.PIECES, 2, dtype=torch.float64, device=device)  # nats, bytes
         self.position = torch.zeros(32, 2, dtype=torch.float64, device=device)  # row i: 2^i - 1 tokens in, and on
+        self.nll = torch.zeros(len(val.tokens) - 1, device=device)  # of each target; 0: another rank's
 
     def __call__(self, numbers: Tensor, nll: Tensor) -> None:
         pair = torch.stack((nll.double(), self.val.sizes[numbers + 1].double()), dim=1)
         begun = self.starts[torch.searchsorted(self.starts, numbers, right=True) - 1]
         self.stream.index_add_(0, numbers * self.PIECES // (len(self.val.tokens) - 1), pair)
         self.position.index_add_(0, (numbers - begun + 1).double().log2().long(), pair)
+        self.nll[numbers] = nll.float()
 
     def tables(self, rt: Runtime) -> dict[str, list]:
         """Both over all ranks, as rows of [nats, bytes]."""
         return {"stream": rt.sum_(self.stream).tolist(), "position": rt.sum_(self.position).tolist()}
+
+
+class Occurrences:
+    """Which keys of a sequence are equal, by sorting: exact, nothing is hashed."""
+
+    def __init__(self, keys: Tensor):  # int64 [n]
+        ordered, self.place = torch.sort(keys, stable=True)
+        begins = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
+        group = begins.cumsum(0)
+        self.first = begins.nonzero().flatten()[group - 1]  # of the equal keys, in sorted order
+        self.ids = torch.empty_like(keys).index_copy_(0, self.place, group)  # 1..n, equal for equal keys
+
+    def before(self, values: Tensor) -> Tensor:
+        """Sum of the values of all earlier equal keys, for each.  # int64 [n]"""
+        ordered = values.long()[self.place]
+        sums = ordered.cumsum(0) - ordered
+        return torch.empty_like(sums).index_copy_(0, self.place, sums - sums[self.first])
+
+
+def count_contexts(tokens: Tensor, orders):
+    """For each context length, growing: how often each token's context has occurred before, how often followed by this
+    token, and by how many different ones. tokens [n + 1]  # yields three int64 [n] each"""
+    last, wanted = tokens[:-1].long(), tokens[1:].long()
+    contexts, length, base = Occurrences(last + 1), 1, max(len(tokens), 2 ** 16) + 1  # id 0: before the text
+    for order in orders:
+        while length < order:  # a longer context is two that overlap or touch
+            step = min(length, order - length)
+            contexts = Occurrences(F.pad(contexts.ids, (step, 0))[:-step] * base + contexts.ids)
+            length += step
+        hits = Occurrences(contexts.ids * base + wanted).before(torch.ones_like(wanted))
+        yield contexts.before(torch.ones_like(wanted)), hits, contexts.before(hits == 0)
+
+
+def back_off(logp: Tensor, counts, concentration: float) -> Tensor:
+    """Log-probabilities p_n of tokens from p_{n-1} and what `count_contexts` yields: see `mixture_nll`."""
+    seen, hits, kinds = (count.double() for count in counts)
+    prior = concentration * kinds
+    return torch.where(seen > 0, torch.logaddexp(hits.log(), prior.log() + logp) - (seen + prior).log(), logp)
+
+
+def mixture_nll(tokens: Tensor, nll: Tensor, ngrams) -> Tensor:
+    """Scores by a back-off over exact counts of the tokens before, with the model's probabilities at its end:
+
+        p_n(w) = (c_n(w) + a_n p_{n-1}(w)) / (c_n + a_n),  p_0: the model's
+
+    c_n: how often the last n tokens have occurred before, c_n(w): followed by w, a_n: how many different tokens have
+    followed them, times a concentration. For any counts the probabilities of all w are 1 together if those of p_0 are,
+    so only the target's need be known. (PR 550 and its kin hash: theirs are hundreds together.)
+
+    tokens [n + 1]: in the order of decoding; nll [n]: the model's, in nats, of all but the first; ngrams: (context
+    length, concentration), growing.  # float64 [n]
+    """
+    logp = -nll.double()
+    for counts, (_, concentration) in zip(count_contexts(tokens, [order for order, _ in ngrams]), ngrams):
+        logp = back_off(logp, counts, concentration)
+    return -logp
+
+
+def mixed_result(name: str, trace: Trace, val: ValData, cfg: Hyperparameters, rt: Runtime) -> EvalResult:
+    """The score that the counts of NGRAM_ORDERS make of an evaluation's; nothing else learns from it.
+
+    The order of decoding is that of the text: a score is made from what stands before it there - in its document, if
+    documents adapt side by side, for each starts afresh. So no rank's share and no document's length has a say.
+    """
+    start_s, nll, meter = time.perf_counter(), rt.sum_(trace.nll), BpbMeter(val.tokens.device)
+    if rt.rank == 0:
+        meter.add(mixture_nll(val.tokens, nll, cfg.ngrams), val.sizes[1:])
+    return EvalResult(name, *meter.reduce(rt), time.perf_counter() - start_s)
 
 
 def report_chunk(rt: Runtime, meter: BpbMeter, chunk: int, chunks: int, seconds: float) -> None:
@@ -4370,8 +4519,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             rt.unwritten.append(f"{error}; the artifact is {path}")
             rt.log(f"warning: {error}; it goes to {path}")
             write_atomically(path, artifact.blob)
-        for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
-            rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
+        link_models(rt, path)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -4385,6 +4533,12 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         raise UserError(f"submission of {total:,} bytes is over ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,}; the "
                         "table above shows what took them")
     return path
+
+
+def link_models(rt: Runtime, path: Path) -> None:
+    """Show the newest run's artifact and float model where the published scripts have them."""
+    for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
+        rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
 
 
 def precision_tag(cfg: Hyperparameters) -> str:
@@ -4425,6 +4579,9 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
              for key, stride in final_evaluations(cfg).items()}
     nothing = torch.zeros(cfg.eval_batch_seqs, cfg.window, dtype=torch.int64, device=rt.device)
     score_fn, fresh = scorer(model, rt), nothing[:, -(cfg.eval_stride or cfg.window):].contiguous()
+    if cfg.ngrams:
+        some = torch.arange(min(len(val.tokens), 2 ** 17), device=rt.device)
+        clock.measure_after(lambda: mixture_nll(some, some[1:], cfg.ngrams), len(some) / len(val.tokens))
     with torch.no_grad():
         clock.measure_pace(lambda: score_fn(nothing, fresh, 1.0), nothing.numel(),
                            sum(chunk.reads for plan in plans.values() for chunk in plan))
@@ -4443,6 +4600,11 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         traces[key] = {**trace.tables(rt), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
+    if cfg.ngrams:
+        without, r = r, mixed_result(f"{label}_ngram", trace, val, cfg, rt)
+        results["ngram"] = r
+        log_score(rt, r.name, r, f" without:{without.bpb:.4f}")
+        rt.log(f"{r.name}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
     rt.attempt(rt.log.write, "eval.json", json.dumps(traces))
     return results
 
@@ -4462,7 +4624,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
-    made = rt.from_first(lambda: read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
+    made = rt.from_first(lambda: rt.resumes and read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
     return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
 
 
@@ -4492,31 +4654,28 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainDa
             "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
     rt.finish_writing()
     if rt.rank == 0:
-        held = {"belongs_to": origin(cfg, rt, path), "made": made}
-        rt.attempt(write_atomically, export_path(rt), json.dumps(held).encode())
+        rt.attempt(write_atomically, rt.run_folder / "export.json", export_record(cfg, rt, made))
     return made
 
 
-def export_path(rt: Runtime) -> Path:
-    return rt.run_folder / "export.json"
-
-
-def origin(cfg: Hyperparameters, rt: Runtime, path: str | Path) -> list[str]:
-    """What tells whether the artifact at `path` comes from the newest checkpoint and these settings."""
-    digests = [hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "" for p in
-               (Path(path), checkpoint_path(rt))]
-    return [*digests, resumable_settings(cfg, exported=True)]
+def export_record(cfg: Hyperparameters, rt: Runtime, made: dict) -> bytes:
+    """What `make_artifact` returns, and what it belongs to: digests of artifact and newest checkpoint, and settings."""
+    files = filter(Path.exists, (Path(made["artifact_path"]), checkpoint_path(rt)))
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    settings = resumable_settings(cfg, exported=True)
+    return json.dumps({"made": made, "digests": digests, "settings": settings}).encode()
 
 
 def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
-    """What `make_artifact` returned before a run to be resumed was stopped, if its artifact is still there."""
+    """What `make_artifact` returned before a run to be resumed was stopped, if that is still what it would make."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        held = json.loads(export_path(rt).read_bytes() if rt.resumes else "null")
-        path = held["made"]["artifact_path"]
-        if held["belongs_to"] == origin(cfg, rt, path):
-            rt.log(f"resume:artifact {path} of step {held['made']['steps']} is finished; its scores start over", "resume",
-                   step=held["made"]["steps"])
-            return held["made"]
+        record = (rt.run_folder / "export.json").read_bytes()
+        made = json.loads(record)["made"]
+        if record == export_record(cfg, rt, made):
+            link_models(rt, Path(made["artifact_path"]))
+            rt.log(f"resume:artifact {made['artifact_path']} of step {made['steps']} is finished; its scores start "
+                   "over", "resume", step=made["steps"])
+            return made
 
 
 def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
@@ -4538,7 +4697,8 @@ def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, second
     results, code_bytes = final_scores(cfg, rt, model, val, clock), submitted_code_bytes(cfg)
     seconds |= {key: r.seconds for key, r in results.items()} | {"evaluate": clock.watch.elapsed(),
                                                                   "total": watch.elapsed()}
-    bpb = {f"val_bpb_{key}": results[key].bpb if key in results else None for key in ("roundtrip", "sliding", "ttt")}
+    bpb = {f"val_bpb_{key}": results[key].bpb if key in results else None
+           for key in ("roundtrip", "sliding", "ttt", "ngram")}
     return {"run_id": rt.run_id, "val_bpb_pre_quant": None, **bpb, "artifact_path": str(path),
             "artifact_bytes": len(blob), "code_bytes": code_bytes, "total_bytes": len(blob) + code_bytes,
             "artifact_limit_bytes": cfg.artifact_limit_bytes, "steps": 0, "tokens": 0,
@@ -4555,7 +4715,7 @@ def report(rt: Runtime, summary: dict) -> None:
         "-" * 72,
         f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, "
         f"from the artifact {bpb('val_bpb_roundtrip')}, "
-        f"sliding {bpb('val_bpb_sliding')}, test-time training {bpb('val_bpb_ttt')}",
+        f"sliding {bpb('val_bpb_sliding')}, test-time training {bpb('val_bpb_ttt')}, counts {bpb('val_bpb_ngram')}",
         f"size            {summary['total_bytes']:,} of {summary['artifact_limit_bytes']:,} bytes: "
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
         f"seconds         {spent}",
@@ -4569,10 +4729,11 @@ def report(rt: Runtime, summary: dict) -> None:
             rt.log.link(name)  # where there are no links, the copies of the first lines become those of the whole
 
 
-def print_error(message: str, signals: Signals, rank: int, wait_s: float) -> None:
-    """A rank that another one may speak for waits whether torchrun stops it meanwhile."""
-    time.sleep(wait_s)
-    if not (wait_s and signals.number):
+def print_error(message: str, rank: int, signals: Signals | None = None) -> None:
+    """`signals`: of a rank that another one may speak for. It waits whether torchrun stops it meanwhile."""
+    if signals:
+        time.sleep(3.0)
+    if not (signals and signals.number):
         print(f"error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
 
 
@@ -4606,14 +4767,13 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{config_table()}" if asked else f"error: no argument {arguments[0]} (settings are "
               "environment variables; --help lists them)", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    signals = Signals()
-    with signals.caught():
+    with Signals() as signals:
         return start(signals)
 
 
 def start(signals: Signals) -> int:
     """`main` without arguments."""
-    rank, rt, failed = 0, None, True
+    rank, rt, code = 0, None, 1
     try:
         with signals.act(at_once=True):
             rank = read_ranks(process_environment())[0]
@@ -4626,29 +4786,29 @@ def start(signals: Signals) -> int:
                 raise UserError(f"evaluation took {spent:.1f} s, over EVAL_MAX_SECONDS={cfg.eval_max_seconds:g}: these "
                                 "scores do not count; raise EVAL_STRIDE, or EVAL_MAX_SECONDS (0: no limit)")
             rt.agree(0.0)  # no rank leaves before the first has written its last file
-            failed = False
+            code = 0
     except UserError as error:
         log_failure(rt, str(error))
-        print_error(str(error), signals, rank, wait_s=3.0 if rank else 0.0)
-        return 2
+        print_error(str(error), rank, signals if rank else None)
+        code = 2
     except KeyboardInterrupt as stop:
-        number = getattr(stop, "number", signal.SIGINT)
-        log_failure(rt, f"interrupted ({signal.Signals(number).name})")
+        number = (*stop.args, signal.SIGINT)[0]
+        why = f"interrupted ({signal.Signals(number).name})"
+        log_failure(rt, why)
         if rank == 0:
-            print(f"interrupted ({signal.Signals(number).name}){how_to_go_on(rt)}", file=sys.stderr, flush=True)
-        return 128 + number
+            print(why + how_to_go_on(rt), file=sys.stderr, flush=True)
+        code = 128 + number
     except Exception as error:  # said before the process group ends: that may take this process with it
         if rt is None or rt.world_size == 1:
             raise
-        if not lost_a_rank(error):
+        if lost_a_rank(error):
+            print_error(f"another rank is gone ({str(error).strip().splitlines()[0][-150:]})", rank, signals)
+        else:
             traceback.print_exc()
-            return 1
-        print_error(f"another rank is gone ({str(error).strip().splitlines()[0][-150:]})", signals, rank, wait_s=3.0)
-        return 128 + signals.number if signals.number else 1
     finally:
         if rt is not None:
-            rt.close(failed)
-    return 0
+            rt.close(failed=code != 0)
+    return code
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class FakeDevice:
         patch.setattr(tg.Runtime, "on_cuda", property(lambda rt: True))
         patch.setattr(torch.cuda, "Event", lambda: FakeEvent(self))
         patch.setattr(torch.cuda, "synchronize", lambda device: self.wait(self.ready))
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         for memory in ("max_memory_allocated", "max_memory_reserved"):
             patch.setattr(torch.cuda, memory, lambda device: 0)
 

@@ -221,6 +221,143 @@ def test_documents_side_by_side_are_documents_one_by_one(setting, rt, changes):
     assert (nll - score(cfg, val, model(), 8, {**changes, "ttt_lora_lr": 0.0}, rt)[1]).abs().max() > 1e-2
 
 
+WARM = {**DOCUMENT, "ttt_lora_parallel": True, "ttt_warm_start_a": True, "ttt_warm_chains": 2, "ttt_eval_seq_len": 40,
+        "ttt_chunk_ladder": "25:4,60:7", "ttt_epochs": 1, "ttt_lora_lr": 0.02, "ttt_local_lr_mult": 1.5,
+        "ttt_beta1": 0.0, "ttt_weight_decay": 0.5, "ttt_lora_alpha": 9.0, "rope_train_seq_len": 0}
+STARTS = [1, 3, 21, 22, 45, 67, 90, 113, 150, 210, 290, 291, 315]  # 14 documents in 320 tokens: batches of 3 and one of 2
+
+
+def plain_additions(model, scale, pairs):
+    """A context in which every addition, all of them beside attention and MLP, is a plain sum at the place it is for."""
+    block_mlps = [block.mlp for block in model.blocks]
+
+    def beside(name, layer, x):
+        a, b = pairs[name, layer]
+        return scale * x @ a.T @ b.T
+
+    def after_attention(layer, args, out):
+        return out[0] + beside("out", layer, args[0])[:, -out[0].size(1):], out[1]
+    handles = [block.attn.register_forward_hook(lambda m, args, out, layer=i: after_attention(layer, args, out))
+               for i, block in enumerate(model.blocks)]
+    for i, block in enumerate(model.blocks):
+        block.mlp = lambda x, w, i=i: block_mlps[i](x, w) + beside("down", i, x)
+
+    def undo():
+        for handle, block in zip(handles, model.blocks):
+            handle.remove()
+            del block.mlp
+    return undo
+
+
+def reference_chains(cfg, model, val):
+    """Scores by target with warm first factors: chain by chain, row by row, plain sums, Adam written out."""
+    adapter = tg.LoraAdapter(model, cfg, make_runtime("."))
+    fresh = {key: [t[0].detach().clone() for t in pair] for key, pair in adapter.pairs.items()}
+    tokens, scores = val.tokens.long(), torch.zeros(len(val.tokens) - 1)
+    bounds = sorted({0, *(tokens[:-1] == val.bos_id).nonzero().flatten().tolist(), len(tokens) - 1})
+    documents = sorted(zip(bounds, bounds[1:]), key=lambda span: span[1] - span[0])  # short ones first, full batches
+    batches = [documents[i:i + cfg.ttt_batch_docs] for i in range(0, len(documents), cfg.ttt_batch_docs)]
+    longest = lambda batch: max(stop - first for first, stop in batch)
+    chains = [[] for _ in range(cfg.ttt_warm_chains)]
+    steps_of = lambda batch: -(-longest(batch) // chunk_of(batch))
+    chunk_of = lambda batch: next(c for limit, c in ((24, 4), (59, 7), (math.inf, 12)) if longest(batch) <= limit)
+    for batch in sorted(batches, key=lambda batch: (-longest(batch), len(batch) == cfg.ttt_batch_docs)):
+        min(chains, key=lambda chain: sum(map(steps_of, chain))).append(batch)
+    for chain in chains:
+        rows = None
+        for batch in chain:
+            warm = rows if rows and len(rows) == cfg.ttt_batch_docs else [fresh] * len(batch)
+            rows = [document(cfg, model, tokens, scores, *span, chunk_of(batch), steps_of(batch),
+                             {key: [warm[i][key][0].clone(), pair[1].clone()] for key, pair in fresh.items()})
+                    for i, span in enumerate(batch)]
+    return scores
+
+
+def document(cfg, model, tokens, scores, first, stop, chunk, steps, pairs):
+    """One document of a batch that takes so many steps; returns its pairs, trained."""
+    lr, squares = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult, {}
+    for step in range(steps):
+        low, high = min(first + step * chunk, stop), min(first + (step + 1) * chunk, stop)
+        start = max(first, high - cfg.doc_context)
+        flat = [t.requires_grad_() for pair in pairs.values() for t in pair]
+        grads = [torch.zeros_like(t) for t in flat]
+        if low < high:
+            undo = plain_additions(model, cfg.ttt_lora_alpha / cfg.ttt_lora_rank, pairs)
+            named, head = weights_with_additions(model, {k: p for k, p in pairs.items() if k[0] not in ("out", "down")},
+                                                 cfg.ttt_lora_alpha / cfg.ttt_lora_rank)
+            hidden = torch.func.functional_call(Trunk(model), {f"model.{n}": p for n, p in named.items()},
+                                                tokens[None, start:high])
+            undo()
+            logits = tg.capped_logits(hidden[0, low - high:], head, cfg.logit_softcap)
+            nll = F.cross_entropy(logits, tokens[low + 1:high + 1], reduction="none")
+            scores[low:high] = nll.detach()
+            if high < stop:
+                grads = torch.autograd.grad(nll.mean(), flat)
+                norm = sum(g.square().sum() for g in grads) ** 0.5
+                grads = [g * min(1.0, cfg.ttt_grad_clip / (norm.item() + 1e-6)) for g in grads]
+        if step + 1 < steps:  # the optimiser of a batch moves all its rows
+            for i, (t, g) in enumerate(zip(flat, grads)):
+                squares[i] = cfg.ttt_beta2 * squares.get(i, 0.0) + (1 - cfg.ttt_beta2) * g * g
+                with torch.no_grad():
+                    t *= 1 - lr * cfg.ttt_weight_decay
+                    t -= lr * g / ((squares[i] / (1 - cfg.ttt_beta2 ** (step + 1))).sqrt() + cfg.ttt_adam_eps)
+    return {key: [t.detach() for t in pair] for key, pair in pairs.items()}
+
+
+def test_first_factors_go_on_along_chains(setting, rt):
+    cfg, val, model = setting
+    val, cfg = with_documents(val, STARTS), dataclasses.replace(cfg, **WARM)
+    _, nll = score(cfg, val, model(), 8, WARM, rt)
+    torch.testing.assert_close(nll, reference_chains(cfg, model(), val), atol=1e-4, rtol=1e-4)
+    for name, value in (("ttt_warm_start_a", False), ("ttt_warm_chains", 1), ("ttt_lora_parallel", False),
+                        ("ttt_local_lr_mult", 1.0), ("ttt_eval_seq_len", 0), ("ttt_chunk_ladder", "")):
+        other = score(cfg, val, model(), 8, {**WARM, name: value}, rt)[1]
+        assert (other - nll).abs().max() > 1e-3, name
+
+
+def test_any_number_of_ranks_gives_the_same_bits(setting, tmp_path):
+    """Each rank walks the chains that are its own; nothing passes from one chain to another."""
+    cfg, val, model = setting
+    val, cfg = with_documents(val, STARTS), dataclasses.replace(cfg, **{**WARM, "ttt_warm_chains": 3})
+    found = []
+    for world in (1, 2, 4):
+        scores = Scores(len(val.tokens) - 1)
+        for rank in range(world):
+            trained, alone = model(), make_runtime(tmp_path)
+            plan = tg.plan_documents(val, cfg, make_runtime(tmp_path, rank=rank, world_size=world))
+            try:
+                tg.evaluate("test", trained.nll, val, cfg, alone, plan, tg.adapter_for(trained, cfg, alone),
+                            observe=scores)
+            except tg.IllegalScore as error:  # this rank alone has not scored the whole text
+                assert world > 1 and "or of the whole text at its end" in str(error)
+        assert (scores.given == 1).all()
+        found.append(scores.nll)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("changes", [{}, {"ttt_chunk_ladder": ""}, {"ttt_warm_start_a": False}],
+                         ids=["all", "warm", "ladder"])
+def test_what_is_scored_later_changes_nothing_scored_before(setting, rt, changes):
+    """Documents of known lengths: in the order of scoring, other tokens from a place on leave all before it as it was,
+    to the bit."""
+    cfg, val, model = setting
+    changes = {**WARM, **changes}
+    val, order = with_documents(val, STARTS), []
+    plan = tg.plan_documents(val, dataclasses.replace(cfg, **changes), rt)
+    for windows in (windows for chunk in plan for windows in chunk.batches):
+        _, _, numbers, counted = windows.read(val.tokens)
+        order += numbers[counted].tolist()
+    assert sorted(order) == list(range(len(val.tokens) - 1))
+    _, nll = score(cfg, val, model(), 8, changes, rt)
+    for place in (40, 113, 200, 300):
+        later = torch.tensor(order[place:])
+        tokens = val.tokens.clone()
+        other = (tokens[later + 1] + 3) % cfg.vocab_size
+        tokens[later + 1] = other.where((other != val.bos_id) & (tokens[later + 1] != val.bos_id), tokens[later + 1])
+        moved = score(cfg, dataclasses.replace(val, tokens=tokens), model(), 8, changes, rt)[1]
+        assert torch.equal(moved[order[:place]], nll[order[:place]]) and not torch.equal(moved[later], nll[later])
+
+
 def test_a_document_s_scores_do_not_depend_on_its_company(setting, rt):
     """Bit for bit in a batch of the same size; to rounding at another size."""
     cfg, val, model = setting
@@ -457,6 +594,13 @@ def test_every_mode_from_its_variables(run, variables, said):
     ({"TTT_RESET": "document", "TTT_MODE": "sgd"}, "only TTT_MODE=lora"),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 33}, "longer than a window"),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_POLYAK_DECAY": 0.9}, "works along a stream"),
+    ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_EVAL_SEQ_LEN": 8}, "TTT_DOC_CHUNK_TOKENS=16 is longer"),
+    ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_EVAL_SEQ_LEN": 64, "ROPE_TRAIN_SEQ_LEN": 16},
+     "TTT_EVAL_SEQ_LEN=64 is more than TRAIN_SEQ_LEN=32, up to which ROPE_TRAIN_SEQ_LEN=16 gives one rotary base"),
+    *(({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_CHUNK_LADDER": ladder}, "TTT_CHUNK_LADDER='")
+      for ladder in ("64:8,32:4", "32:8,64:4", "32:8,32:9", "32:16", "32:0", "32", "a:b", "32:4:5")),
+    ({"TTT_LORA_ALPHA": -1}, "TTT_LORA_ALPHA=-1 is out of range"), ({"TTT_WARM_CHAINS": 0}, "TTT_WARM_CHAINS=0 is out"),
+    ({"TTT_LOCAL_LR_MULT": "nan"}, "TTT_LOCAL_LR_MULT=nan is out of range"),
     ({"TTT_CHUNK_TOKENS": 16}, "holds no sequence"),
     ({"TTT_CHUNK_TOKENS": 40, "EVAL_STRIDE": 48, "EVAL_SEQ_LEN": 64}, "shorter than the 48 tokens")])
 def test_refusals(corpus, tmp_path, variables, said):

@@ -287,7 +287,9 @@ def test_plans_of_documents(data):
     tokens[starts] = 0
     val = tg.ValData(tokens, None, "", bos_id=0)
     cfg = dataclasses.replace(tg.Hyperparameters(), eval_seq_len=window, ttt_doc_chunk_tokens=chunk,
-                              ttt_batch_docs=docs, ttt_min_doc_tokens=draw(0, 30))
+                              ttt_batch_docs=docs, ttt_min_doc_tokens=draw(0, 30), ttt_eval_seq_len=draw(0, 1) * 50,
+                              ttt_warm_start_a=bool(draw(0, 1)), ttt_warm_chains=draw(1, 4),
+                              ttt_chunk_ladder=f"{draw(2, 60)}:1" if chunk > 1 and draw(0, 1) else "")
     begins = torch.tensor(sorted({0, *starts}))
     times = torch.zeros(targets, dtype=torch.int)
     for rank in range(world):
@@ -299,8 +301,10 @@ def test_plans_of_documents(data):
                     if use.any():
                         own = begins[torch.searchsorted(begins, row[use], right=True) - 1]
                         assert (own == own[0]).all(), "a window scores one document"
+                        chunk, stop = windows.keep, [*begins[begins > own[0]], targets][0]
                         end = own[0] + ((row[use] - own[0]) // chunk + 1) * chunk
-                        assert start == max(end[0] - window, own[0])
+                        end = end.clamp(max=stop) if cfg.lengths_known else end
+                        assert start == max(end[0] - cfg.doc_context, own[0])
                 times.index_add_(0, at[counted], torch.ones_like(at[counted], dtype=torch.int))
     assert (times == 1).all()
 

@@ -138,7 +138,8 @@ def test_the_two_typing_errors_of_pr_1092_stop_the_run(run, left_out, said):
 SMALL = {**TINY, "iterations": 3, "train_batch_tokens": 128, "muon_momentum_warmup_steps": 2, "xsa_last_n": 4,
          "attention_window": 24, "trigram_vocab_size": 64, "gptq_calibration_batches": 2, "eval_stride": 16,
          "eval_batch_seqs": 64, "ttt_batch_docs": 4, "ttt_doc_chunk_tokens": 16, "ttt_min_doc_tokens": 16,
-         "loop_start": 0, "loop_end": 1, "parallel_start_layer": 2, "gptq_reserve_seconds": 0.0, "ttt_lora_rank": 2, "ttt_lora_layers": "1-2", "ttt_lora_layer_rates": "1:0.6", "hash_embed_buckets": 64}
+         "loop_start": 0, "loop_end": 1, "parallel_start_layer": 2, "gptq_reserve_seconds": 0.0, "ttt_lora_rank": 2, "ttt_lora_layers": "1-2", "ttt_lora_layer_rates": "1:0.6", "hash_embed_buckets": 64,
+         "train_seq_schedule": "16:0.5,32:1", "ttt_eval_seq_len": 24, "ttt_chunk_ladder": "20:8"}
 CLOCKS = ("max_wallclock_seconds", "eval_max_seconds")
 
 
@@ -244,11 +245,13 @@ pr1855
     SCALAR_LR=0.02 TIED_EMBED_LR=0.03 MUON_MOMENTUM=0.97 POLAR_EXPRESS=1 MUON_ROW_NORMALIZE=1 MUON_WD=0.095
     EMBED_WD=0.085 ADAM_WD=0.02 BETA2=0.99 EMA_DECAY=0.9965 EMA_RAMP=0 EMBED_BITS=7 MLP_CLIP_SIGMAS=11.5
     ATTN_CLIP_SIGMAS=13 EMBED_CLIP_SIGMAS=14 TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_LR=1e-4 TTT_BETA1=0
-    TTT_BETA2=0.99 TTT_WEIGHT_DECAY=0.5 TTT_DOC_CHUNK_TOKENS=48 TTT_BATCH_DOCS=64 SEED=42
+    TTT_BETA2=0.99 TTT_WEIGHT_DECAY=0.5 TTT_DOC_CHUNK_TOKENS=48 TTT_BATCH_DOCS=64 TTT_EVAL_SEQ_LEN=2048
+    TTT_WARM_START_A=1 TTT_LORA_PARALLEL=1 SEED=42
 pr2014
     NUM_LOOPS=2 PARALLEL_START_LAYER=8 SMEAR_GATE=window SPARSE_ATTN_GATE=1 QK_GAIN_INIT=5.25 TRAIN_SEQ_LEN=3072
-    EVAL_SEQ_LEN=3072 MATRIX_LR=0.026 WARMDOWN_FRAC=0.85 TTT_LORA_TARGETS=k,o,mlp,head TTT_LORA_LR=0.75e-4
-    TTT_BATCH_DOCS=24 SEED=42
+    EVAL_SEQ_LEN=3072 MATRIX_LR=0.026 WARMDOWN_FRAC=0.85 TTT_LORA_TARGETS=k,o,mlp,head TTT_LORA_LR=1e-4
+    TTT_LOCAL_LR_MULT=0.75 TTT_BATCH_DOCS=24 TTT_CHUNK_LADDER=256:8,2000:24 TTT_DOC_CHUNK_TOKENS=48
+    TTT_EVAL_SEQ_LEN=3072 TTT_WARM_START_A=1 TTT_LORA_PARALLEL=1 SEED=42
 """)
 # Parameters of the exported model, as published or counted in the published scripts.
 PARAMETERS = {"pr1092": 26_993_756, "pr1216_int4_ve": 30_404_196, "pr1216_banked": 30_404_196,

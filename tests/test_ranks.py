@@ -40,6 +40,7 @@ def whole_run(cfg, rt, name, **changes):
     except tg.UserError as error:
         return {"error": str(error)}
     except KeyboardInterrupt:
+        rt.finish_writing()
         return {"error": "interrupted"}
 
 

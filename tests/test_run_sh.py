@@ -419,7 +419,9 @@ def test_several_machines_meet_at_an_endpoint(project):
 def test_ranks_of_one_machine(project):
     start = "tools/launch.py --standalone"
     assert project("smoke", "NPROC_PER_NODE=2").calls[-1] == f"{start} --nproc_per_node=2 train_gpt.py"
-    assert project("smoke", "MAX_RESTARTS=1").calls[-1] == f"{start} --max_restarts=1 --nproc_per_node=1 train_gpt.py"
+    restarts = project("smoke", "MAX_RESTARTS=1")
+    assert restarts.calls[-1] == f"{start} --max_restarts=1 --nproc_per_node=1 train_gpt.py"
+    assert restarts.env["RUN_ID"] and project("smoke", "MAX_RESTARTS=1", "RUN_ID=mine").env["RUN_ID"] == "mine"
     assert project("default", "NPROC_PER_NODE=1", GPUS="8").calls[-1] == "train_gpt.py"
     assert project("smoke", "NNODES=1", "NODE_RANK=0", "RDZV_ENDPOINT=head:29500").calls[-1] == "train_gpt.py"
 

@@ -17,6 +17,7 @@ one line says which do not.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -154,6 +155,7 @@ class EvalPass:
 
     nll: Tensor           # float64 [targets], on the CPU; zero where this rank gave no score
     times: Tensor         # float64 [targets]: how often it gave one
+    order: Tensor         # float64 [targets]: when, one rank after another
     name: str = ""
     calls: int = 0        # of the scoring function whose scores were committed
     extra_calls: int = 0  # neither committed nor training on what was committed last
@@ -203,6 +205,7 @@ class Spy:
         self.audit, self.tokens, self.looks, self.probes = audit, tokens.cpu().long(), looks, probes
         self.passes, self.pending, self.masses, self.last, self.random = [], [], [], None, audit.generator()
         self.count, self.ends = 0, [0]  # calls so far, and their number at the end of each pass
+        self.mixed = []  # the scores that counts made
 
     def scoring(self, function):
         def call(ids, wanted, temperature=1.0, hook=None):
@@ -214,9 +217,17 @@ class Spy:
             return nll
         return call
 
+    def mixing(self, script):
+        """A patch of what mixes counts into scores, for a `with`."""
+        def noted(*args):
+            self.mixed.append(honest(*args))
+            return self.mixed[-1]
+        honest = getattr(script, "mixture_nll", None)
+        return mock.patch.object(script, "mixture_nll", noted) if honest else contextlib.nullcontext()
+
     def pass_of(self, scored) -> EvalPass:
         if not self.passes or self.passes[-1][0] is not scored:
-            self.passes.append((scored, EvalPass(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))))
+            self.passes.append((scored, EvalPass(*torch.zeros(3, len(self.tokens) - 1, dtype=torch.float64))))
             self.last = None
         return self.passes[-1][1]
 
@@ -242,6 +253,8 @@ class Spy:
     @torch.no_grad()
     def commit(self, eval_pass: EvalPass, numbers: Tensor, nll: Tensor) -> None:
         """Scores on their way into the sum: the last call must have made them, from the text before their targets."""
+        done = self.audit.rt.rank * len(eval_pass.times) + eval_pass.times.sum()
+        eval_pass.order[numbers] = done + torch.arange(len(numbers), dtype=torch.float64)
         eval_pass.nll.index_add_(0, numbers, nll.double())
         eval_pass.times.index_add_(0, numbers, torch.ones_like(nll, dtype=torch.float64))
         calls, self.pending = self.pending, []
@@ -329,6 +342,33 @@ def lent_to_all(hook, row: int):
         tensor.copy_(before)
 
 
+class Counts:
+    """The audit's own back-off over what followed each context before: plain, one token after another. ngrams: (context
+    length, concentration), growing."""
+
+    def __init__(self, tokens: list[int], ngrams):
+        self.tokens, self.ngrams = tokens, ngrams
+        self.followed = {}  # (length, context) -> token -> how often
+
+    def contexts(self, i: int):
+        """What followed the contexts of target i so far, each with its concentration, the shortest context first."""
+        for length, concentration in self.ngrams:
+            context = length, *self.tokens[max(i + 1 - length, 0):i + 1]
+            yield self.followed.setdefault(context, collections.Counter()), concentration
+
+    def mix(self, i: int, p, words):
+        """Probabilities of some words as target i, from the model's."""
+        for counts, concentration in self.contexts(i):
+            if counts:
+                prior = concentration * len(counts)
+                p = (np.array([counts[word] for word in words]) + prior * p) / (sum(counts.values()) + prior)
+        return p
+
+    def add(self, i: int) -> None:
+        for counts, _ in self.contexts(i):
+            counts[self.tokens[i + 1]] += 1
+
+
 # ---- the audit -------------------------------------------------------------------------------------------------------
 class Finding(NamedTuple):
     """One row of the table."""
@@ -355,9 +395,15 @@ class Audit:
         self.take_piece(size, sizes)
         if len(self.tokens) <= cfg.window + 1:
             raise AuditError(f"AUDIT_TOKENS={size}: the audit needs more than a window of {cfg.window} tokens of text")
-        self.cfg = dataclasses.replace(  # small chunks, so that many borders cost little; no clock, for it adapts less
-            cfg, eval_max_seconds=0.0, ttt_chunk_tokens=chunk,
-            ttt_doc_chunk_tokens=min(cfg.ttt_doc_chunk_tokens, max(len(self.tokens) // 8, 1)))
+        self.known = cfg.ttt_enabled and cfg.ttt_reset == "document" and getattr(cfg, "lengths_known", False)
+        self.order = torch.arange(len(self.tokens) - 1, dtype=torch.float64)  # in which targets are scored, or as if
+        documents, small = int((self.tokens == self.val.bos_id).sum()), {"ttt_chunk_tokens": chunk}
+        if self.known:  # several batches, one after another
+            small |= {"ttt_batch_docs": min(cfg.ttt_batch_docs, max(documents // 3, 1)), "ttt_warm_chains": 1}
+        else:
+            small["ttt_doc_chunk_tokens"] = min(cfg.ttt_doc_chunk_tokens, max(len(self.tokens) // 8, 1))
+        # small chunks, so that many borders cost little; no clock, for it adapts less
+        self.cfg = dataclasses.replace(cfg, eval_max_seconds=0.0, **small)
         self.model, self.disk = (script.load_model(self.blob, rt, self.val.tokenizer_sha256) for _ in range(2))
         self.weights = {name: tensor.clone() for name, tensor in self.disk.state_dict().items()}
         self.random, self.rt = self.generator(), self.watched(rt)
@@ -405,11 +451,15 @@ class Audit:
         self.model.requires_grad_(True)  # as it was read: another state could need another compiled graph
         self.spy = Spy(self, tokens, looks, set(probes))
         val = dataclasses.replace(self.val, tokens=tokens)
-        with self.spy.watch(self.script.Scored):
+        with self.spy.watch(self.script.Scored), self.spy.mixing(self.script):
             results = self.script.final_scores(self.cfg, self.rt, self.model, val)
         ranks = everyone(self.rt, [each for _, each in self.spy.passes])
         passes = [EvalPass.joined(parts) for parts in zip(*ranks)]
-        return results, {key: [p for p in passes if p.name == result.name] for key, result in results.items()}
+        named = {key: [p for p in passes if p.name == result.name] for key, result in results.items()}
+        mixed = everyone(self.rt, [scores.cpu() for scores in self.spy.mixed])[0]  # the first rank's alone
+        if "ngram" in results:  # made of the last pass's scores
+            named["ngram"] = [dataclasses.replace(passes[-1], nll=scores) for scores in mixed]
+        return results, named
 
     def run(self) -> list[Finding]:
         try:
@@ -428,15 +478,26 @@ class Audit:
         probes = [a + (b - a) * share // 5 for a, b in zip(starts, self.spy.ends[1:]) for share in (1, 2, 4)]
         again = [self.scores(self.tokens, probes=probes)[1], self.scores(self.tokens)[1]]
         size = self.decoded_bytes()
+        if "ngram" in results:
+            self.mixture(results["ngram"], passes["ngram"], list(passes.values())[-2], size)
         for key, result in results.items():
+            if key == "ngram":
+                continue
             self.sums(key, result, passes[key], size)
             if passes[key]:
                 self.single_scores(key, passes[key][-1], again[0][key])
         equal = [passes, *again]
+        if self.known and passes["ttt"]:
+            self.order = passes["ttt"][-1].order
         positions = self.where_to_change()
-        others = [self.scores(self.other_text(t))[1] for t in positions]
+        texts = [self.other_text(t) for t in positions]
+        others = [self.scores(text)[1] for text in texts]
+        changed = [(text != self.tokens)[1:].cpu() for text in texts]
         for key in [key for key in results if all(w[key] for w in (*equal, *others))]:
-            self.noise_and_causality(key, [w[key][-1] for w in equal], positions, [w[key][-1].nll for w in others])
+            order = self.order if key == "ttt" else torch.arange(len(self.order))
+            before = [order < order[targets].min() for targets in changed]
+            self.noise_and_causality(key, [w[key][-1] for w in equal], positions, before,
+                                     [w[key][-1].nll for w in others])
 
     # -- checks
     def find(self, evaluation: str, check: str, holds: bool, evidence: str) -> None:
@@ -474,7 +535,7 @@ class Audit:
 
     def sums(self, key: str, result, passes: list[EvalPass], size: int) -> None:
         """Checks of a result and the passes that reported it, of which there must be one."""
-        eval_pass = passes[-1] if passes else EvalPass(*torch.zeros(2, len(self.tokens) - 1, dtype=torch.float64))
+        eval_pass = passes[-1] if passes else EvalPass(*torch.zeros(3, len(self.tokens) - 1, dtype=torch.float64))
         targets, twice = len(eval_pass.times), int((eval_pass.times != 1).sum())
         once = not (twice or eval_pass.extra_calls or eval_pass.misplaced) and len(passes) == 1
         self.find(key, "each token scored once", once and result.tokens == targets,
@@ -512,8 +573,10 @@ class Audit:
         self.find(key, "full-vocabulary normalisation", worst <= EXACT, f"probabilities of the {self.cfg.vocab_size} "
                   f"tokens in one place are 1 together, {worst:.1e} off at most in {len(masses)} places")
 
-    def noise_and_causality(self, key: str, equal: list[EvalPass], positions: list[int], others: list[Tensor]) -> None:
-        """Checks of three equal passes, and of one for each position over a text that differs from there on."""
+    def noise_and_causality(self, key: str, equal: list[EvalPass], positions: list[int], before: list[Tensor],
+                            others: list[Tensor]) -> None:
+        """Checks of three equal passes, and of one for each position over a text that differs from there on; `before`:
+        which targets are scored before all that differ."""
         def difference(a: Tensor, b: Tensor) -> Tensor:  # [largest, root mean square]
             return torch.stack(((a - b).abs().max(), (a - b).square().mean().sqrt()))
         nll, dtype = equal[0].nll, self.rt.dtype
@@ -523,13 +586,64 @@ class Audit:
         self.find(key, "repeatable", (noise <= noise.new_tensor(UNSTEADY[dtype])).all(),
                   f"three equal passes differ by {said(noise)}" + "; weights differ too" * drift)
         limit = (NOISE_FACTOR * noise).maximum(noise.new_tensor(FLIPS[dtype])) if drift or noise.any() else noise
-        pairs = list(zip(positions, others))  # token t is target t - 1
-        worst = torch.stack([difference(other[:t - 1], nll[:t - 1]) for t, other in pairs]).amax(0)
-        unseen = sum(torch.equal(other[t - 1:], nll[t - 1:]) for t, other in pairs)
+        worst = torch.stack([difference(other[first], nll[first]) for first, other in zip(before, others)]).amax(0)
+        unseen = sum(torch.equal(other[~first], nll[~first]) for first, other in zip(before, others))
+        how = " in the order of scoring, ends of documents excepted" if self.known and key == "ttt" else ""
         self.find(key, "causality", (worst <= limit).all() and not unseen,
-                  f"text changed from {', '.join(map(str, positions))} on: scores before are "
+                  f"text changed from {', '.join(map(str, positions))} on{how}: scores before are "
                   + (f"off by {said(worst)}" if worst.any() else "bit-identical")
                   + f"; {unseen} changes did not show after it either" * bool(unseen))
+
+    def mixture(self, result, passes: list[EvalPass], before: list[EvalPass], size: int) -> None:
+        """Checks of the score that counts made of the pass before, against counts of the audit's own: at every place,
+        of earlier tokens alone and in the order of the text."""
+        targets, vocab, places = len(self.tokens) - 1, self.cfg.vocab_size, 0
+        given = before[-1].nll.numpy() if before else np.zeros(targets)
+        mixed = passes[-1].nll.numpy() if len(passes) == 1 else np.full(targets, np.nan)
+        counts, own, worst = Counts(self.tokens.tolist(), self.cfg.ngrams), np.zeros(targets), 0.0
+        for i in range(targets):
+            word = counts.tokens[i + 1]
+            own[i] = -np.log(counts.mix(i, np.exp(-given[i:i + 1]), [word])[0])
+            if i % max(targets // 300, 1) == 0:  # any distribution in which the target has the model's probability
+                rest = np.full(vocab, (1 - np.exp(-given[i])) / (vocab - 1))
+                rest[word] = np.exp(-given[i])
+                p, places = counts.mix(i, rest, range(vocab)), places + 1
+                worst = max(worst, abs(p.sum() - 1), abs(p[word] - np.exp(-mixed[i])))
+            counts.add(i)
+        off = np.abs(own - mixed).max()
+        self.find("ngram", "counts are exact, of earlier tokens", off <= 1e-6, f"{off:.1e} nats apart at most from a "
+                  f"plain count along the text, {own.sum() / given.sum() - 1:+.2%} nats on the whole")
+        masses = [self.mixed_mass(place, given) for place in self.often_seen(max(2048 // vocab, 1))]
+        worst = max(worst, *(abs(mass - 1) for mass in masses))
+        self.find("ngram", "full-vocabulary normalisation", worst <= 1e-6, f"probabilities of the {vocab} tokens in one "
+                  f"place are 1 together, {worst:.1e} off at most in {places} places by the audit's counts and "
+                  f"{len(masses)} by the script's")
+        total = mixed.sum()
+        self.find("ngram", "the sum is that of the scores", result.tokens == targets and math.isclose(
+            result.loss * result.tokens, total, rel_tol=1e-9), f"{result.loss * result.tokens:.6f} nats, single scores "
+            f"{total:.6f}")
+        bpb = total / math.log(2) / size
+        told = size == result.bytes and math.isclose(bpb, result.bpb, rel_tol=1e-9)
+        self.find("ngram", "bits per byte are nats / ln 2 / bytes", told, f"{result.bpb:.8f} reported, {bpb:.8f} computed")
+
+    def often_seen(self, count: int) -> list[int]:
+        """Targets whose shortest context occurred most often before."""
+        length, seen, times = self.cfg.ngrams[0][0], collections.Counter(), []
+        for i in range(len(self.tokens) - 1):
+            context = tuple(self.tokens[max(i + 1 - length, 0):i + 1].tolist())
+            times.append(seen[context])
+            seen[context] += 1
+        return sorted(range(len(times)), key=lambda i: -times[i])[:count]
+
+    def mixed_mass(self, place: int, given: np.ndarray) -> float:
+        """Probability that the script's mixture has for all words together as one target, the model's being equal."""
+        tokens, total = self.tokens[:place + 2].clone(), 0.0
+        nll = torch.from_numpy(given[:place + 1].copy()).to(tokens.device)
+        nll[place] = math.log(self.cfg.vocab_size)
+        for word in range(self.cfg.vocab_size):
+            tokens[place + 1] = word
+            total += math.exp(-self.script.mixture_nll(tokens, nll, self.cfg.ngrams)[place].item())
+        return total
 
     def where_to_change(self) -> list[int]:
         """Positions from which on to change the text: next to borders of chunks and documents, where training on a few
@@ -539,16 +653,22 @@ class Audit:
         longest = max(zip([0, *starts], [*starts, last]), key=lambda span: span[1] - span[0])[0]
         chunk = longest + self.cfg.ttt_doc_chunk_tokens if documents else self.cfg.ttt_chunk_tokens
         near = [border + more for more in (2, 0) for border in (chunk, *starts[:1], 2 * chunk)]
+        if self.known:  # late in the order of scoring: much comes before
+            near = [int(self.order.argsort()[last * share // 10]) + 1 for share in (9, 5, 2)]
         anywhere = torch.randint(2, last, (self.positions,), generator=self.random).tolist()
         picked = [*near[:(self.positions + 1) // 2], *anywhere][:self.positions]
         return sorted({min(max(t, 2), last - 1) for t in picked})
 
     def other_text(self, t: int) -> Tensor:
-        """The text with every token from position t on another one; documents may end anywhere."""
-        tokens, size = self.tokens.clone(), self.cfg.vocab_size
-        tokens[t:] = (tokens[t:] + torch.randint(1, size, (len(tokens) - t,), generator=self.random).to(tokens)) % size
-        if self.val.bos_id >= 0:
-            tokens[t + 7::97] = self.val.bos_id
+        """The text with every token from position t on another one; documents may end anywhere. If their lengths are
+        known they end where they did, and what changes is all that is scored with that token or after it."""
+        tokens, size, bos = self.tokens.clone(), self.cfg.vocab_size, self.val.bos_id
+        later = 1 + (self.order >= self.order[t - 1]).nonzero().flatten().to(tokens.device)  # token t is target t - 1
+        tokens[later] = (tokens[later] + torch.randint(1, size, later.shape, generator=self.random).to(tokens)) % size
+        if self.known:
+            return tokens.where((tokens != bos) & (self.tokens != bos), self.tokens)
+        if bos >= 0:
+            tokens[t + 7::97] = bos
         return tokens
 
     def decoded_bytes(self) -> int:

@@ -4,6 +4,7 @@
     python tools/bench.py --peer PR_1092.py --steps 100 --data FOLDER --tokenizer MODEL --out bench.json
     python tools/bench.py --peer PR_1092.py NUM_LAYERS=6 EVAL_STRIDE=32   # settings for both sides
     python tools/bench.py --gpu --peer PR_1092.py --profile          # the real model on a GPU: see gpu_bench.py
+    python tools/bench.py --quality frontier pr1092                  # what systems reach: see quality_bench.py
 
 Both programs run as they are, eager, in fp32, with the same settings, data and seeds, in alternating order,
 each run a process of its own. All numbers come from their own log lines and from the system's account of the
@@ -111,8 +112,9 @@ def measure(args: argparse.Namespace) -> dict:
 
 @one_line_errors
 def main(argv: list[str]) -> int:
-    if "--gpu" in argv:
-        os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("gpu_bench.py")), *argv])
+    for kind in ("gpu", "quality"):
+        if f"--{kind}" in argv:
+            os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name(f"{kind}_bench.py")), *argv])
     args = benchlib.build_parser(__doc__).parse_intermixed_args(argv)
     result = measure(args)
     print(table(result["rows"], args.peer.stem))

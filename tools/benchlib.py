@@ -42,7 +42,7 @@ LABELS = {  # number -> (what tables call it, format)
     "sliding_bpb": ("bpb, sliding", ".4f"),
     "ttt_bpb": ("bpb, TTT", ".4f"),
     "total_bytes": ("code and artifact, bytes", ",.0f")}
-SCORES = {"roundtrip": r"final_\S+_roundtrip", "sliding": r"final_\S+_sliding_window",
+SCORES = {"roundtrip": r"final_\S+_roundtrip|diagnostic quantized", "sliding": r"final_\S+_sliding_window",
           "ttt": r"legal_ttt|quantized_ttt_phased"}
 SINGLE_NUMBERS = {"peak_mib": r"^peak memory (?:allocated|resident): (\d+) MiB",
                   "total_bytes": r"^Total submission size \S+: (\d+) bytes",

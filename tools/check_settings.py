@@ -12,7 +12,8 @@ import difflib
 import os
 import sys
 
-from shell import AUDIT, OTHERS, RANKS, UsageError, did_you_mean, one_line_errors, overridden, take_settings, unknown
+from shell import (AUDIT, RANKS, check_profile, did_you_mean, one_line_errors, overridden, read_profile, take_settings,
+                   unknown)
 
 
 def check_arguments(arguments: list[str], names: list[str]) -> None:
@@ -20,28 +21,6 @@ def check_arguments(arguments: list[str], names: list[str]) -> None:
     _, rest = take_settings(arguments, [*names, *AUDIT, *RANKS, "SCALE", "TENSORBOARD"])
     for argument in rest:
         raise unknown(argument.partition("=")[0], names)
-
-
-def read_profile(path: str) -> list[tuple[str, str]]:
-    """The (KEY, VALUE) pairs of a profile's lines, as run.sh reads them. Raises UsageError."""
-    with open(path, "rb") as file:
-        lines = file.read().decode("utf-8", "replace").splitlines()
-    lines = [line.partition("#")[0].strip() for line in lines]
-    return [tuple(part.strip() for part in line.split("=", 1)) for line in lines if "=" in line]
-
-
-def check_profile(path: str, keys: list[str], settings: list[list[str]]) -> None:
-    """Raises UsageError for a key that is no setting, and for a setting that is given twice."""
-    names = [name for setting in settings for name in setting]
-    for key in keys:
-        if key not in names + AUDIT and not key.startswith(OTHERS):
-            raise UsageError(f"{path}: {unknown(key, names)}")
-        if keys.count(key) > 1:
-            raise UsageError(f"{path}: {key} is given twice")
-    for setting in settings:
-        given = [key for key in keys if key in setting and names.count(key) == 1]  # a group's name counts for several
-        if len(given) > 1:
-            raise UsageError(f"{path}: {' and '.join(given)} are one setting, given twice")
 
 
 @one_line_errors

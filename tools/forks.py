@@ -1,7 +1,4 @@
-"""Runs of train_gpt.py as forks of a process that has imported it once: importing PyTorch takes longer than a tiny run.
-
-    python tools/forks.py 1 2 8     # the environment's run with 1, 2 and 8 ranks over gloo, in ARTIFACT_DIR/1, /2, /8
-"""
+"""Runs of train_gpt.py as forks of a process that has imported it once: importing PyTorch takes longer than a tiny run."""
 from __future__ import annotations
 
 import fcntl
@@ -19,7 +16,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small runs, and as many as ther
 
 import sentencepiece  # noqa: E402, F401 - it is imported late, and costs as much as a small run does
 import train_gpt as tg  # noqa: E402
-
 
 
 class Fork:
@@ -103,7 +99,8 @@ def start_ranks(world: int, environment: dict[str, str], out: Path) -> list[Fork
             for rank in range(world)]
 
 
-def main(worlds: list[str]) -> int:
+def run_worlds(worlds: list[str]) -> int:
+    """The environment's run with so many ranks over gloo each, in ARTIFACT_DIR/RANKS. Returns an exit code."""
     folder = Path(os.environ.get("ARTIFACT_DIR", "."))
     for world in worlds:
         ranks = start_ranks(int(world), {**os.environ, "ARTIFACT_DIR": str(folder / world)}, folder / world / "out")
@@ -112,7 +109,3 @@ def main(worlds: list[str]) -> int:
             print("".join(rank.printed() for rank in ranks if rank.code), file=sys.stderr)
             return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -24,8 +24,6 @@ MACHINE = "LAUNCH_MACHINE"  # "NUMBER HOST", for the processes that this file st
 def number_by_machine(args: argparse.Namespace) -> None:
     """Let this file start the script, as the rank its machine's number gives; machine 0 hosts the rendezvous."""
     os.environ[MACHINE] = f"{args.node_rank} {args.rdzv_endpoint.rpartition(':')[0]}"
-    # torch 2.13 keeps rank 0's shared store over a restart, but does not tell a machine that joins where it is
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     args.training_script_args = [args.training_script, *args.training_script_args]
     args.training_script = os.path.abspath(__file__)
     args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, f"is_host={int(args.node_rank == 0)}"]))
@@ -46,6 +44,9 @@ def main(arguments: list[str]) -> int:
     a signal that ended the launcher, or 0."""
     for name in ("", ".agent.server.api"):  # they log each rank that they end, and the signal
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
+    # torch 2.13 keeps its shared store over a restart: the new ranks may find the old ones' addresses in it, and a machine
+    # that joins is not told where it is. Without it, each start has a store of its own
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     args = run.parse_args(arguments)
     if args.nnodes != "1" and args.rdzv_backend == "c10d":
         number_by_machine(args)

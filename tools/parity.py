@@ -7,7 +7,7 @@
 A fixture is `fixture.json` (settings, expected scores) and `fixture.npz` (weights, logits, gradients, …) of one of the
 systems in SYSTEMS; `config.source` names it. Each line has the largest difference, the tolerance, ok or FAIL. A text
 fixture has `cases.json` instead, see parity_text.py.
-Exit code 0: all agree; 1: something does not; 2: a fixture cannot be read. Of PR 1855, its adapters, its evaluation and
+Exit code 0: all agree; 1: something does not; 2: a fixture cannot be read. Of PR 1855, its phases of base training and
 its LQER are not compared.
 
 Tolerances: 2e-5 on logits, nats per token and bits per byte; 1e-4 on weights after updates and on bits per byte after
@@ -51,7 +51,8 @@ class Quantity(NamedTuple):
     """One thing that we compute and the fixture holds."""
 
     name: str
-    key: str                   # "loss": a number in `expected`; "rows/logits": an array; "grad/": all arrays below
+    key: str                   # "loss", "ttt:0", "ttt:nll": a number in `expected`, in a list, in a mapping there;
+                               # "rows/logits": an array; "grad/": all arrays below
     got: object                # number, tensor, or published name -> tensor (None: no gradient)
     tolerance: float
     relative: bool = False     # the tolerance is a share of each tensor's largest entry
@@ -168,6 +169,48 @@ def low_rank(fixture: Fixture):
     yield quantity
 
 
+def side_by_side(fixture: Fixture):
+    """Scores and gradients of rows that have low-rank additions of their own."""
+    given, (x, y) = fixture.config["lora"], fixture.rows("lora_rows")
+    cfg, columns = dataclasses.replace(fixture.settings(), ttt_batch_docs=given["batch"]), slice(*given["chunk"])
+
+    def compute(seed: int) -> tuple[torch.Tensor, dict]:
+        model = fixture.model(cfg, seed)
+        adapter = ours.LoraAdapter(model, cfg, runtime())
+        pairs = fixture.system.additions(adapter.pairs)
+        fixture.fill("lora/", pairs)
+        nll = model.nll(x, y, hook=adapter.hook)
+        nll[:, columns].mean(1).sum().backward()
+        return nll.detach(), {name: p.grad for name, p in pairs.items()}
+
+    nll, quantity = gradients("LoRA's gradients, relative", "lora_grad/", compute)
+    yield Quantity("nats with LoRA by row", "lora_rows/nll", nll, CLOSE, noisy=lambda seed: compute(seed)[0])
+    yield quantity
+
+
+def documents(fixture: Fixture):
+    """The text of eval/tokens, each document with additions that learn from it as it is scored; and without them, in
+    windows that lie end to end in a document."""
+    cfg, rt, tokens = fixture.settings(), runtime(), fixture.tokens("eval/tokens").int()
+    val = text(fixture, tokens, bos_id=ours.BOS_ID)
+    still = dataclasses.replace(cfg, ttt_warm_start_a=False, ttt_epochs=0, ttt_doc_chunk_tokens=cfg.doc_context)
+
+    @functools.cache
+    def score(name: str, cfg: ours.Hyperparameters, seed: int = 0) -> ours.EvalResult:
+        model = fixture.model(cfg, seed)
+        plan = ours.plan_evaluation(val, cfg, rt, cfg.window, 1, adapts=True)
+        return ours.evaluate(name, model.nll, val, cfg, rt, plan, started(ours.adapter_for(model, cfg, rt)))
+
+    for name, cfg in (("unadapted_documents", still), ("ttt_documents", cfg)):
+        result = score(name, cfg)
+        nats = lambda seed=0, name=name, cfg=cfg: score(name, cfg, seed).loss * result.tokens
+        yield Quantity(f"{name}, targets", f"{name}:tokens", result.tokens, 0)
+        yield Quantity(f"{name}, nats", f"{name}:nll", nats(), CLOSE * result.tokens, noisy=nats)
+    if fixture.tokenizer:
+        yield Quantity(f"{name}, bytes", f"{name}:bytes", result.bytes, 0)
+        yield Quantity(f"{name}, bits/byte", f"{name}:val_bpb", result.bpb, CLOSE_ADAPTED)
+
+
 def steps(fixture: Fixture):
     """Three optimiser steps."""
     losses, weights = three_steps(fixture)
@@ -217,10 +260,7 @@ def evaluations(fixture: Fixture, section: str, plain: str, adapted: str):
     if lora and not cfg.tie_embeddings:  # an untied head gets its addition, too
         cfg = dataclasses.replace(cfg, ttt_lora_targets=f"{cfg.ttt_lora_targets},head")
     tokens = tokens[:len(tokens) - (len(tokens) - 1 - length) % cfg.eval_stride]  # full windows only, as published
-    sizes = torch.ones_like(tokens)
-    if fixture.tokenizer:
-        sizes = torch.from_numpy(ours.token_bytes(fixture.tokenizer, tokens.numpy()))
-    val = ours.ValData(tokens, sizes, "")
+    val = text(fixture, tokens)
 
     @functools.cache
     def score(name: str, seed: int = 0) -> tuple[ours.EvalResult, ours.GPT]:
@@ -243,12 +283,25 @@ def evaluations(fixture: Fixture, section: str, plain: str, adapted: str):
             yield Quantity("weights after ttt", "after_ttt/", weights, CLOSE_WEIGHTS, whole=False)
 
 
+def text(fixture: Fixture, tokens: torch.Tensor, **more) -> ours.ValData:
+    """Tokens to score, of one byte each if there is no tokenizer."""
+    sizes = torch.ones_like(tokens)
+    if fixture.tokenizer:
+        sizes = torch.from_numpy(ours.token_bytes(fixture.tokenizer, tokens.numpy()))
+    return ours.ValData(tokens, sizes, "", **more)
+
+
 def started(adapter: ours.Adapter) -> ours.Adapter:
     """Low-rank additions get the fixtures' starting values, which need no random numbers."""
-    if isinstance(adapter, ours.LoraAdapter):
-        with torch.no_grad():
-            for a, _ in adapter.pairs.values():
-                a.copy_((torch.sin(1 + 0.37 * torch.arange(a.numel(), dtype=torch.float64)) / len(a)).view_as(a))
+    for i, (a, _) in enumerate(adapter.pairs.values() if isinstance(adapter, ours.LoraAdapter) else ()):
+        rank, width = a.shape[-2:]
+        angle = 1 + 0.37 * torch.arange(rank * width, dtype=torch.float64).view(rank, width)
+        if adapter.rows:
+            start = torch.sin(angle + torch.arange(adapter.rows).view(-1, 1, 1)) / width ** 0.5
+        else:
+            start = torch.sin(angle) / rank
+        adapter.initial[2 * i] = start.to(a)
+        a.data.copy_(start)
     return adapter
 
 
@@ -272,6 +325,7 @@ class System(NamedTuple):
     names: dict = {}       # beginning of our parameter's name -> of its; {} stands for the layer
     matrices: dict = {}    # kind of matrix -> its name, in a system without banks
     swapped: tuple = ()    # kinds of matrices where it has the halves of a head in the other order
+    adapters: dict = {}    # kind of matrix -> its additions' name, {} for the visit, where that is not the matrix's
     unread: dict = {}      # a parameter that only the system has -> which of ours it is a copy of, if any
 
     def named(self, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
@@ -294,7 +348,8 @@ class System(NamedTuple):
 
     def additions(self, pairs: dict) -> dict[str, torch.Tensor]:
         """The tensors of a LoraAdapter's pairs under the system's names."""
-        return {f"{self.matrices[kind].format(layer)}.lora_{side}": tensor
+        names = self.adapters or {kind: f"{name}.lora_" for kind, name in self.matrices.items()}
+        return {names[kind].format(layer) + side: tensor
                 for (kind, layer), pair in pairs.items() for side, tensor in zip("AB", pair)}
 
     def is_swapped(self, name: str) -> bool:
@@ -351,14 +406,16 @@ SYSTEMS = {  # `config.source` of a fixture -> how to read it
     "PR 550 v10": PR1092._replace(profile="pr550_mtp_small_batch", checks=(rows, heads, complement)),
     "PR 1254": PR1254,
     "PR 1855": System(
-        "pr1855", (streams, steps), NO_STRETCH, by_env=True,
+        "pr1855", (streams, steps, side_by_side, documents), NO_STRETCH | {"TTT_WARM_CHAINS": "1"}, by_env=True,
         arguments={"SMEAR_GATE_ENABLED": {0: "SMEAR_GATE=off", 1: "SMEAR_GATE=window"}, "ROPE_YARN": {0: ""},
-                   "TTT_GRAD_STEPS": "TTT_EPOCHS", "TTT_WARM_START_A": "", "TTT_EVAL_SEQ_LEN": "",
+                   "TTT_GRAD_STEPS": "TTT_EPOCHS",
                    **dict.fromkeys(("ROPE_TRAIN_SEQ_LEN", "FUSED_CE_ENABLED", *(f"GLOBAL_TTT_{name}" for name in (
                        "LR MOMENTUM EPOCHS CHUNK_TOKENS BATCH_SEQS GRAD_CLIP".split()))), "")},
         names={"lane_keeps": "parallel_resid_lambdas", "lane_takes": "parallel_post_lambdas",
                "smear.scale": "smear_lambda", "smear.gate.": "smear_gate.",
-               "blocks.{}.attn.sparse_gate.weight": "blocks.{}.attn.attn_gate_w"}),
+               "blocks.{}.attn.sparse_gate.weight": "blocks.{}.attn.attn_gate_w"},
+        adapters={"query": "q_loras.{}.", "key": "k_loras.{}.", "value": "v_loras.{}.", "out": "o_loras.{}.",
+                  "down": "mlp_loras.{}.", "head": "lm_head_lora."}),
 }
 
 
@@ -495,7 +552,9 @@ class Fixture:
         if name not in self.expected:
             raise ours.UserError(f"the fixture lacks expected.{name}")
         value = self.expected[name]
-        value = torch.tensor(np.ravel(value)[int(place)] if place else value, dtype=torch.float64)
+        if place:
+            value = value[place] if isinstance(value, dict) else np.ravel(value)[int(place)]
+        value = torch.tensor(value, dtype=torch.float64)
         if not value.isfinite().all():
             raise ours.UserError(f"expected.{name} is not finite")
         return value

@@ -94,6 +94,11 @@ def seq_schedule(was: Settings, now: Settings) -> str:
     return ",".join(pairs) if was.train_seq_schedule else ""
 
 
+def chunk_ladder(was: Settings, now: Settings) -> str:
+    """The steps that are below the chunk of long documents."""
+    return ",".join(f"{limit}:{chunk}" for limit, chunk in was.doc_chunks[:-1] if chunk < now.ttt_doc_chunk_tokens)
+
+
 def size_limit(was: Settings, now: Settings) -> int:
     """A limit that SIZE_FIT has to work for, and can keep: a third of the banks' bytes less than is expected."""
     banks = sum(stream.bytes for stream in estimate.streams(now) if stream.name in ("attn", "mlp"))
@@ -158,6 +163,9 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "ttt_lora_layer_rates": lora_layer_rates,
     "ttt_batch_docs": lambda was, now: min(was.ttt_batch_docs, 8),
     "ttt_doc_chunk_tokens": lambda was, now: min(was.ttt_doc_chunk_tokens, now.window // 2),
+    "ttt_chunk_ladder": chunk_ladder,
+    "ttt_eval_seq_len": lambda was, now: scaled(was.ttt_eval_seq_len, was.train_seq_len, now.train_seq_len),
+    "ttt_warm_chains": lambda was, now: min(was.ttt_warm_chains, 2),
     "ttt_min_doc_tokens": lambda was, now: scaled(was.ttt_min_doc_tokens, was.ttt_doc_chunk_tokens,
                                                   now.ttt_doc_chunk_tokens),
     "hash_embed_buckets": lambda was, now: min(was.hash_embed_buckets, 512),
@@ -179,8 +187,9 @@ USED: dict[str, Callable[[Settings], object]] = {
     r"gptq_.*": lambda cfg: cfg.gptq_enabled,
     r"code_bytes|artifact_limit_bytes": lambda cfg: cfg.size_fit,
     r"ttt_lora_.*": lambda cfg: cfg.ttt_enabled and cfg.ttt_mode == "lora",
+    r"ttt_warm_chains": lambda cfg: cfg.ttt_enabled and cfg.ttt_reset == "document" and cfg.ttt_warm_start_a,
     r"ttt_freeze_blocks": lambda cfg: cfg.ttt_enabled and cfg.ttt_mode == "sgd",
-    r"ttt_(batch_docs|.*doc.*tokens)": lambda cfg: cfg.ttt_enabled and cfg.ttt_reset == "document",
+    r"ttt_(batch_docs|.*doc.*tokens|chunk_ladder|eval_seq_len)": lambda cfg: cfg.ttt_enabled and cfg.ttt_reset == "document",
     r"ttt_(chunk_tokens|batch_seqs)": lambda cfg: cfg.ttt_enabled and cfg.ttt_reset == "stream",
     r"ttt_.*": lambda cfg: cfg.ttt_enabled,
 }

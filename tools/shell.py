@@ -55,6 +55,28 @@ def take_settings(arguments: Iterable[str], names: list[str]) -> tuple[dict[str,
     return settings, rest
 
 
+def read_profile(path: str) -> list[tuple[str, str]]:
+    """The (KEY, VALUE) pairs of a profile's lines, as run.sh reads them. Raises UsageError."""
+    with open(path, "rb") as file:
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    lines = [line.partition("#")[0].strip() for line in lines]
+    return [tuple(part.strip() for part in line.split("=", 1)) for line in lines if "=" in line]
+
+
+def check_profile(path: str, keys: list[str], settings: list[list[str]]) -> None:
+    """Raises UsageError for a key that is no setting, and for a setting that is given twice."""
+    names = [name for setting in settings for name in setting]
+    for key in keys:
+        if key not in names + AUDIT and not key.startswith(OTHERS):
+            raise UsageError(f"{path}: {unknown(key, names)}")
+        if keys.count(key) > 1:
+            raise UsageError(f"{path}: {key} is given twice")
+    for setting in settings:
+        given = [key for key in keys if key in setting and names.count(key) == 1]  # a group's name counts for several
+        if len(given) > 1:
+            raise UsageError(f"{path}: {' and '.join(given)} are one setting, given twice")
+
+
 def overridden(keys: Iterable[str], settings: list[list[str]], given: Mapping[str, str]) -> list[str]:
     """Keys of a profile whose setting is given under another name: an alias, or the name of a group of settings. A
     setting's own name does not override a group. settings: the names of each."""

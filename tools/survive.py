@@ -26,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import benchlib
-import check_settings
 import torch
 from forks import Fork, start_ranks, tg
-from shell import Parser, UsageError, one_line_errors
+from shell import Parser, UsageError, check_profile, one_line_errors, read_profile
 
 SETTINGS = dict(
     NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=4, XSA_LAST_N=3, VE_LAYERS="1,2", VE_DIM=16,
@@ -255,11 +254,11 @@ class CheckpointReader:
             tg.load_checkpoint(self.cfg, self.rt, self.state)
 
 
-def read_profile(path: Path, variables: dict[str, str]) -> None:
+def take_profile(path: Path, variables: dict[str, str]) -> None:
     """As run.sh does: its lines, then its names, then its values."""
     names = [list(tg.env_names(f)) for f in dataclasses.fields(tg.Hyperparameters)]
-    values = check_settings.read_profile(path)
-    check_settings.check_profile(str(path), [key for key, _ in values], names)
+    values = read_profile(path)
+    check_profile(str(path), [key for key, _ in values], names)
     tg.Hyperparameters.from_env({**dict(values), **variables})
 
 
@@ -292,7 +291,7 @@ def damage(lab: Lab, count: int) -> Tally:
     checkpoint = next(path for path in sorted(place.rglob("*.pt")) if "checkpoint" in str(path.relative_to(place)))
     profile = benchlib.ROOT / "profiles" / "smoke.env"
     val = (data / "fineweb_val_000000.bin").read_bytes()
-    kinds = [("shard", val, read_shard, whole_shard), ("profile", profile.read_bytes(), read_profile, lambda _: True),
+    kinds = [("shard", val, read_shard, whole_shard), ("profile", profile.read_bytes(), take_profile, lambda _: True),
              ("checkpoint", checkpoint.read_bytes(), CheckpointReader(lab), lambda _: False)]
     for i in range(count):
         kind, blob, read, fits = kinds[i % len(kinds)]
