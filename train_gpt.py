@@ -44,6 +44,7 @@ Where a technique lives:
     late QAT, soft rounding                 when: qat_progress; how: fake_quantise, soft_round
     complementary training                  BigramCounts; pruning: prune
     GPTQ, fitting the size                  gptq, HessianSums; fit_size
+    steps by what they cost (water-filling) loss_curvature, curvature, water_fill; the coder: finer_sixteenths
     sliding windows, time limit             Windows, plan_stream; EvalClock
     test-time training of all weights       SgdAdapter; of low-rank additions (LoRA): LoraAdapter
     of each document by itself              plan_documents, and the rows of LoraAdapter
@@ -254,7 +255,7 @@ class Hyperparameters:
                                "bits do not matter then)", choices="percentile amax sdclip waterfill")
     waterfill_nats: float = env_field(0.01, "nats per token that water-filling's steps cost by its own estimate; "
                                       "SIZE_FIT moves it, both ways", lo=1e-9, hi=100)
-    waterfill_exponent: float = env_field(0.5, "its steps are in proportion to (second derivative of the loss)^(-a/2): "
+    waterfill_exponent: float = env_field(0.75, "its steps are in proportion to (second derivative of the loss)^(-a/2): "
                                           "1 is best for fine steps, less for coarse ones", lo=0, hi=1)
     mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
@@ -611,7 +612,8 @@ def combination_rules(cfg: Hyperparameters):
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
     if cfg.clip_rule == "waterfill":
         yield cfg.gptq_enabled, "{clip_rule} rounds by GPTQ's Hessians; {gptq_enabled}"
-        yield not (cfg.qat_enabled or cfg.late_qat), "{clip_rule} has no steps while training: {late_qat}, {qat_enabled}"
+        yield not (cfg.qat_enabled or cfg.late_qat), (
+            "{clip_rule} has no steps before the end of training: {late_qat}, {qat_enabled}")
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
     yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
     yield re.fullmatch(r"(?!\.)[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits, _ + -, later dots"
@@ -3113,7 +3115,7 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
 # ------------------------------------------------------------------------------------------------ ROUNDING
 SELF_TEXT_ROWS, SELF_TEXT_TEMPERATURE = 4, 0.8   # PR 1019; its 64 sequences are 16 batches
 FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
-FIT_DOUBLINGS, FILL_DOUBLINGS = 4.0, 8.0  # of the step, at most: 6-bit weights then have 2 bits left; water-filling's
+FIT_DOUBLINGS, FILL_DOUBLINGS = 4.0, 8.0  # of the step, at most: 6-bit weights then have 2 bits left; by water-filling
 GRADIENT_PIECES, GRADIENT_TOKENS = 256, 256  # pieces of text, over all ranks, and tokens in each
 
 
@@ -3212,7 +3214,8 @@ def loss_curvature(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainDat
     pieces = (piece for batch in calibration_text(cfg, rt, model, data, step)
               for piece in zip(*(t.reshape(-1).split(length) for t in batch)))
     for ids, targets in itertools.islice(pieces, -(-GRADIENT_PIECES // rt.world_size)):
-        gradients = torch.autograd.grad(len(ids) * model.loss(ids[None], targets[None]), weights)
+        nats = model.nll(ids[None], targets[None]).sum()
+        gradients = torch.autograd.grad(nats, weights, materialize_grads=True)
         torch._foreach_addcmul_(list(squares.values()), gradients, gradients)
         tokens += len(ids)
         rt.synchronize()
@@ -3522,7 +3525,7 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
     """
     columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
     histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
-    for matrix, octaves in zip(codes.reshape(-1, *codes.shape[-2:]), finer(steps, codes)):
+    for matrix, finer in zip(codes.reshape(-1, *codes.shape[-2:]), finer_sixteenths(steps, codes)):
         predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
         column_sum, level_sum, done, block = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0, matrix[:0]
         while done < len(matrix):
@@ -3531,7 +3534,7 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
                 predictor.begin(above, len(block))
             average = max(total * FIXED // cells, FIXED // 256)
             column = (column_sum + 6 * average) * FIXED // (level_sum + 6 * average)  # FIXED: like its row
-            fineness = octaves[done:done + len(block)]
+            fineness = finer[done:done + len(block)]
             scale = powers_of_two()[16 * 16 + fineness]  # FIXED: a code of the mean step
             magnitude, level = code_block(block, top, histograms, predictor, average, column, fineness, scale)
             column_sum += magnitude.sum(0) * FIXED
@@ -3541,11 +3544,10 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
             done += len(block)
 
 
-def finer(steps: Steps | None, codes: np.ndarray):
+def finer_sixteenths(steps: Steps | None, codes: np.ndarray):
     """Yields for each matrix by how many sixteenths of an octave steps are finer than the mean.  # [rows, columns]"""
     if steps is None:
-        yield from np.zeros(codes.shape, np.int64).reshape(-1, *codes.shape[-2:])
-        return
+        yield from itertools.repeat(np.zeros(codes.shape[-2:], np.int64))
     rows, columns = (t.numpy().astype(np.int64) for t in steps)
     mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
     yield from ((16 // STEPS_PER_OCTAVE * (mean - row - column)).clip(-96, 96) for row, column in zip(rows, columns))

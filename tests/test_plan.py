@@ -93,6 +93,15 @@ def test_every_way_to_store_is_counted():
     assert size(tie_embeddings=False) > plain + 200_000
 
 
+def test_water_filling_is_estimated_by_what_it_may_cost():
+    found = {nats: estimate.streams(tg.Hyperparameters(**PACKING_SETTINGS, clip_rule="waterfill", waterfill_nats=nats))
+             for nats in (0.01, 0.04)}
+    names = [{stream.name for stream in streams} for streams in found.values()]
+    assert all("steps" in held and "scales" not in held for held in names)
+    fine, coarse = (sum(stream.bytes for stream in streams) for streams in found.values())
+    assert coarse < fine < estimate.artifact_bytes(tg.Hyperparameters(**PACKING_SETTINGS))
+
+
 @pytest.mark.parametrize("limit, size_fit, verdict", [
     (1_000_000, False, "yes"), (790_000, False, "perhaps"), (760_000, False, "perhaps"), (700_000, False, "no"),
     (1_000_000, True, "yes"), (760_000, True, "SIZE_FIT"), (700_000, True, "SIZE_FIT")])

@@ -483,19 +483,20 @@ def test_a_matrix_without_a_usable_gradient_is_named(value):
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
 def test_steps_of_water_filling_cost_what_was_asked_for(exponent):
-    """The sum of curvature * step^2 / 24, within what the grid of steps leaves; with exponent 1 all weights cost alike."""
+    """The sum of curvature * step^2 / 24, within what the grid leaves; with exponent 1 all weights cost alike."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).mul(2).exp()
     factors = {"bank": (draw(3, 50, 1), draw(3, 1, 40)), "table": (draw(70, 1), draw(1, 20))}
     steps, coarser = (tg.water_fill(factors, nats, exponent) for nats in (0.01, 0.16))
     costs = {name: rows * columns * steps[name].float() ** 2 / 24 for name, (rows, columns) in factors.items()}
-    assert sum(float(cost.sum()) for cost in costs.values()) == pytest.approx(0.01, rel=0.05 if exponent else 0.2)  # one step is on the grid
+    near = 0.05 if exponent else 0.2  # then there is but one step, which is on the grid
+    assert sum(float(cost.sum()) for cost in costs.values()) == pytest.approx(0.01, rel=near)
     assert all(torch.equal(coarser[name].rows, steps[name].rows + 2 * tg.STEPS_PER_OCTAVE) for name in steps)
     if exponent == 1:
         for cost in costs.values():
             assert cost.max() / cost.min() < 2 ** (4 / tg.STEPS_PER_OCTAVE) * 1.001
     if exponent == 0:
-        assert len({float(s.float().max()) for s in steps.values()} | {float(s.float().min()) for s in steps.values()}) == 1
+        assert len({float(size) for s in steps.values() for size in (s.float().max(), s.float().min())}) == 1
 
 
 def test_gradients_are_those_of_each_piece_of_text_by_itself(config, rt):
@@ -535,7 +536,7 @@ def test_a_whole_run_is_water_filled(run):
     free = run(WATERFILL_NATS=1e-3, **variables)
     assert free.code == 0, free.err
     assert "waterfill:gradients of 512 tokens" in free.out and "final_waterfill_roundtrip" in free.out
-    assert abs(free.summary["val_bpb_roundtrip"] - free.summary["val_bpb_pre_quant"]) < 0.01
+    assert abs(free.summary["val_bpb_roundtrip"] - free.summary["val_bpb_pre_quant"]) < 0.03
     for limit in (free.summary["total_bytes"] - 3000, free.summary["total_bytes"] + 3000):
         done = run(SIZE_FIT=1, ARTIFACT_LIMIT_BYTES=limit, WATERFILL_NATS=1e-3, **variables)
         assert done.code == 0 and 0.995 * limit <= done.summary["total_bytes"] <= limit, done.err
@@ -543,7 +544,7 @@ def test_a_whole_run_is_water_filled(run):
 
 @pytest.mark.parametrize("variables, said", [
     ({"GPTQ_ENABLED": 0, "LATE_QAT": 0}, "CLIP_RULE='waterfill' rounds by GPTQ's Hessians"),
-    ({"GPTQ_ENABLED": 1, "LATE_QAT": 1}, "CLIP_RULE='waterfill' has no steps while training")])
+    ({"GPTQ_ENABLED": 1, "LATE_QAT": 1}, "CLIP_RULE='waterfill' has no steps before the end")])
 def test_water_filling_needs_calibration_and_no_qat(variables, said):
     with pytest.raises(tg.UserError, match=re.escape(said)):
         tg.Hyperparameters.from_env({"CLIP_RULE": "waterfill", **{k: str(v) for k, v in variables.items()}})

@@ -28,6 +28,8 @@ TRAIN_SECONDS = 600.0     # the competition's
 BITS_OVER_GAUSSIAN = {"attn": 0.985, "mlp": 0.953, "embed": 0.925, "ngram": 0.99, "value": 1.008, "head": 0.925}
 CODEC_OVER_RANGE = {"auto": 1.0, "range": 1.0, "zstd": 1.025, "lzma": 1.037}  # records/packing
 FLOAT_BITS = {"half": 13.4, "float": 26.9, "scales": 10.9}  # after LZMA
+WATERFILL_BITS, WATERFILL_SLOPE = 2.86, -0.42  # per code at 0.015 nats, and by each doubling of them (records/export)
+STEP_BITS = 4.4           # per row and column of water-filling
 HEADER_BYTES = 800
 ERROR = 0.05
 
@@ -70,7 +72,11 @@ def streams(cfg: tg.Hyperparameters) -> list[Stream]:
         shape, count = shapes[name], math.prod(shapes[name])
         if not family.exported or not count:
             continue
-        if name in specs:
+        if name in specs and cfg.clip_rule == "waterfill":  # a rough guess; SIZE_FIT makes it what the limit says
+            each = WATERFILL_BITS + WATERFILL_SLOPE * math.log2(cfg.waterfill_nats / 0.015)
+            add(family.name, count, max(each, 0.3) * CODEC_OVER_RANGE[cfg.compress])
+            add("steps", count // shape[-1] + count // shape[-2], STEP_BITS)
+        elif name in specs:
             factor = BITS_OVER_GAUSSIAN[family.name] * CODEC_OVER_RANGE[cfg.compress]
             add(family.name, count, factor * gaussian_bits(shape[-1], specs[name], cfg.prune_frac))
             add("scales", count // shape[-1], FLOAT_BITS["scales"])

@@ -29,7 +29,8 @@ PR_1855 = {"CLIP_RULE": "sdclip", "MATRIX_BITS": 6, "EMBED_BITS": 7, "BIGRAM_BIT
 EXPORTS = (  # name, settings, those that grow with the factor, factors
     ("PR 1855, sigmas x{:g}", PR_1855, {"ATTN_CLIP_SIGMAS": 13, "MLP_CLIP_SIGMAS": 11.5, "EMBED_CLIP_SIGMAS": 14},
      (1.0, 0.75, 0.55, 0.45)),
-    ("percentile, banks x{:g}", {"CLIP_RULE": "percentile"}, {"ATTN_CLIP_WIDEN": 1, "MLP_CLIP_WIDEN": 1}, (8, 6, 4, 3, 2)),
+    ("percentile, banks x{:g}", {"CLIP_RULE": "percentile"}, {"ATTN_CLIP_WIDEN": 1, "MLP_CLIP_WIDEN": 1},
+     (8, 6, 4, 3, 2)),
     *((f"water-filling, a={a}, {{:g}} nats", {"CLIP_RULE": "waterfill", "WATERFILL_EXPONENT": a},
        {"WATERFILL_NATS": 1}, (0.06, 0.03, 0.015, 0.0075)) for a in (0.5, 0.75, 1.0)))
 TABLES = ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "trigram.embed.weight", "ve_shared.embed.weight")
