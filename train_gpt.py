@@ -65,6 +65,7 @@ import glob
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import math
@@ -221,7 +222,8 @@ class Hyperparameters:
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
     val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
-    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. The last step has one", lo=0)
+    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. Validations and the last step "
+                                      "have one", lo=0)
     checkpoint_seconds: float = env_field(120.0, "seconds of training between them; 0: not by time", lo=0, hi=1e7)
     resume: bool = env_field(False, "continue from the last checkpoint of RUN_ID")
     # Averaging
@@ -247,8 +249,13 @@ class Hyperparameters:
     embed_bits: int = env_field(8, "bits of the token table and output layer", lo=2, hi=8)
     bigram_bits: int = env_field(8, "bits of the hashed tables", lo=2, hi=8)
     ve_bits: int = env_field(8, "bits of the value-embedding table", lo=2, hi=8)
-    clip_rule: str = env_field("percentile", "clip of each row: the best of five percentiles, the largest weight or "
-                               "k standard deviations", choices="percentile amax sdclip")
+    clip_rule: str = env_field("percentile", "clip of each row: the best of five percentiles, the largest weight, k "
+                               "standard deviations, or none: steps of rows and columns by water-filling (needs GPTQ; "
+                               "bits do not matter then)", choices="percentile amax sdclip waterfill")
+    waterfill_nats: float = env_field(0.01, "nats per token that water-filling's steps cost by its own estimate; "
+                                      "SIZE_FIT moves it, both ways", lo=1e-9, hi=100)
+    waterfill_exponent: float = env_field(0.5, "its steps are in proportion to (second derivative of the loss)^(-a/2): "
+                                          "1 is best for fine steps, less for coarse ones", lo=0, hi=1)
     mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     embed_clip_sigmas: float = env_field(20.0, "k of sdclip, all tables", lo=0.1, hi=1000)
@@ -316,6 +323,10 @@ class Hyperparameters:
                                      "same scores", lo=1, hi=4096)
     hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
+    ngram_orders: str = env_field("", "context lengths at which counts of scored tokens join the last score's "
+                                  "probabilities, shortest first: 2,3,4,5,6,8,12; empty: none")
+    ngram_concentrations: str = env_field("8", "weight of a shorter context's probability there, for each token known "
+                                        "to follow: one for all lengths or one each (tools/ngram.py finds them)")
 
     @property
     def train_files(self) -> str:
@@ -433,6 +444,25 @@ class Hyperparameters:
         return parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", lambda parts: {
             int(layer): float(rate) for layer, rate in (part.split(":") for part in parts)})
 
+    @property
+    def ngrams(self) -> tuple[tuple[int, float], ...]:
+        """Lengths of the contexts that are counted, growing, each with its concentration. Raises UserError."""
+        def growing(parts):
+            orders = [int(part) for part in parts]
+            if orders != sorted(set(orders)) or min(orders, default=1) < 1:
+                raise ValueError
+            return orders
+
+        def one_each(parts):
+            weights = [float(part) for part in parts] * (len(orders) if len(parts) == 1 else 1)
+            if len(weights) != len(orders) or not all(0 < weight < math.inf for weight in weights):  # NaN neither
+                raise ValueError
+            return weights
+        orders = parse_list("NGRAM_ORDERS", self.ngram_orders, "growing lengths of contexts, like 2,3,5", growing)
+        return tuple(zip(orders, parse_list(
+            "NGRAM_CONCENTRATIONS", self.ngram_concentrations,
+            f"one positive number, or one for each of NGRAM_ORDERS={self.ngram_orders}", one_each)))
+
     @classmethod
     def from_env(cls, environ) -> Hyperparameters:
         """Settings from a mapping of variables. Raises UserError on a bad value, a misspelt name or a contradiction."""
@@ -456,7 +486,7 @@ class Hyperparameters:
 
 WITHOUT_EFFECT = {  # published variables that cannot mean anything here -> why; a run logs those that are set
     **dict.fromkeys(("NGRAM_CACHE", "NGRAM_ORDER", "NGRAM_TAU", "NGRAM_CONC", "HEDGE_MIXER", "HEDGE_ETA"),
-                    "hashed n-gram mixers do not give normalised probabilities"),
+                    "hashed n-gram mixers do not give normalised probabilities; NGRAM_ORDERS counts exactly"),
     **dict.fromkeys(("ONLINE_BIAS", "BIAS_LR"), "PR 550's online bias learned from padding; test-time training adapts"),
     **dict.fromkeys(("NORM_RECAL_EPOCHS", "NORM_RECAL_LR", "NORM_RECAL_SEQS", "FISHER_VAL_SEQS"),
                     "training on validation text before it is scored is not legal"),
@@ -574,8 +604,12 @@ def combination_rules(cfg: Hyperparameters):
         yield cfg.lora_kinds, "{ttt_lora_targets} is not some of q,k,v,o,mlp,head"
         yield layers.issuperset(cfg.lora_layer_ids), "{ttt_lora_layers} names a layer outside 0..{last}"
         yield layers.issuperset(cfg.lora_layer_rates), "{ttt_lora_layer_rates} names a layer outside 0..{last}"
+    yield not cfg.ngrams or cfg.ngrams[-1][0] <= 10_000, "{ngram_orders} has contexts longer than 10,000 tokens"
     yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
+    if cfg.clip_rule == "waterfill":
+        yield cfg.gptq_enabled, "{clip_rule} rounds by GPTQ's Hessians; {gptq_enabled}"
+        yield not (cfg.qat_enabled or cfg.late_qat), "{clip_rule} has no steps while training: {late_qat}, {qat_enabled}"
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
     yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
     yield re.fullmatch(r"(?!\.)[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits, _ + -, later dots"
@@ -1151,7 +1185,7 @@ class Runtime:
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
 
     def agree(self, value: float) -> float:
-        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. Along with it
+        """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. With it
         travels the signal of any rank."""
         box = torch.tensor([value if self.rank == 0 else -math.inf, self.signals.number], dtype=torch.float64)
         if self.world_size > 1:
@@ -1526,6 +1560,9 @@ PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # PR 1092's candidates for 
 SCALE_FLOOR = 2.0 ** -20  # for rows of zeros; below any trained row (PR 1092's 1/31 puts most rows on one coarse grid)
 GPTQ_BLOCK = 128      # columns rounded before their errors are passed on to the rest of the matrix
 GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
+WATER_BITS = 13       # of the codes under water-filling: so many that hardly a weight is clipped
+STEPS_PER_OCTAVE, STEP_LIMIT = 4, 128  # their steps are 2**(k/4); the row's and the column's part of k is 128 at most
+CURVATURE_FLOOR = 0.03  # of a matrix's mean, for rows that calibration hardly reaches
 
 
 @dataclass(frozen=True)
@@ -1541,6 +1578,22 @@ class QuantSpec:
     def max_code(self) -> int:
         """The largest code; codes are symmetric, so that rounding has no bias."""
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def code_type(self) -> torch.dtype:
+        return torch.int8 if self.bits <= 8 else torch.int16
+
+
+class Steps(NamedTuple):
+    """The steps of water-filling, as a file holds them: 2**((row + column) / 4)."""
+
+    rows: Tensor     # int16 [..., rows, 1]
+    columns: Tensor  # int16 [..., 1, columns]
+
+    def float(self) -> Tensor:
+        """The steps.  # float32 [..., rows, columns]"""
+        sizes = [2.0 ** (k / STEPS_PER_OCTAVE) for k in range(-2 * STEP_LIMIT, 2 * STEP_LIMIT + 1)]
+        return torch.tensor(sizes, device=self.rows.device)[self.rows.int() + self.columns.int() + 2 * STEP_LIMIT]
 
 
 def upper_quantiles(magnitudes: Tensor, shares: tuple[float, ...]) -> Tensor:
@@ -1588,13 +1641,13 @@ def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
     return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
-def quantise(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """(int8 codes [..., rows, columns], fp16 scales [..., rows, 1]) of a float weight."""
-    scale = row_scales(weight.float(), spec)
-    return round_to(weight.float(), scale, spec).to(torch.int8), scale.half()
+def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None) -> tuple[Tensor, Tensor | Steps]:
+    """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight."""
+    scale = (steps or row_scales(weight.float(), spec)).float()
+    return round_to(weight.float(), scale, spec).to(spec.code_type), steps or scale.half()
 
 
-def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
+def dequantise(codes: Tensor, scales: Tensor | Steps) -> Tensor:
     """The float32 weight of codes and scales."""
     return codes.float() * scales.float()
 
@@ -1632,23 +1685,31 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
     return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
-def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> tuple[Tensor, Tensor]:
+def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str],
+         steps: Steps | None = None) -> tuple[Tensor, Tensor | Steps]:
     """`quantise`, but the columns still to be rounded compensate the error of those already rounded.
 
     Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
-    without input become 0. The scales are `row_scales`, those late QAT trained on. Source: GPTQ, arXiv 2210.17323.
-    Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be used.
+    without input become 0. The scales are `row_scales`, those late QAT trained on, if no `steps` are given. Source:
+    GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be used.
     """
-    weight, hessian = weight.float(), hessian.float()
+    weight = weight.float()
+    dead, order, factor = column_order(hessian, names)
+    scale = (steps or row_scales(weight, spec)).float()  # of the rows as they are, not as they are compensated
+    weight, grid = weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale.expand_as(weight)
+    codes = round_columns(weight, grid.take_along_dim(order, -1), factor, spec)
+    return codes.take_along_dim(order.argsort(dim=-1), -1).to(spec.code_type), steps or scale.half()
+
+
+def column_order(hessian: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Which columns have no input [n, columns], the order of rounding [n, 1, columns] and `inverse_factor` in it."""
+    hessian = hessian.float()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0                                                               # [n, columns]
-    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]     # [n, 1, columns]
+    dead = diagonal == 0
+    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]
     hessian = (hessian + torch.diag_embed(dead.float())).take_along_dim(order, -1).take_along_dim(order.mT, -2)
-    factor = inverse_factor(hessian.double(), names)
-    scale = row_scales(weight, spec)  # of the rows as they are: all columns of a row share one grid
-    codes = round_columns(weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale, factor, spec)
-    return codes.take_along_dim(order.argsort(dim=-1), -1).to(torch.int8), scale.half()
+    return dead, order, inverse_factor(hessian.double(), names)
 
 
 def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
@@ -1659,8 +1720,8 @@ def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec
         errors = torch.empty_like(weight[..., start:stop])
         for j in range(start, stop):
             column = weight[..., j:j + 1]
-            codes[..., j:j + 1] = code = round_to(column, scale, spec)
-            error = (column - code * scale) / factor[:, j:j + 1, j:j + 1]
+            codes[..., j:j + 1] = code = round_to(column, scale[..., j:j + 1], spec)
+            error = (column - code * scale[..., j:j + 1]) / factor[:, j:j + 1, j:j + 1]
             weight[..., j + 1:stop] -= error * factor[:, j:j + 1, j + 1:stop]
             errors[..., j - start:j - start + 1] = error
         weight[..., stop:] -= errors @ factor[:, start:stop, stop:]
@@ -1681,6 +1742,46 @@ def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
         damping = torch.where(failed[:, None, None], 10 * damping, damping)
     raise UserError(f"GPTQ: the Hessian of {names[int(failed.nonzero()[0])]} is singular or not finite, even damped; "
                     "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
+
+
+def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tuple[Tensor, Tensor]:
+    """Second derivative of the loss by each weight once GPTQ has made up for its error: a factor of its row times one
+    of its column, whose geometric mean in a matrix is 1.  # [n, rows, 1], [n, 1, columns]
+
+    `squares`: the mean square of the loss's gradient by each weight [n, rows, columns]. With an input x of matrix
+    `hessian`, E[x x^T], it is a row's G times E[x_j^2]; what the columns rounded later do not explain of x_j is
+    1 / U_jj^2. Without (tables) there are rows only. Raises UserError where a matrix has no usable gradient.
+    """
+    mean = squares.mean((-2, -1))
+    bad = ~mean.isfinite() | (mean <= 0)
+    if bad.any():
+        raise UserError(f"CLIP_RULE=waterfill: the gradient of {names[int(bad.nonzero()[0])]} is zero or not finite")
+    columns = squares.new_ones(*squares.shape[:-2], 1, squares.size(-1))
+    if hessian is not None:
+        dead, order, factor = column_order(hessian, names)
+        squares = squares.div(hessian.diagonal(dim1=-2, dim2=-1)[:, None]).masked_fill(dead[:, None], 0)
+        columns = factor.diagonal(dim1=-2, dim2=-1)[:, None].pow(-2).take_along_dim(order.argsort(dim=-1), -1)
+        columns = columns.masked_fill(dead[:, None], columns.mean())
+    rows = squares.mean(-1, keepdim=True)
+    centre = columns.log().mean(-1, keepdim=True).exp()
+    return rows.maximum(CURVATURE_FLOOR * rows.mean(-2, keepdim=True)) * centre, columns / centre
+
+
+def water_fill(factors: dict[str, tuple[Tensor, Tensor]], nats: float, exponent: float) -> dict[str, Steps]:
+    """Steps of all weights, in proportion to curvature^(-exponent/2), that cost `nats` to second order.
+
+    A step of s makes a mean square error of s^2 / 12, and with exponent 1 each weight has the same part in the cost,
+    which is the least for the bits (reverse water-filling; WaterSIC, arXiv 2603.04956, does it by columns). Where steps
+    are so coarse that the second order fails, a smaller exponent does better.
+    """
+    cost = sum(float((rows.double() ** (1 - exponent)).sum(-2).mul((columns.double() ** (1 - exponent)).sum(-1)).sum())
+               for rows, columns in factors.values())
+    level = math.log2(24 * nats / cost) / 2
+
+    def stored(exponents: Tensor) -> Tensor:
+        return (STEPS_PER_OCTAVE * exponents).round().clamp(-STEP_LIMIT, STEP_LIMIT).short()
+    return {name: Steps(stored(level - exponent / 2 * rows.log2()), stored(-exponent / 2 * columns.log2()))
+            for name, (rows, columns) in factors.items()}
 
 
 # ------------------------------------------------------------------------------------------------ KERNELS
@@ -2416,8 +2517,9 @@ def route(cfg: Hyperparameters, names) -> dict[str, Family]:
 def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
     """How each parameter that is exported rounded is rounded - by QAT and by the export alike."""
     kept = f"{cfg.fp16_keep_name_patterns},{cfg.int8_keep_float_fp32_name_patterns}"
-    return {name: QuantSpec(getattr(cfg, family.bits), cfg.clip_rule, getattr(cfg, family.sigmas),
-                            getattr(cfg, family.widen))
+    fill = cfg.clip_rule == "waterfill"
+    return {name: QuantSpec(WATER_BITS if fill else getattr(cfg, family.bits), cfg.clip_rule,
+                            getattr(cfg, family.sigmas), getattr(cfg, family.widen))
             for name, family in route(cfg, names).items() if family.bits and not named_in(kept, name)}
 
 
@@ -2896,8 +2998,8 @@ def count_skipped(rt: Runtime, state: TrainState, norms: list[float]) -> None:
         if state.skipped:
             rt.log(f"warning: step {step} is not applied: the norm of its gradient is {norm}", "skipped", step=step)
         if state.skipped == MOST_SKIPPED:
-            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, are "
-                            "not finite; lower MATRIX_LR or SCALAR_LR")
+            raise UserError(f"training diverged: the gradients of {MOST_SKIPPED} steps in a row, up to step {step}, "
+                            "are not finite; lower MATRIX_LR or SCALAR_LR")
 
 
 def warm_up(cfg: Hyperparameters, rt: Runtime, state: TrainState, data: TrainData, loss_fn) -> None:
@@ -3009,7 +3111,8 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
 # ------------------------------------------------------------------------------------------------ ROUNDING
 SELF_TEXT_ROWS, SELF_TEXT_TEMPERATURE = 4, 0.8   # PR 1019; its 64 sequences are 16 batches
 FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
-FIT_DOUBLINGS = 4.0  # the step is doubled four times at most: 6-bit weights then have 2 bits left
+FIT_DOUBLINGS, FILL_DOUBLINGS = 4.0, 8.0  # of the step, at most: 6-bit weights then have 2 bits left; water-filling's
+GRADIENT_PIECES, GRADIENT_TOKENS = 256, 256  # pieces of text, over all ranks, and tokens in each
 
 
 class HessianSums:
@@ -3059,21 +3162,25 @@ def self_generated_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
         yield text[:, :-1], text[:, 1:]
 
 
+def calibration_text(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int):
+    """Yields inputs and targets: of the training steps from `step` on, which no step has read, or the model's own."""
+    if cfg.gptq_calibration == "self":
+        yield from self_generated_text(cfg, rt, model)
+        return
+    for i in range(cfg.gptq_calibration_batches):
+        yield from data.batch(step + i)
+
+
 @torch.no_grad()
 def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int,
               left_s: float) -> dict[str, Tensor]:
     """Hessians by parameter, from GPTQ_CALIBRATION_BATCHES of text, or fewer if `left_s` seconds of the training time
-    run out; empty without GPTQ.
-
-    The text is that of the training steps from `step` on, which no step has read, or the model's own.
-    """
+    run out; empty without GPTQ."""
     if not cfg.gptq_enabled:
         return {}
     watch, look, tokens = Stopwatch(), HessianSums(model), 0
-    texts = self_generated_text(cfg, rt, model) if cfg.gptq_calibration == "self" else (
-        batch for i in range(cfg.gptq_calibration_batches) for batch in data.batch(step + i))
     rt.log("GPTQ:collecting Hessians from calibration data...")
-    for inputs, _ in texts:
+    for inputs, _ in calibration_text(cfg, rt, model, data, step):
         model.logits(model.hidden(inputs, hook=look), hook=look)
         tokens += inputs.numel()
         rt.synchronize()
@@ -3088,44 +3195,83 @@ def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, st
     return hessians
 
 
+def loss_curvature(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, step: int,
+                   hessians: dict[str, Tensor], left_s: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """`curvature` of each parameter that is exported rounded; empty unless CLIP_RULE=waterfill.
+
+    By the Fisher information of GRADIENT_PIECES pieces of the text that `calibrate` reads: the gradient of the nats of
+    a whole piece, squared, over its tokens. Stops early when `left_s` seconds are over.
+    """
+    if cfg.clip_rule != "waterfill":
+        return {}
+    params, watch, length = dict(model.named_parameters()), Stopwatch(), min(GRADIENT_TOKENS, cfg.train_seq_len)
+    squares = {name: torch.zeros_like(params[name], dtype=torch.float32) for name in quant_specs(cfg, params)}
+    weights, tokens = [params[name] for name in squares], torch.zeros((), device=rt.device)
+    pieces = (piece for batch in calibration_text(cfg, rt, model, data, step)
+              for piece in zip(*(t.reshape(-1).split(length) for t in batch)))
+    for ids, targets in itertools.islice(pieces, -(-GRADIENT_PIECES // rt.world_size)):
+        gradients = torch.autograd.grad(len(ids) * model.loss(ids[None], targets[None]), weights)
+        torch._foreach_addcmul_(list(squares.values()), gradients, gradients)
+        tokens += len(ids)
+        rt.synchronize()
+        if watch.elapsed() > left_s:
+            break
+    rt.sum_many_([tokens, *squares.values()])
+    rt.log(f"waterfill:gradients of {int(tokens)} tokens in {watch.elapsed():.1f}s")
+    factors = {}
+    for name, square in squares.items():
+        parts = curvature(square.view(-1, *square.shape[-2:]) / tokens, hessians.get(name), labels(name, square))
+        factors[name] = tuple(part.view(*square.shape[:-2], *part.shape[-2:]) for part in parts)
+    return factors
+
+
+def labels(name: str, weight: Tensor) -> list[str]:
+    """A name for each matrix of a parameter."""
+    return [f"{name}[{i}]" for i in range(len(weight))] if weight.ndim == 3 else [name]
+
+
 @torch.no_grad()
-def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(codes, scales) of each parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest."""
+def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
+                factors: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, tuple[Tensor, Tensor | Steps]]:
+    """(codes, scales) of each parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest.
+    `factors`: what `loss_curvature` returned."""
     params, rounded = dict(model.named_parameters()), {}
+    filled = water_fill(factors, cfg.waterfill_nats, cfg.waterfill_exponent) if factors else {}
     for name, spec in quant_specs(cfg, params).items():
         weight = prune(params[name].detach().float(), cfg.prune_frac)
-        if name in hessians:
-            labels = [f"{name}[{i}]" for i in range(len(weight))] if weight.ndim == 3 else [name]
-            codes, scales = gptq(weight.view(len(labels), *weight.shape[-2:]), hessians[name], spec, labels)
-            rounded[name] = codes.view_as(weight), scales.view(*weight.shape[:-1], 1)
-        else:
-            rounded[name] = quantise(weight, spec)
+        matrices, steps = weight.view(-1, *weight.shape[-2:]), filled.get(name)
+        codes, scales = gptq(matrices, hessians[name], spec, labels(name, weight), steps) if name in hessians else \
+            quantise(matrices, spec, steps)
+        rounded[name] = codes.view_as(weight), steps or scales.view(*weight.shape[:-1], 1)
     return rounded
 
 
 def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, code_bytes: int):
-    """(settings, artifact) at most 0.5 % under ARTIFACT_LIMIT_BYTES: all steps of the banks, of `weights` weights, are
-    widened by one factor. `make(settings)` rounds and packs; `total`: the bytes without widening.
+    """(settings, artifact) at most 0.5 % under ARTIFACT_LIMIT_BYTES: all steps of the banks - with water-filling of all
+    rounded parameters - of `weights` weights are widened by one factor, by water-filling also narrowed.
+    `make(settings)` rounds and packs; `total`: the bytes with the steps as they are.
 
     With an entropy coder a step twice as wide saves about one bit per weight; from there on the secant of the sizes
     packed so far says how wide. (Bits are no further knob: INT5 is INT6 with steps twice as wide, to the same codes.)
     Raises UserError where the widest steps do not suffice. Stops after FIT_ROUNDS packings or FIT_SECONDS.
     """
     limit, watch, best, doublings, slope = cfg.artifact_limit_bytes, Stopwatch(), None, 0.0, -weights / 8
+    finest, coarsest = (-FILL_DOUBLINGS, FILL_DOUBLINGS) if cfg.clip_rule == "waterfill" else (0.0, FIT_DOUBLINGS)
     rt.log(f"size_fit:start total:{total} limit:{limit} over:{total / limit - 1:.2%}")
     for _ in range(FIT_ROUNDS):
         before, size_before = doublings, total
-        doublings = min(max(doublings + (limit * (1 - FIT_WINDOW / 2) - total) / slope, 0.0), FIT_DOUBLINGS)
+        doublings = min(max(doublings + (limit * (1 - FIT_WINDOW / 2) - total) / slope, finest), coarsest)
         settings = dataclasses.replace(cfg, mlp_clip_widen=cfg.mlp_clip_widen * 2 ** doublings,
-                                       attn_clip_widen=cfg.attn_clip_widen * 2 ** doublings)
+                                       attn_clip_widen=cfg.attn_clip_widen * 2 ** doublings,
+                                       waterfill_nats=cfg.waterfill_nats * 4 ** doublings)
         artifact = make(settings)
         total = len(artifact.blob) + code_bytes
         rt.log(f"size_fit:total:{total} ({total / limit:.2%} of the limit) steps of the banks x{2 ** doublings:.3f} "
                f"time:{watch.elapsed():.1f}s", "size_fit", total=total, limit=limit, widen=2 ** doublings)
         if total <= limit and (best is None or total > best[2]):
             best = settings, artifact, total
-        coarsest = total > limit and doublings == FIT_DOUBLINGS
-        if limit * (1 - FIT_WINDOW) <= total <= limit or coarsest or watch.elapsed() > FIT_SECONDS:
+        at_end = doublings == coarsest if total > limit else doublings == finest < 0
+        if limit * (1 - FIT_WINDOW) <= total <= limit or at_end or watch.elapsed() > FIT_SECONDS:
             break
         if doublings != before:  # a search that stands still keeps its slope; no slope is flatter than 1/8 bit
             slope = min((total - size_before) / (doublings - before), -weights / 64)
@@ -3145,12 +3291,38 @@ class Stored:
     name: str
     stream: str
     bits: int                         # 0: not rounded
-    values: np.ndarray                # int8 codes, or floats of the stream's type
-    scales: np.ndarray | None = None  # fp16 [..., rows, 1], of codes
+    values: np.ndarray                # integer codes, or floats of the stream's type
+    scales: np.ndarray | None = None  # of codes: fp16 [..., rows, 1]; of WATER_BITS, int16 [1, 1, n]: see `store_steps`
+    queries: "Stored | None" = None   # of keys and values: where the steps of their columns are
 
     def weight(self) -> Tensor:
         values = torch.from_numpy(self.values)
+        if self.bits == WATER_BITS:
+            steps = self.steps()
+            return dequantise(values.view(len(steps.rows), *values.shape[-2:]), steps).view_as(values)
         return dequantise(values, torch.from_numpy(self.scales)) if self.bits else values.float()
+
+    def steps(self) -> Steps:
+        """What `store_steps` stored; whatever a file holds is brought into the range that it stores."""
+        exponents = torch.from_numpy(self.scales.ravel().cumsum(dtype=np.int64).clip(-STEP_LIMIT, STEP_LIMIT)).short()
+        count = math.prod(self.values.shape[:-1])
+        rows = exponents[:count].view(-1, self.values.shape[-2], 1)
+        if not self.queries:
+            return Steps(rows, exponents[count:].view(-1, 1, self.values.shape[-1]))
+        half = len(rows) // 2
+        return Steps(rows, self.queries.steps().columns[:half].repeat(2, 1, 1))
+
+
+def store_steps(steps: Steps, with_columns: bool) -> np.ndarray:
+    """The exponents of all rows, then of all columns, as differences from the one before.  # int16 [1, 1, n]"""
+    parts = [steps.rows.flatten(), steps.columns.flatten()][:1 + with_columns]
+    return np.diff(torch.cat(parts).cpu().numpy(), prepend=np.int16(0))[None, None]
+
+
+def shared_columns(name: str, bits: int, stored: list[Stored]) -> Stored | None:
+    """The parameter, stored before, that has the steps of this one's columns, too: keys and values read what queries
+    read."""
+    return next((s for s in stored if name == "kv_bank" and s.name == "qo_bank" and s.bits == bits == WATER_BITS), None)
 
 
 def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[Stored]:
@@ -3160,9 +3332,11 @@ def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[S
     for name in (name for name in params if families[name].exported):
         weight = params[name].detach().float().cpu()
         if name in specs:
-            codes, scales = (t.cpu() for t in rounded.get(name) or quantise(weight, specs[name]))
-            finite = weight.isfinite().all() and scales.isfinite().all()
-            stored.append(Stored(name, families[name].name, specs[name].bits, codes.numpy(), scales.numpy()))
+            codes, scales = rounded.get(name) or quantise(weight, specs[name])
+            queries = shared_columns(name, specs[name].bits, stored)
+            scales = store_steps(scales, not queries) if isinstance(scales, Steps) else scales.cpu().numpy()
+            finite = weight.isfinite().all() and np.isfinite(scales).all()
+            stored.append(Stored(name, families[name].name, specs[name].bits, codes.cpu().numpy(), scales, queries))
         else:
             kind = "float" if named_in(cfg.int8_keep_float_fp32_name_patterns, name) else "half"
             values = weight if kind == "float" else weight.half()
@@ -3179,7 +3353,7 @@ def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[S
 # | header: LZMA of JSON (see header_bytes) | the packed streams | first 16 bytes of the SHA-256 of all before.
 # Nothing in it is executed. Names, shapes and streams of the parameters follow from the model settings in the header;
 # their sizes are bounded before memory of that size is allocated.
-ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES, ARTIFACT_HEADER_LIMIT = b"PGOLF", 4, 16, 2 ** 20
+ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES, ARTIFACT_HEADER_LIMIT = b"PGOLF", 5, 16, 2 ** 20
 ARTIFACT_MAGIC = ARTIFACT_NAME + bytes([ARTIFACT_VERSION]) + b"\r\n"
 ARTIFACT_NUMBERS = struct.Struct("<QII")
 FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xfd7zXZ": "an xz file",
@@ -3187,7 +3361,7 @@ FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xf
 FLOAT_KINDS = {"half": np.dtype("<f2"), "float": np.dtype("<f4")}
 CODECS = {"range": "constriction", "lzma": "lzma", "zstd": "zstandard"}  # and the package of each
 LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}  # for unaligned bytes
-Parts = list[tuple[np.ndarray, int]]  # what a stream is made of: arrays and their bits (0: floats)
+Parts = list[tuple]  # what a stream is made of: arrays, their bits (0: floats), and Stored.steps of water-filled codes
 
 
 def library(codec: str):
@@ -3247,6 +3421,7 @@ def order0_bytes(array: np.ndarray) -> float:
 # operations that IEEE 754 defines exactly (no exp or log, no float sum whose order could matter).
 FIXED = 1 << 16               # 1.0 in fixed-point numbers
 BUCKETS, BUCKET_STEP = 96, 2  # contexts: predicted magnitudes from 1/16 code upwards, in steps of 2/16 octave
+ESCAPE = 255                  # symbols from here on are this one, and what is beyond it as a number by itself
 
 
 @functools.cache
@@ -3265,26 +3440,34 @@ class SpreadHistograms:
     degrees of freedom: nearly Gaussian, without `exp`) and count a symbol half as itself and half as its negative."""
 
     def __init__(self, reach: int, encoder, decoder=None):
-        self.reach, self.encoder, self.decoder = reach, encoder, decoder
+        self.reach, self.beyond, self.encoder, self.decoder = min(reach, ESCAPE), reach - ESCAPE, encoder, decoder
         mean = powers_of_two()[BUCKET_STEP * np.arange(BUCKETS) + 16 * 12 + BUCKET_STEP // 2] / FIXED
         sigma = (1.25 * mean + 0.2)[:, None]  # of a Gaussian with that mean magnitude, and the rounding
-        square = 1 + np.arange(-reach, reach + 1) ** 2 / (7 * sigma * sigma)
+        square = 1 + np.arange(-self.reach, self.reach + 1) ** 2 / (7 * sigma * sigma)
         bell = np.rint(2.0 ** 30 / (square * square * square * square)).astype(np.int64)
         self.counts = 1 + (bell << 14) // bell.sum(1, keepdims=True)  # 64 make one symbol
 
     def code(self, bucket: np.ndarray, symbols: np.ndarray) -> np.ndarray:
         """Encode symbols, context by context; with a decoder, read as many from it first. Returns them."""
-        categorical = library("range").stream.model.Categorical
+        models, near = library("range").stream.model, symbols.clip(-self.reach, self.reach)
         for b in np.unique(bucket):
             here = bucket == b
-            model = categorical(self.counts[b].astype(np.float64), perfect=False)
+            model = models.Categorical(self.counts[b].astype(np.float64), perfect=False)
             if self.decoder:
-                symbols[here] = self.decoder.decode(model, int(here.sum())) - self.reach
-            shifted = symbols[here] + self.reach
+                near[here] = self.decoder.decode(model, int(here.sum())) - self.reach
+            shifted = near[here] + self.reach
             self.encoder.encode(shifted.astype(np.int32), model)
             seen = np.bincount(shifted, minlength=2 * self.reach + 1)
             self.counts[b] += 32 * (seen + seen[::-1])
-        return symbols
+        far = np.abs(near) == ESCAPE
+        if self.beyond <= 0 or not far.any():
+            return near
+        model, rest = models.Uniform(self.beyond + 1), np.abs(symbols[far]) - ESCAPE
+        if self.decoder:
+            rest = self.decoder.decode(model, int(far.sum()))
+        self.encoder.encode(rest.astype(np.int32), model)
+        near[far] += np.sign(near[far]) * rest
+        return near
 
 
 class RowPredictor:
@@ -3328,40 +3511,55 @@ class RowPredictor:
             self.innovations[:, left + k] = (residual[:, k] - np.floor(within / 4096)).clip(-2 ** 20, 2 ** 20)
 
 
-def code_tensor(codes: np.ndarray, top: int, histograms_of) -> None:
-    """Code a tensor, int8 [(matrices,) rows, columns]: an encoder reads it, a decoder fills it.
+def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None = None) -> None:
+    """Code a tensor, integers [(matrices,) rows, columns]: an encoder reads it, a decoder fills it.
 
     Matrix by matrix, in growing blocks of rows. A weight's predicted magnitude is the level of its row, from the tiles
     to its left, times the factor of its column, from the blocks above; both are shrunk towards the average so far.
+    With `steps` these are magnitudes of weights, and a code's is so much larger as its step is finer than the mean.
     """
     columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
     histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
-    for matrix in codes.reshape(-1, *codes.shape[-2:]):
+    for matrix, octaves in zip(codes.reshape(-1, *codes.shape[-2:]), finer(steps, codes)):
         predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
-        column_sum, level_sum, done, block = np.zeros(columns, np.int64), 0, 0, matrix[:0]
+        column_sum, level_sum, done, block = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0, matrix[:0]
         while done < len(matrix):
             above, block = block, matrix[done:done + min(max(done // 2, 4), max(4096 // columns, 64))]
             if predictor:
                 predictor.begin(above, len(block))
             average = max(total * FIXED // cells, FIXED // 256)
             column = (column_sum + 6 * average) * FIXED // (level_sum + 6 * average)  # FIXED: like its row
-            magnitude, level = code_block(block, top, histograms, predictor, average, column)
+            fineness = octaves[done:done + len(block)]
+            scale = powers_of_two()[16 * 16 + fineness]  # FIXED: a code of the mean step
+            magnitude, level = code_block(block, top, histograms, predictor, average, column, fineness, scale)
             column_sum += magnitude.sum(0) * FIXED
-            level_sum += int(level.sum())
+            level_sum += (level[:, None] * scale // FIXED).sum(0)
             total += int(magnitude.sum())
-            cells += int(column.sum()) * len(block) // FIXED
+            cells += int((column * scale.sum(0) // FIXED).sum()) // FIXED
             done += len(block)
 
 
-def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column):
+def finer(steps: Steps | None, codes: np.ndarray):
+    """Yields for each matrix by how many sixteenths of an octave steps are finer than the mean.  # [rows, columns]"""
+    if steps is None:
+        yield from np.zeros(codes.shape, np.int64).reshape(-1, *codes.shape[-2:])
+        return
+    rows, columns = (t.numpy().astype(np.int64) for t in steps)
+    mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
+    yield from ((16 // STEPS_PER_OCTAVE * (mean - row - column)).clip(-96, 96) for row, column in zip(rows, columns))
+
+
+def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column,
+               fineness, scale):
     """Code rows of a matrix tile by tile: the residuals of the predictor or, without one, the codes themselves.
     Raises ValueError for a code out of range. Returns (magnitudes of the symbols [rows, columns], levels [rows])."""
     width = 16 if predictor else 64  # columns of a tile; the average counts as much as so many columns of a row
-    magnitude, row_sum, expected = np.zeros(block.shape, np.int64), np.zeros(len(block), np.int64), 0
-    level = row_sum + average
+    magnitude, row_sum = np.zeros(block.shape, np.int64), np.zeros(len(block), np.int64)
+    level, expected = row_sum + average, 0
     for left in range(0, block.shape[1], width):
-        tile, factor = block[:, left:left + width], column[left:left + width]
-        spread = log2_sixteenths(level)[:, None] + log2_sixteenths(factor)  # 512: one code
+        here = slice(left, left + width)
+        tile, factor = block[:, here], column[here]
+        spread = log2_sixteenths(level)[:, None] + log2_sixteenths(factor) + fineness[:, here]  # 512: one code
         bucket = ((spread - 448) // BUCKET_STEP).clip(0, BUCKETS - 1)
         predicted = predictor.predict(left, tile.shape[1], top) if predictor else 0
         symbols = histograms.code(bucket, tile.astype(np.int64) - predicted)
@@ -3370,9 +3568,9 @@ def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPred
         tile[:] = symbols + predicted
         if predictor:
             predictor.observe(left, tile)
-        magnitude[:, left:left + width] = np.abs(symbols)
+        magnitude[:, here] = np.abs(symbols)
         row_sum += np.abs(symbols).sum(1)
-        expected += int(factor.sum())
+        expected += (factor * scale[:, here] // FIXED).sum(1)
         level = (row_sum * FIXED + width * average) * FIXED // (expected + width * FIXED)
     return magnitude, level
 
@@ -3384,8 +3582,8 @@ def code_tensors(parts: Parts, packed: bytes | None = None) -> bytes:
     encoder = coders.RangeEncoder()
     decoder = None if packed is None else coders.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
     histograms_of = functools.cache(lambda reach: SpreadHistograms(reach, encoder, decoder))  # shared where it is equal
-    for codes, bits in parts:
-        code_tensor(codes, QuantSpec(bits).max_code, histograms_of)
+    for codes, bits, *steps in parts:
+        code_tensor(codes, QuantSpec(bits).max_code, histograms_of, *(read() for read in steps))
     written = encoder.get_compressed().astype("<u4").tobytes()
     if packed is not None and written != packed:
         raise ValueError("a range stream is not the code of its values")
@@ -3413,7 +3611,7 @@ class Artifact:
 
 def header_bytes(cfg: Hyperparameters, tokenizer_sha256: str, stored: list[Stored], rows: list) -> bytes:
     """The header text: model settings, tokenizer, how each parameter is stored (its bits, "half" or "float"), in the
-    model's order, and [codec, bytes, crc32] of each stream, in order of their names."""
+    model's order, and [codec, bytes, crc32] of each stream, in the order of `streams_of`."""
     fields = {"config": model_settings(cfg), "tokenizer": tokenizer_sha256,
               "precision": [s.bits or s.stream for s in stored], "streams": rows}
     return json.dumps(fields, separators=(",", ":")).encode()
@@ -3435,26 +3633,34 @@ def blank_parameters(cfg: Hyperparameters, precision: list, limit: int) -> list[
     for (name, shape), family, kind in zip(shapes.items(), route(cfg, shapes).values(), precision, strict=True):
         if kind in FLOAT_KINDS:
             stored.append(Stored(name, kind, 0, np.zeros(shape, FLOAT_KINDS[kind])))
-        elif family.bits and type(kind) is int and 2 <= kind <= 8:
-            codes, scales = np.zeros(shape, np.int8), np.zeros((*shape[:-1], 1), "<f2")
-            stored.append(Stored(name, family.name, kind, codes, scales))
+        elif family.bits and type(kind) is int and (2 <= kind <= 8 or kind == WATER_BITS):
+            wide, queries = kind == WATER_BITS, shared_columns(name, kind, stored)
+            if any(s.bits and (s.bits == WATER_BITS) != wide for s in stored):
+                raise ValueError(f"parameter {name} is rounded in another way than those before it")
+            count = math.prod(shape[:-1]) + (0 if queries else math.prod(shape) // shape[-2])
+            scales = np.zeros((1, 1, count), "<i2") if wide else np.zeros((*shape[:-1], 1), "<f2")
+            stored.append(Stored(name, family.name, kind, np.zeros(shape, "<i2" if wide else "i1"), scales, queries))
         else:
             raise ValueError(f"parameter {name} cannot be stored as {kind!r}")
     return stored
 
 
 def streams_of(stored: list[Stored]) -> dict[str, Parts]:
-    """Stream -> its (array, bits), in order of their names: what is packed together."""
+    """Stream -> its parts, in order of their names but for the steps, which the codes' contexts know: what is packed
+    together."""
     streams = collections.defaultdict(list)
     for s in stored:
-        streams[s.stream].append((s.values, s.bits))
-        if s.bits:
-            streams["scales"].append((s.scales, 0))
-    return dict(sorted(streams.items()))
+        if s.bits == WATER_BITS:
+            streams["steps"].append((s.scales, s.bits))
+            streams[s.stream].append((s.values, s.bits, s.steps))
+        else:
+            streams[s.stream].append((s.values, s.bits))
+            streams["scales"] += [(s.scales, 0)] if s.bits else []
+    return {name: streams[name] for name in sorted(streams, key=lambda name: (name != "steps", name)) if streams[name]}
 
 
 def joined(parts: Parts) -> np.ndarray:
-    return np.concatenate([array.reshape(-1) for array, _ in parts])
+    return np.concatenate([array.reshape(-1) for array, *_ in parts])
 
 
 def pack_stream(codec: str, parts: Parts) -> bytes:
@@ -3469,9 +3675,9 @@ def unpack_stream(codec: str, packed: bytes, parts: Parts) -> None:
     flat = joined(parts)
     planes = np.frombuffer(decompress(codec, packed, flat.nbytes), np.uint8).reshape(flat.itemsize, -1)
     flat = planes.T.copy().reshape(-1).view(flat.dtype)
-    for array, bits in parts:
+    for array, bits, *_ in parts:
         array[...], flat = flat[:array.size].reshape(array.shape), flat[array.size:]
-        if bits and (np.abs(array.astype(np.int16)) > QuantSpec(bits).max_code).any():
+        if bits and (np.abs(array.astype(np.int32)) > QuantSpec(bits).max_code).any():
             raise ValueError("a code is out of range")
 
 
@@ -3925,6 +4131,15 @@ class EvalClock:
 
     def __init__(self, limit_s: float, rt: Runtime, now=time.perf_counter):
         self.limit, self.rt, self.watch, self.pace = limit_s or math.inf, rt, Stopwatch(now=now), 0.0
+        self.after = 0.0  # seconds of what follows the last evaluation
+
+    def measure_after(self, work, share: float) -> None:
+        """Time `work()`, the given share of what follows the last evaluation."""
+        if not math.isinf(self.limit):
+            begun = self.watch.elapsed()
+            work()
+            self.rt.synchronize()
+            self.after = self.rt.agree((self.watch.elapsed() - begun) / share)
 
     def measure_pace(self, batch, tokens: int, reads: int) -> None:
         """Time `batch()`, which reads `tokens` tokens; raise UserError if reading `reads` would take too long."""
@@ -3935,7 +4150,7 @@ class EvalClock:
             batch()
             self.rt.synchronize()
         self.pace = (self.watch.elapsed() - begun) / tokens
-        needed = self.rt.agree(self.pace * reads)
+        needed = self.rt.agree(self.pace * reads) + self.after
         if needed > self.limit:
             raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
                             "more (0: no limit) or raise EVAL_STRIDE")
@@ -3974,8 +4189,8 @@ class EvalClock:
         if math.isinf(self.limit) or not tokens:
             return self.epochs if tokens else 0
         before, spent, scoring = self.epochs, self.watch.elapsed(), self.to_do["score"] * self.cost("score")
-        room = (self.limit * (1 - self.RESERVE) - spent - scoring) / max(self.cost("learn"), 1e-12)  # in tokens
-        epochs = max(0, min(before, math.ceil(room / self.to_do["learn"]), int(room / tokens)))
+        room = (self.limit * (1 - self.RESERVE) - spent - scoring - self.after) / max(self.cost("learn"), 1e-12)
+        epochs = max(0, min(before, math.ceil(room / self.to_do["learn"]), int(room / tokens)))  # room: in tokens
         self.epochs = epochs = int(self.rt.agree(epochs)) if self.in_step else epochs
         self.left_out += self.most - epochs
         if epochs < before:
@@ -4087,7 +4302,7 @@ def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
 
 
 class Trace:
-    """Sums nats and bytes by place: along the text, and by distance from the start of the document."""
+    """All scores, and nats and bytes by place: along the text, and by distance from the start of the document."""
 
     PIECES = 256  # of the text
 
@@ -4096,16 +4311,86 @@ class Trace:
         self.starts = F.pad((val.tokens[1:-1] == val.bos_id).nonzero().flatten() + 1, (1, 0))
         self.stream = torch.zeros(self.PIECES, 2, dtype=torch.float64, device=device)  # nats, bytes
         self.position = torch.zeros(32, 2, dtype=torch.float64, device=device)  # row i: 2^i - 1 tokens in, and on
+        self.nll = torch.zeros(len(val.tokens) - 1, device=device)  # of each target; 0: another rank's
 
     def __call__(self, numbers: Tensor, nll: Tensor) -> None:
         pair = torch.stack((nll.double(), self.val.sizes[numbers + 1].double()), dim=1)
         begun = self.starts[torch.searchsorted(self.starts, numbers, right=True) - 1]
         self.stream.index_add_(0, numbers * self.PIECES // (len(self.val.tokens) - 1), pair)
         self.position.index_add_(0, (numbers - begun + 1).double().log2().long(), pair)
+        self.nll[numbers] = nll.float()
 
     def tables(self, rt: Runtime) -> dict[str, list]:
         """Both over all ranks, as rows of [nats, bytes]."""
         return {"stream": rt.sum_(self.stream).tolist(), "position": rt.sum_(self.position).tolist()}
+
+
+class Occurrences:
+    """Which keys of a sequence are equal, by sorting: exact, nothing is hashed."""
+
+    def __init__(self, keys: Tensor):  # int64 [n]
+        ordered, self.place = torch.sort(keys, stable=True)
+        begins = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
+        group = begins.cumsum(0)
+        self.first = begins.nonzero().flatten()[group - 1]  # of the equal keys, in sorted order
+        self.ids = torch.empty_like(keys).index_copy_(0, self.place, group)  # 1..n, equal for equal keys
+
+    def before(self, values: Tensor) -> Tensor:
+        """Sum of the values of all earlier equal keys, for each.  # int64 [n]"""
+        ordered = values.long()[self.place]
+        sums = ordered.cumsum(0) - ordered
+        return torch.empty_like(sums).index_copy_(0, self.place, sums - sums[self.first])
+
+
+def count_contexts(tokens: Tensor, orders):
+    """For each context length, growing: how often each token's context has occurred before, how often followed by this
+    token, and by how many different ones. tokens [n + 1]  # yields three int64 [n] each"""
+    last, wanted = tokens[:-1].long(), tokens[1:].long()
+    contexts, length, base = Occurrences(last + 1), 1, max(len(tokens), 2 ** 16) + 1  # id 0: before the text
+    for order in orders:
+        while length < order:  # a longer context is two that overlap or touch
+            step = min(length, order - length)
+            contexts = Occurrences(F.pad(contexts.ids, (step, 0))[:-step] * base + contexts.ids)
+            length += step
+        hits = Occurrences(contexts.ids * base + wanted).before(torch.ones_like(wanted))
+        yield contexts.before(torch.ones_like(wanted)), hits, contexts.before(hits == 0)
+
+
+def back_off(logp: Tensor, counts, concentration: float) -> Tensor:
+    """Log-probabilities p_n of tokens from p_{n-1} and what `count_contexts` yields: see `mixture_nll`."""
+    seen, hits, kinds = (count.double() for count in counts)
+    prior = concentration * kinds
+    return torch.where(seen > 0, torch.logaddexp(hits.log(), prior.log() + logp) - (seen + prior).log(), logp)
+
+
+def mixture_nll(tokens: Tensor, nll: Tensor, ngrams) -> Tensor:
+    """Scores by a back-off over exact counts of the tokens before, with the model's probabilities at its end:
+
+        p_n(w) = (c_n(w) + a_n p_{n-1}(w)) / (c_n + a_n),  p_0: the model's
+
+    c_n: how often the last n tokens have occurred before, c_n(w): followed by w, a_n: how many different tokens have
+    followed them, times a concentration. For any counts the probabilities of all w are 1 together if those of p_0 are,
+    so only the target's need be known. (PR 550 and its kin hash: theirs are hundreds together.)
+
+    tokens [n + 1]: in the order of decoding; nll [n]: the model's, in nats, of all but the first; ngrams: (context
+    length, concentration), growing.  # float64 [n]
+    """
+    logp = -nll.double()
+    for counts, (_, concentration) in zip(count_contexts(tokens, [order for order, _ in ngrams]), ngrams):
+        logp = back_off(logp, counts, concentration)
+    return -logp
+
+
+def mixed_result(name: str, trace: Trace, val: ValData, cfg: Hyperparameters, rt: Runtime) -> EvalResult:
+    """The score that the counts of NGRAM_ORDERS make of an evaluation's; nothing else learns from it.
+
+    The order of decoding is that of the text: a score is made from what stands before it there - in its document, if
+    documents adapt side by side, for each starts afresh. So no rank's share and no document's length has a say.
+    """
+    start_s, nll, meter = time.perf_counter(), rt.sum_(trace.nll), BpbMeter(val.tokens.device)
+    if rt.rank == 0:
+        meter.add(mixture_nll(val.tokens, nll, cfg.ngrams), val.sizes[1:])
+    return EvalResult(name, *meter.reduce(rt), time.perf_counter() - start_s)
 
 
 def report_chunk(rt: Runtime, meter: BpbMeter, chunk: int, chunks: int, seconds: float) -> None:
@@ -4200,14 +4485,15 @@ def submitted_code_bytes(cfg: Hyperparameters) -> int:
     return cfg.code_bytes or os.path.getsize(__file__)
 
 
-def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians: dict[str, Tensor]) -> Path:
+def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians: dict[str, Tensor],
+           factors: dict[str, tuple[Tensor, Tensor]]) -> Path:
     """Write the float model and the artifact, and hold the artifact against its limit. Returns the artifact's path.
 
     Raises UserError above the limit, after the table of what took the bytes; with SIZE_FIT=1 it rounds more coarsely
-    instead.
+    instead, or by water-filling also more finely.
     """
     def make(settings: Hyperparameters) -> Artifact:
-        return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, hessians))
+        return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, hessians, factors))
 
     path, code_bytes, total = rt.run_folder / "final_model.ptz", submitted_code_bytes(cfg), 0
     if rt.rank == 0:
@@ -4219,9 +4505,9 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
         artifact = make(cfg)
         total = len(artifact.blob) + code_bytes
-        if cfg.size_fit and total > cfg.artifact_limit_bytes:
-            banks = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_bank"))
-            cfg, artifact = fit_size(cfg, rt, banks, make, total, code_bytes)
+        if cfg.size_fit and (total > cfg.artifact_limit_bytes or factors):
+            weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith("_bank") or n in factors)
+            cfg, artifact = fit_size(cfg, rt, weights, make, total, code_bytes)
             total = len(artifact.blob) + code_bytes
         older = older_place(path) if path.exists() and not rt.resumes else None
         try:
@@ -4255,6 +4541,8 @@ def link_models(rt: Runtime, path: Path) -> None:
 
 def precision_tag(cfg: Hyperparameters) -> str:
     mlp, attn = cfg.mlp_quant_bits, cfg.attn_qat_bits
+    if cfg.clip_rule == "waterfill":
+        return "waterfill"
     return f"int{mlp}" if mlp == attn else f"int{mlp}mlp+int{attn}attn"
 
 
@@ -4289,6 +4577,9 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
              for key, stride in final_evaluations(cfg).items()}
     nothing = torch.zeros(cfg.eval_batch_seqs, cfg.window, dtype=torch.int64, device=rt.device)
     score_fn, fresh = scorer(model, rt), nothing[:, -(cfg.eval_stride or cfg.window):].contiguous()
+    if cfg.ngrams:
+        some = torch.arange(min(len(val.tokens), 2 ** 17), device=rt.device)
+        clock.measure_after(lambda: mixture_nll(some, some[1:], cfg.ngrams), len(some) / len(val.tokens))
     with torch.no_grad():
         clock.measure_pace(lambda: score_fn(nothing, fresh, 1.0), nothing.numel(),
                            sum(chunk.reads for plan in plans.values() for chunk in plan))
@@ -4307,6 +4598,11 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         traces[key] = {**trace.tables(rt), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
+    if cfg.ngrams:
+        without, r = r, mixed_result(f"{label}_ngram", trace, val, cfg, rt)
+        results["ngram"] = r
+        log_score(rt, r.name, r, f" without:{without.bpb:.4f}")
+        rt.log(f"{r.name}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
     rt.attempt(rt.log.write, "eval.json", json.dumps(traces))
     return results
 
@@ -4326,7 +4622,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
-    made = rt.from_first(lambda: read_export(cfg, rt) if rt.resumes else None) or make_artifact(cfg, rt, val, data, specs, watch)
+    made = rt.from_first(lambda: rt.resumes and read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
     return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
 
 
@@ -4345,37 +4641,38 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainDa
     seconds["train"], phase = state.watch.elapsed(), Stopwatch()
     left_s = cfg.max_wallclock_seconds - seconds["train"] if cfg.max_wallclock_seconds else math.inf
     hessians = calibrate(cfg, rt, model, data, state.step, left_s)
+    factors = loss_curvature(cfg, rt, model, data, state.step, hessians, left_s - phase.elapsed())
     seconds["calibrate"] = phase.elapsed()
     averaged = plain("post_average", rt.compiled(model.nll))
     log_score(rt, "DIAGNOSTIC post_average", averaged)
     phase = Stopwatch()
-    path = export(cfg, rt, model, val, hessians)
+    path = export(cfg, rt, model, val, hessians, factors)
     seconds["export"] = phase.elapsed()
     made = {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
             "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
     rt.finish_writing()
     if rt.rank == 0:
-        held = json.dumps({"origin": origin(cfg, rt, path), "made": made})
-        rt.attempt(write_atomically, rt.run_folder / "export.json", held.encode())
+        rt.attempt(write_atomically, rt.run_folder / "export.json", export_record(cfg, rt, made))
     return made
 
 
-def origin(cfg: Hyperparameters, rt: Runtime, artifact: Path) -> list[str]:
-    """What tells whether an artifact comes from the newest checkpoint and these settings."""
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "" for path in
-               (artifact, checkpoint_path(rt))]
-    return [*digests, resumable_settings(cfg, exported=True)]
+def export_record(cfg: Hyperparameters, rt: Runtime, made: dict) -> bytes:
+    """What `make_artifact` returns, and what it belongs to: digests of artifact and newest checkpoint, and settings."""
+    files = filter(Path.exists, (Path(made["artifact_path"]), checkpoint_path(rt)))
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    settings = resumable_settings(cfg, exported=True)
+    return json.dumps({"made": made, "digests": digests, "settings": settings}).encode()
 
 
 def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
-    """What `make_artifact` returned before a run to be resumed was stopped, if its artifact is still there."""
+    """What `make_artifact` returned before a run to be resumed was stopped, if that is still what it would make."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        held = json.loads((rt.run_folder / "export.json").read_bytes())
-        made, path = held["made"], Path(held["made"]["artifact_path"])
-        if held["origin"] == origin(cfg, rt, path):
-            link_models(rt, path)
-            rt.log(f"resume:artifact {path} of step {made['steps']} is finished; its scores start over", "resume",
-                   step=made["steps"])
+        record = (rt.run_folder / "export.json").read_bytes()
+        made = json.loads(record)["made"]
+        if record == export_record(cfg, rt, made):
+            link_models(rt, Path(made["artifact_path"]))
+            rt.log(f"resume:artifact {made['artifact_path']} of step {made['steps']} is finished; its scores start "
+                   "over", "resume", step=made["steps"])
             return made
 
 
@@ -4398,7 +4695,8 @@ def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, second
     results, code_bytes = final_scores(cfg, rt, model, val, clock), submitted_code_bytes(cfg)
     seconds |= {key: r.seconds for key, r in results.items()} | {"evaluate": clock.watch.elapsed(),
                                                                   "total": watch.elapsed()}
-    bpb = {f"val_bpb_{key}": results[key].bpb if key in results else None for key in ("roundtrip", "sliding", "ttt")}
+    bpb = {f"val_bpb_{key}": results[key].bpb if key in results else None
+           for key in ("roundtrip", "sliding", "ttt", "ngram")}
     return {"run_id": rt.run_id, "val_bpb_pre_quant": None, **bpb, "artifact_path": str(path),
             "artifact_bytes": len(blob), "code_bytes": code_bytes, "total_bytes": len(blob) + code_bytes,
             "artifact_limit_bytes": cfg.artifact_limit_bytes, "steps": 0, "tokens": 0,
@@ -4415,7 +4713,7 @@ def report(rt: Runtime, summary: dict) -> None:
         "-" * 72,
         f"bits per byte   before quantisation {bpb('val_bpb_pre_quant')}, "
         f"from the artifact {bpb('val_bpb_roundtrip')}, "
-        f"sliding {bpb('val_bpb_sliding')}, test-time training {bpb('val_bpb_ttt')}",
+        f"sliding {bpb('val_bpb_sliding')}, test-time training {bpb('val_bpb_ttt')}, counts {bpb('val_bpb_ngram')}",
         f"size            {summary['total_bytes']:,} of {summary['artifact_limit_bytes']:,} bytes: "
         f"artifact {summary['artifact_bytes']:,}, code {summary['code_bytes']:,}",
         f"seconds         {spent}",
@@ -4493,9 +4791,10 @@ def start(signals: Signals) -> int:
         code = 2
     except KeyboardInterrupt as stop:
         number = (*stop.args, signal.SIGINT)[0]
-        log_failure(rt, f"interrupted ({signal.Signals(number).name})")
+        why = f"interrupted ({signal.Signals(number).name})"
+        log_failure(rt, why)
         if rank == 0:
-            print(f"interrupted ({signal.Signals(number).name}){how_to_go_on(rt)}", file=sys.stderr, flush=True)
+            print(why + how_to_go_on(rt), file=sys.stderr, flush=True)
         code = 128 + number
     except Exception as error:  # said before the process group ends: that may take this process with it
         if rt is None or rt.world_size == 1:

@@ -31,7 +31,7 @@ def codes_of(shape, bits, seed, spread):
     weight = rng.normal(size=shape) * np.exp(rng.normal(size=shape[-1])) * np.exp(rng.normal(size=(*shape[:-1], 1)))
     weight[..., ::3, :] = weight[..., :1, :] + 0.1 * weight[..., ::3, :]
     top = 2 ** (bits - 1) - 1
-    return np.clip(np.rint(spread * top * weight), -top, top).astype(np.int8)
+    return np.clip(np.rint(spread * top * weight), -top, top).astype(np.int8 if bits <= 8 else np.int16)
 
 
 def range_encode(codes, bits):
@@ -40,7 +40,7 @@ def range_encode(codes, bits):
 
 def unpacked(codec, packed, kinds):
     """The arrays of a stream, from (shape, bits) of each."""
-    parts = [(np.zeros(shape, np.int8), bits) for shape, bits in kinds]
+    parts = [(np.zeros(shape, np.int8 if bits <= 8 else np.int16), bits) for shape, bits in kinds]
     tg.unpack_stream(codec, packed, parts)
     return [array for array, _ in parts]
 
@@ -50,7 +50,8 @@ def model_of(cfg, seed=0):
     return scrambled(tg.GPT(cfg), seed)
 
 
-@given(st.lists(st.tuples(shapes, st.integers(2, 8)), min_size=1, max_size=3), st.sampled_from(CODECS),
+@given(st.lists(st.tuples(shapes, st.integers(2, 8)), min_size=1, max_size=3)
+       | st.lists(st.tuples(shapes, st.just(tg.WATER_BITS)), min_size=1, max_size=3), st.sampled_from(CODECS),
        st.integers(0, 100), st.sampled_from([0.0, 0.05, 0.3, 5.0]))
 @settings(max_examples=80, deadline=None)
 def test_codes_survive_every_packer(kinds, codec, seed, spread):
@@ -220,7 +221,7 @@ class Bomb:
     (lambda blob: zipped(), "a zip file"),
     (lambda blob: pickle.dumps(Bomb()), "a pickle"),
     (lambda blob: b"just some text, long enough to be one", "not an artifact of this program; nothing"),
-    (lambda blob: blob[:5] + b"\1" + blob[6:], "version 1; this program reads version 4"),
+    (lambda blob: blob[:5] + b"\1" + blob[6:], "version 1; this program reads version 5"),
     (lambda blob: blob.replace(b"\r\n", b"\n", 1), "damaged in its first bytes"),
     (lambda blob: blob[:-40] + bytes([blob[-40] ^ 1]) + blob[-39:], "checksum does not match"),
     (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), "checksum does not match"),
@@ -374,6 +375,72 @@ def test_values_that_cannot_be_are_refused(stream, value):
     else:
         with pytest.raises(ValueError, match="code is out of range" if bits else f"stream {stream} has a value that"):
             read()
+
+
+# ---- water-filling
+
+def filled(cfg, model, seed=0):
+    """Codes and steps of all rounded parameters, by curvatures made up; keys and values read what queries read."""
+    rng, params, factors = np.random.default_rng(seed), dict(model.named_parameters()), {}
+    for name in tg.quant_specs(cfg, params):
+        shape = params[name].shape
+        draw = lambda *shape: torch.from_numpy(np.exp(3 * rng.normal(size=shape))).float()
+        factors[name] = draw(*shape[:-1], 1), draw(*shape[:-2], 1, shape[-1])
+    half = len(factors["kv_bank"][1]) // 2
+    factors["kv_bank"] = factors["kv_bank"][0], factors["qo_bank"][1][:half].repeat(2, 1, 1)
+    return tg.round_model(cfg, model, {}, factors)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("nats", [1e-9, 1e-3, 1e9])
+def test_water_filled_weights_are_read_back_exactly(config, rt, codec, nats):
+    """Also where steps are so fine that codes do not fit their alphabet, and so coarse that all are zero."""
+    cfg = config(compress=codec, clip_rule="waterfill", waterfill_nats=nats)
+    model = model_of(cfg)
+    rounded = filled(cfg, model)
+    artifact = tg.pack(cfg, model, SHA, rounded)
+    loaded = dict(tg.load_model(artifact.blob, rt, SHA).named_parameters())
+    for name, (codes, steps) in rounded.items():
+        assert torch.equal(loaded[name], tg.dequantise(codes, steps)), name
+    largest = max(int(codes.abs().max()) for codes, _ in rounded.values())
+    assert largest == 4095 if nats == 1e-9 else largest <= 4095
+    assert largest == 0 if nats == 1e9 else largest
+    assert artifact.ledger[0].stream == "steps" and "scales" not in {row.stream for row in artifact.ledger}
+    assert artifact.ledger[0].values == sum(s.rows.numel() + s.columns.numel() for n, (_, s) in rounded.items()) \
+        - rounded["kv_bank"][1].columns.numel(), "keys and values share the columns of queries"
+    assert artifact.blob == tg.pack(cfg, model, SHA, rounded).blob
+
+
+def test_contexts_that_know_the_steps_save_bytes(config):
+    """Codes of Gaussian weights on steps that differ by row and column, against the same codes without their steps."""
+    rng = np.random.default_rng(0)
+    steps = tg.Steps(*(torch.from_numpy(rng.integers(-8, 8, size)).short() for size in ((4, 60, 1), (4, 1, 90))))
+    codes = np.rint(rng.normal(size=(4, 60, 90)) / steps.float().numpy()).astype(np.int16)
+    known, unknown = (tg.pack_stream("range", [(codes, tg.WATER_BITS, *extra)]) for extra in ((lambda: steps,), ()))
+    assert len(known) < 0.95 * len(unknown)
+    blank = np.zeros_like(codes)
+    tg.unpack_stream("range", known, [(blank, tg.WATER_BITS, lambda: steps)])
+    assert np.array_equal(blank, codes)
+
+
+def test_parameters_are_water_filled_together_or_not_at_all(tiny):
+    precision = json.loads(tg.open_container(tiny)[0])["precision"]
+    first = precision.index(6)
+    for kind, said in ((tg.WATER_BITS, "rounded in another way"), (12, "cannot be stored"), (16, "cannot be stored")):
+        with pytest.raises(tg.UserError, match=said):
+            tg.read_artifact(resealed(tiny, lambda header: header["precision"].__setitem__(first, kind)))
+
+
+@pytest.mark.parametrize("damage", [np.int16(4095), np.int16(-4095)])
+def test_steps_no_file_would_hold_stay_finite(config, damage):
+    """Differences of exponents that add up to far beyond their range."""
+    cfg = config(compress="lzma", clip_rule="waterfill")
+    model = model_of(cfg)
+    stored = tg.stored_parameters(cfg, model, filled(cfg, model))
+    for s in stored:
+        if s.bits:
+            s.scales[...] = damage
+            assert s.weight().isfinite().all() and s.steps().rows.abs().max() == tg.STEP_LIMIT
 
 
 # ---- streams that are not what the header says, although every checksum of the file is right

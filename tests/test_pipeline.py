@@ -1,5 +1,4 @@
 """The whole run as a user meets it: results, files, log lines, refusals, interruption, ranks."""
-import fcntl
 import json
 import math
 import os
@@ -402,30 +401,6 @@ def test_long_phases_say_how_far_they_are(run, monkeypatch):
     out = run(WARMUP_STEPS=2).out
     assert re.search(r"^final_int6_sliding_window: 1 of \d+ after \d+ s, about \d+ s to go$", out, re.M)
     assert "warm-up: 2 steps, before the clock starts" in out and re.search(r"^packing [\d,]+ weights", out, re.M)
-
-
-def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(corpus, tmp_path):
-    """Killed or interrupted soon after the ninth step, resumed from a checkpoint: the artifact of a run left alone."""
-    settings = dict(ITERATIONS=200, WARMDOWN_ITERS=180, LATE_QAT_THRESHOLD=0.9, CHECKPOINT_EVERY=8, SWA_ENABLED=1,
-                    SWA_EVERY=2, SWA_START_FRAC=0.9, TTT_ENABLED=0, EVAL_STRIDE=0)
-    whole = start(corpus, tmp_path / "whole", **settings)
-    out, err = whole.communicate(timeout=120)
-    assert whole.returncode == 0, err
-    for name, sent in (("killed", signal.SIGKILL), ("interrupted", signal.SIGINT)):
-        victim = start(corpus, tmp_path / name, **settings)
-        if hasattr(fcntl, "F_SETPIPE_SZ"):  # it waits for its reader, and cannot be done before the signal comes
-            fcntl.fcntl(victim.stdout.fileno(), fcntl.F_SETPIPE_SZ, 4096)
-        for line in victim.stdout:
-            if line.startswith("step:9/200"):
-                victim.send_signal(sent)
-                break
-        out, err = victim.communicate(timeout=60)
-        if sent == signal.SIGINT:
-            assert victim.returncode == 130 and "RESUME=1" in err and "Traceback" not in err
-        again = start(corpus, tmp_path / name, RESUME=1, **settings)
-        out, err = again.communicate(timeout=120)
-        assert again.returncode == 0 and "resume:step:" in out, err
-        assert (tmp_path / name / "final_model.ptz").read_bytes() == (tmp_path / "whole/final_model.ptz").read_bytes()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(run):

@@ -439,3 +439,111 @@ def test_a_whole_run_calibrates_rounds_and_fits(run):
     assert run(**tight).code == 2
     done = run(**tight, SIZE_FIT=1)
     assert done.code == 0 and 0.995 * limit <= done.summary["total_bytes"] <= limit
+
+
+# ---- water-filling
+
+def test_curvature_is_the_gradients_and_what_later_columns_do_not_explain():
+    """Per row, E[g^2]; per column, the variance of its input given those rounded after it. All of it by hand."""
+    _, hessian = problem(columns=12)
+    hessian, generator = hessian / 300, torch.Generator().manual_seed(3)
+    strength = torch.rand(2, 6, 1, generator=generator) + 0.5
+    rows, columns = tg.curvature(strength * hessian.diagonal(dim1=-2, dim2=-1)[:, None], hessian, NAMES)
+    for i, h in enumerate(hessian.double()):
+        h = h + 0.01 * h.diagonal().mean() * torch.eye(12, dtype=torch.double)
+        order = hessian[i].diagonal().argsort(descending=True).tolist()
+        for at, j in enumerate(order):
+            rest = order[at + 1:]
+            explained = h[j, rest] @ torch.linalg.solve(h[rest][:, rest], h[rest, j]) if rest else 0.0
+            product = rows[i].double() * columns[i, 0, j].double()
+            torch.testing.assert_close(product, strength[i].double() * (h[j, j] - explained), rtol=1e-3, atol=0)
+    torch.testing.assert_close(columns.log().mean(-1), torch.zeros(2, 1), atol=1e-5, rtol=0)
+
+
+def test_rows_and_columns_that_nothing_reaches_cost_nothing_and_break_nothing():
+    _, hessian = problem()
+    hessian[:, 3] = hessian[:, :, 3] = 0
+    squares = hessian.diagonal(dim1=-2, dim2=-1)[:, None].expand(2, 6, 40).clone()
+    squares[:, 2] = 0
+    rows, columns = tg.curvature(squares, hessian, NAMES)
+    assert (rows > 0).all() and (columns > 0).all() and rows.isfinite().all() and columns.isfinite().all()
+    torch.testing.assert_close(rows[:, 2] / rows.mean(1), torch.full((2, 1), 0.03), rtol=0.02, atol=0)
+    steps = tg.water_fill({"a": (rows, columns)}, 0.01, 0.75)["a"]
+    codes, _ = tg.gptq(problem()[0], hessian, tg.QuantSpec(tg.WATER_BITS, "waterfill"), NAMES, steps)
+    assert not codes[..., 3].any() and codes.dtype == torch.int16
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_matrix_without_a_usable_gradient_is_named(value):
+    squares = torch.ones(2, 3, 4)
+    squares[1] = value
+    with pytest.raises(tg.UserError, match="gradient of second is zero or not finite"):
+        tg.curvature(squares, None, NAMES)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_steps_of_water_filling_cost_what_was_asked_for(exponent):
+    """The sum of curvature * step^2 / 24, within what the grid of steps leaves; with exponent 1 all weights cost alike."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).mul(2).exp()
+    factors = {"bank": (draw(3, 50, 1), draw(3, 1, 40)), "table": (draw(70, 1), draw(1, 20))}
+    steps, coarser = (tg.water_fill(factors, nats, exponent) for nats in (0.01, 0.16))
+    costs = {name: rows * columns * steps[name].float() ** 2 / 24 for name, (rows, columns) in factors.items()}
+    assert sum(float(cost.sum()) for cost in costs.values()) == pytest.approx(0.01, rel=0.05 if exponent else 0.2)  # one step is on the grid
+    assert all(torch.equal(coarser[name].rows, steps[name].rows + 2 * tg.STEPS_PER_OCTAVE) for name in steps)
+    if exponent == 1:
+        for cost in costs.values():
+            assert cost.max() / cost.min() < 2 ** (4 / tg.STEPS_PER_OCTAVE) * 1.001
+    if exponent == 0:
+        assert len({float(s.float().max()) for s in steps.values()} | {float(s.float().min()) for s in steps.values()}) == 1
+
+
+def test_gradients_are_those_of_each_piece_of_text_by_itself(config, rt):
+    cfg = config(clip_rule="waterfill", gptq_enabled=True, late_qat=False, gptq_calibration_batches=1)
+    model, data = trained_like(cfg), tg.TrainData.open(cfg, rt)
+    wanted, tokens, name = 0.0, 0, "bigram.embed.weight"
+    for inputs, targets in data.batch(6):
+        for x, y in zip(inputs, targets):
+            model.zero_grad()
+            model.nll(x[None], y[None]).sum().backward()
+            wanted, tokens = wanted + model.get_parameter(name).grad.square(), tokens + len(x)
+    rows, columns = tg.loss_curvature(cfg, rt, model, data, 6, {}, math.inf)[name]
+    mean = (wanted / tokens).mean(-1, keepdim=True)
+    torch.testing.assert_close(rows, mean.maximum(0.03 * mean.mean()), rtol=1e-3, atol=0)
+    assert (columns == 1).all()
+
+
+@pytest.mark.parametrize("start", [1e-5, 10.0])
+def test_size_fit_moves_water_filling_both_ways(config, tmp_path, start):
+    """From steps much too fine and from steps much too coarse, to the same place."""
+    cfg = config(size_fit=True, compress="range", clip_rule="waterfill", gptq_enabled=True, late_qat=False)
+    rt, model = make_runtime(tmp_path), trained_like(cfg)
+    params = dict(model.named_parameters())
+    factors = {name: tg.curvature(params[name].detach().square(), None, []) for name in tg.quant_specs(cfg, params)}
+    make = lambda c: tg.pack(c, model, "0" * 64, tg.round_model(c, model, {}, factors))
+    limit = len(make(dataclasses.replace(cfg, waterfill_nats=1e-2)).blob)
+    cfg = dataclasses.replace(cfg, artifact_limit_bytes=limit, waterfill_nats=start)
+    weights = sum(params[name].numel() for name in factors)
+    fitted, artifact = tg.fit_size(cfg, rt, weights, make, len(make(cfg).blob), 0)
+    assert 0.995 * limit <= len(artifact.blob) <= limit and artifact.blob == make(fitted).blob
+    assert 0.5e-2 < fitted.waterfill_nats < 2e-2 and fitted.mlp_quant_bits == cfg.mlp_quant_bits
+
+
+def test_a_whole_run_is_water_filled(run):
+    variables = dict(CLIP_RULE="waterfill", GPTQ_ENABLED=1, LATE_QAT=0, GPTQ_CALIBRATION_BATCHES=2, TTT_ENABLED=0,
+                     EVAL_STRIDE=0, ITERATIONS=4)
+    free = run(WATERFILL_NATS=1e-3, **variables)
+    assert free.code == 0, free.err
+    assert "waterfill:gradients of 512 tokens" in free.out and "final_waterfill_roundtrip" in free.out
+    assert abs(free.summary["val_bpb_roundtrip"] - free.summary["val_bpb_pre_quant"]) < 0.01
+    for limit in (free.summary["total_bytes"] - 3000, free.summary["total_bytes"] + 3000):
+        done = run(SIZE_FIT=1, ARTIFACT_LIMIT_BYTES=limit, WATERFILL_NATS=1e-3, **variables)
+        assert done.code == 0 and 0.995 * limit <= done.summary["total_bytes"] <= limit, done.err
+
+
+@pytest.mark.parametrize("variables, said", [
+    ({"GPTQ_ENABLED": 0, "LATE_QAT": 0}, "CLIP_RULE='waterfill' rounds by GPTQ's Hessians"),
+    ({"GPTQ_ENABLED": 1, "LATE_QAT": 1}, "CLIP_RULE='waterfill' has no steps while training")])
+def test_water_filling_needs_calibration_and_no_qat(variables, said):
+    with pytest.raises(tg.UserError, match=re.escape(said)):
+        tg.Hyperparameters.from_env({"CLIP_RULE": "waterfill", **{k: str(v) for k, v in variables.items()}})

@@ -17,6 +17,7 @@ one line says which do not.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -204,6 +205,7 @@ class Spy:
         self.audit, self.tokens, self.looks, self.probes = audit, tokens.cpu().long(), looks, probes
         self.passes, self.pending, self.masses, self.last, self.random = [], [], [], None, audit.generator()
         self.count, self.ends = 0, [0]  # calls so far, and their number at the end of each pass
+        self.mixed = []  # the scores that counts made
 
     def scoring(self, function):
         def call(ids, wanted, temperature=1.0, hook=None):
@@ -214,6 +216,14 @@ class Spy:
             self.count += 1
             return nll
         return call
+
+    def mixing(self, script):
+        """A patch of what mixes counts into scores, for a `with`."""
+        def noted(*args):
+            self.mixed.append(honest(*args))
+            return self.mixed[-1]
+        honest = getattr(script, "mixture_nll", None)
+        return mock.patch.object(script, "mixture_nll", noted) if honest else contextlib.nullcontext()
 
     def pass_of(self, scored) -> EvalPass:
         if not self.passes or self.passes[-1][0] is not scored:
@@ -332,6 +342,33 @@ def lent_to_all(hook, row: int):
         tensor.copy_(before)
 
 
+class Counts:
+    """The audit's own back-off over what followed each context before: plain, one token after another. ngrams: (context
+    length, concentration), growing."""
+
+    def __init__(self, tokens: list[int], ngrams):
+        self.tokens, self.ngrams = tokens, ngrams
+        self.followed = {}  # (length, context) -> token -> how often
+
+    def contexts(self, i: int):
+        """What followed the contexts of target i so far, each with its concentration, the shortest context first."""
+        for length, concentration in self.ngrams:
+            context = length, *self.tokens[max(i + 1 - length, 0):i + 1]
+            yield self.followed.setdefault(context, collections.Counter()), concentration
+
+    def mix(self, i: int, p, words):
+        """Probabilities of some words as target i, from the model's."""
+        for counts, concentration in self.contexts(i):
+            if counts:
+                prior = concentration * len(counts)
+                p = (np.array([counts[word] for word in words]) + prior * p) / (sum(counts.values()) + prior)
+        return p
+
+    def add(self, i: int) -> None:
+        for counts, _ in self.contexts(i):
+            counts[self.tokens[i + 1]] += 1
+
+
 # ---- the audit -------------------------------------------------------------------------------------------------------
 class Finding(NamedTuple):
     """One row of the table."""
@@ -414,11 +451,15 @@ class Audit:
         self.model.requires_grad_(True)  # as it was read: another state could need another compiled graph
         self.spy = Spy(self, tokens, looks, set(probes))
         val = dataclasses.replace(self.val, tokens=tokens)
-        with self.spy.watch(self.script.Scored):
+        with self.spy.watch(self.script.Scored), self.spy.mixing(self.script):
             results = self.script.final_scores(self.cfg, self.rt, self.model, val)
         ranks = everyone(self.rt, [each for _, each in self.spy.passes])
         passes = [EvalPass.joined(parts) for parts in zip(*ranks)]
-        return results, {key: [p for p in passes if p.name == result.name] for key, result in results.items()}
+        named = {key: [p for p in passes if p.name == result.name] for key, result in results.items()}
+        mixed = everyone(self.rt, [scores.cpu() for scores in self.spy.mixed])[0]  # the first rank's alone
+        if "ngram" in results:  # made of the last pass's scores
+            named["ngram"] = [dataclasses.replace(passes[-1], nll=scores) for scores in mixed]
+        return results, named
 
     def run(self) -> list[Finding]:
         try:
@@ -437,7 +478,11 @@ class Audit:
         probes = [a + (b - a) * share // 5 for a, b in zip(starts, self.spy.ends[1:]) for share in (1, 2, 4)]
         again = [self.scores(self.tokens, probes=probes)[1], self.scores(self.tokens)[1]]
         size = self.decoded_bytes()
+        if "ngram" in results:
+            self.mixture(results["ngram"], passes["ngram"], list(passes.values())[-2], size)
         for key, result in results.items():
+            if key == "ngram":
+                continue
             self.sums(key, result, passes[key], size)
             if passes[key]:
                 self.single_scores(key, passes[key][-1], again[0][key])
@@ -548,6 +593,57 @@ class Audit:
                   f"text changed from {', '.join(map(str, positions))} on{how}: scores before are "
                   + (f"off by {said(worst)}" if worst.any() else "bit-identical")
                   + f"; {unseen} changes did not show after it either" * bool(unseen))
+
+    def mixture(self, result, passes: list[EvalPass], before: list[EvalPass], size: int) -> None:
+        """Checks of the score that counts made of the pass before, against counts of the audit's own: at every place,
+        of earlier tokens alone and in the order of the text."""
+        targets, vocab, places = len(self.tokens) - 1, self.cfg.vocab_size, 0
+        given = before[-1].nll.numpy() if before else np.zeros(targets)
+        mixed = passes[-1].nll.numpy() if len(passes) == 1 else np.full(targets, np.nan)
+        counts, own, worst = Counts(self.tokens.tolist(), self.cfg.ngrams), np.zeros(targets), 0.0
+        for i in range(targets):
+            word = counts.tokens[i + 1]
+            own[i] = -np.log(counts.mix(i, np.exp(-given[i:i + 1]), [word])[0])
+            if i % max(targets // 300, 1) == 0:  # any distribution in which the target has the model's probability
+                rest = np.full(vocab, (1 - np.exp(-given[i])) / (vocab - 1))
+                rest[word] = np.exp(-given[i])
+                p, places = counts.mix(i, rest, range(vocab)), places + 1
+                worst = max(worst, abs(p.sum() - 1), abs(p[word] - np.exp(-mixed[i])))
+            counts.add(i)
+        off = np.abs(own - mixed).max()
+        self.find("ngram", "counts are exact, of earlier tokens", off <= 1e-6, f"{off:.1e} nats apart at most from a "
+                  f"plain count along the text, {own.sum() / given.sum() - 1:+.2%} nats on the whole")
+        masses = [self.mixed_mass(place, given) for place in self.often_seen(max(2048 // vocab, 1))]
+        worst = max(worst, *(abs(mass - 1) for mass in masses))
+        self.find("ngram", "full-vocabulary normalisation", worst <= 1e-6, f"probabilities of the {vocab} tokens in one "
+                  f"place are 1 together, {worst:.1e} off at most in {places} places by the audit's counts and "
+                  f"{len(masses)} by the script's")
+        total = mixed.sum()
+        self.find("ngram", "the sum is that of the scores", result.tokens == targets and math.isclose(
+            result.loss * result.tokens, total, rel_tol=1e-9), f"{result.loss * result.tokens:.6f} nats, single scores "
+            f"{total:.6f}")
+        bpb = total / math.log(2) / size
+        told = size == result.bytes and math.isclose(bpb, result.bpb, rel_tol=1e-9)
+        self.find("ngram", "bits per byte are nats / ln 2 / bytes", told, f"{result.bpb:.8f} reported, {bpb:.8f} computed")
+
+    def often_seen(self, count: int) -> list[int]:
+        """Targets whose shortest context occurred most often before."""
+        length, seen, times = self.cfg.ngrams[0][0], collections.Counter(), []
+        for i in range(len(self.tokens) - 1):
+            context = tuple(self.tokens[max(i + 1 - length, 0):i + 1].tolist())
+            times.append(seen[context])
+            seen[context] += 1
+        return sorted(range(len(times)), key=lambda i: -times[i])[:count]
+
+    def mixed_mass(self, place: int, given: np.ndarray) -> float:
+        """Probability that the script's mixture has for all words together as one target, the model's being equal."""
+        tokens, total = self.tokens[:place + 2].clone(), 0.0
+        nll = torch.from_numpy(given[:place + 1].copy()).to(tokens.device)
+        nll[place] = math.log(self.cfg.vocab_size)
+        for word in range(self.cfg.vocab_size):
+            tokens[place + 1] = word
+            total += math.exp(-self.script.mixture_nll(tokens, nll, self.cfg.ngrams)[place].item())
+        return total
 
     def where_to_change(self) -> list[int]:
         """Positions from which on to change the text: next to borders of chunks and documents, where training on a few

@@ -100,14 +100,18 @@ def time_packing(wanted: str, streams: dict[str, tg.Parts]) -> None:
           f"(cpu {time.process_time() - cpu_middle:.1f} s)", flush=True)
 
 
-def tiny_artifact(compress: str = "auto", seed: int = 0) -> bytes:
+def tiny_artifact(compress: str = "auto", seed: int = 0, clip: str = "percentile") -> bytes:
     torch.manual_seed(seed)
-    cfg = tg.Hyperparameters(**TINY, compress=compress)
+    cfg = tg.Hyperparameters(**TINY, compress=compress, clip_rule=clip)
     model = tg.GPT(cfg)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn(p.shape)
-    return tg.pack(cfg, model, "0" * 64).blob
+        if clip != "waterfill":
+            return tg.pack(cfg, model, "0" * 64).blob
+        params = dict(model.named_parameters())
+        factors = {name: tg.curvature(params[name].square(), None, []) for name in tg.quant_specs(cfg, params)}
+        return tg.pack(cfg, model, "0" * 64, tg.round_model(cfg, model, {}, factors)).blob
 
 
 NASTY = (None, True, -1, 0, 1, 2, 9, 2 ** 31, 2 ** 63, 10 ** 30, 0.5, float("nan"), float("inf"), "", "half", "range",
@@ -200,7 +204,7 @@ def attack(blob: bytes, rng: random.Random) -> tuple[str, str]:
 def fuzz(count: int, seed: int = 0) -> dict[str, int]:
     """Attack `count` times; returns how often which kind ended how, and prints the slowest and the memory."""
     outcomes, slowest = {}, 0.0
-    blobs = [tiny_artifact(codec) for codec in tg.CODECS]
+    blobs = [tiny_artifact(codec, clip=clip) for clip in ("percentile", "waterfill") for codec in tg.CODECS]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for i in range(count):
         begun = time.perf_counter()

@@ -2,6 +2,7 @@
 
     python tools/quant_bench.py FLOAT_MODEL [KEY=VALUE...] [--tokens N] [--what banks|tables|all]
     python tools/quant_bench.py FLOAT_MODEL [KEY=VALUE...] [--tokens N] --over 0.2     # SIZE_FIT, 20 % over the limit
+    python tools/quant_bench.py FLOAT_MODEL [KEY=VALUE...] [--tokens N] --export       # bytes of artifacts against loss
 
 FLOAT_MODEL is a final_model.pt or a checkpoint (its EMA is taken); KEY=VALUE are the settings it was trained with.
 Each row rounds the weights by one rule and leaves the rest as floats. Columns: nats per token added to the loss on the
@@ -24,6 +25,13 @@ from shell import Parser, one_line_errors  # noqa: E402
 
 RULES = [("percentile", 0.0), ("amax", 0.0)]
 SIGMAS = {4: (2.5, 3.0, 4.0), 5: (4.0, 6.0), 6: (4.0, 6.0, 8.0, 12.85), 7: (8.0, 15.0), 8: (8.0, 20.0)}
+PR_1855 = {"CLIP_RULE": "sdclip", "MATRIX_BITS": 6, "EMBED_BITS": 7, "BIGRAM_BITS": 7, "VE_BITS": 7}
+EXPORTS = (  # name, settings, those that grow with the factor, factors
+    ("PR 1855, sigmas x{:g}", PR_1855, {"ATTN_CLIP_SIGMAS": 13, "MLP_CLIP_SIGMAS": 11.5, "EMBED_CLIP_SIGMAS": 14},
+     (1.0, 0.75, 0.55, 0.45)),
+    ("percentile, banks x{:g}", {"CLIP_RULE": "percentile"}, {"ATTN_CLIP_WIDEN": 1, "MLP_CLIP_WIDEN": 1}, (8, 6, 4, 3, 2)),
+    *((f"water-filling, a={a}, {{:g}} nats", {"CLIP_RULE": "waterfill", "WATERFILL_EXPONENT": a},
+       {"WATERFILL_NATS": 1}, (0.06, 0.03, 0.015, 0.0075)) for a in (0.5, 0.75, 1.0)))
 TABLES = ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "trigram.embed.weight", "ve_shared.embed.weight")
 
 
@@ -35,6 +43,7 @@ def parse(argv: list[str]):
     parser.add_argument("--bits", default="4,6", help="with commas")
     parser.add_argument("--over", type=float, help="instead: let SIZE_FIT bring the artifact under a limit it exceeds "
                         "by this share")
+    parser.add_argument("--export", action="store_true", help="instead: artifacts by each rule at several sizes")
     parser.add_argument("--what", choices=("banks", "tables", "all"), default="banks", help="which weights to round")
     return parser.parse_intermixed_args(argv)
 
@@ -115,6 +124,25 @@ def show_fit(cfg, rt, model, data, ids: torch.Tensor, step: int, over: float) ->
           f"after it {loss(fitted):.5f} in {len(artifact.blob) + code_bytes:,} bytes")
 
 
+def show_exports(environ: dict, rt, model, data, ids: torch.Tensor, step: int) -> None:
+    """Bytes of whole artifacts (without code) and nats added, by each rule at several factors; all rounded by GPTQ."""
+    cfg = tg.Hyperparameters.from_env(environ | {"CLIP_RULE": "waterfill"})
+    hessians = tg.calibrate(cfg, rt, model, data, step, float("inf"))
+    factors = tg.loss_curvature(cfg, rt, model, data, step, hessians, float("inf"))
+    float_loss, weights = loss_on(model, ids, cfg.train_seq_len), sum(p.numel() for p in model.parameters())
+    print(f"{weights:,} weights, float loss {float_loss:.5f} nats on {len(ids) - 1:,} tokens\n"
+          f"{'rule':<36} added nats  artifact bytes")
+    for name, fixed, growing, sizes in EXPORTS:
+        for size in sizes:
+            changes = fixed | {key: size * value for key, value in growing.items()}
+            changed = tg.Hyperparameters.from_env(environ | {key: str(value) for key, value in changes.items()})
+            rounded = tg.round_model(changed, model, hessians, factors if "WATERFILL_NATS" in growing else None)
+            with using_rounded_weights(model, rounded):
+                loss = loss_on(model, ids, cfg.train_seq_len)
+            size_bytes = len(tg.pack(changed, model, "0" * 64, rounded).blob)
+            print(f"{name.format(size):<36} {loss - float_loss:10.5f}  {size_bytes:14,}", flush=True)
+
+
 @one_line_errors
 def main(argv: list[str]) -> int:
     args = parse(argv)
@@ -127,6 +155,9 @@ def main(argv: list[str]) -> int:
     count = args.tokens // cfg.train_seq_len * cfg.train_seq_len
     ids = torch.from_numpy(tg.TokenStream(cfg.val_files, cfg.vocab_size).read(0, count + 1)).long().to(rt.device)
     step = len(data.stream) // cfg.train_batch_tokens // 2
+    if args.export:
+        show_exports(environ | {"GPTQ_ENABLED": "1", "LATE_QAT": "0"}, rt, model, data, ids, step)
+        return 0
     if args.over:
         show_fit(cfg, rt, model, data, ids, step, args.over)
         return 0

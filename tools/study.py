@@ -14,7 +14,8 @@ from pathlib import Path
 from shell import UsageError
 
 # Settings that are lists: their alternatives stand between slashes.
-LISTS = ("TTT_LORA_TARGETS", "TTT_LORA_LAYERS", "TTT_LORA_LAYER_RATES", "VE_LAYERS")
+LISTS = ("TTT_LORA_TARGETS", "TTT_LORA_LAYERS", "TTT_LORA_LAYER_RATES", "VE_LAYERS", "NGRAM_ORDERS",
+         "NGRAM_CONCENTRATIONS")
 HOST = os.uname().nodename
 GRACE_SECONDS = 30  # a lock older than this is of a killed process
 

@@ -1,0 +1,261 @@
+"""NGRAM_ORDERS: a back-off over exact counts of scored tokens, against a plain one, and why its scores are legal."""
+import collections
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import train_gpt as tg
+from conftest import environment, make_runtime
+from hypothesis import given, settings, strategies as st
+from test_audit import DOCUMENT, audit, failed  # noqa: F401  (a fixture)
+from test_evaluation import LORA, setting  # noqa: F401  (a fixture)
+
+NGRAMS = ((1, 3.0), (2, 0.7), (3, 2.0), (5, 0.1), (8, 1.0), (12, 0.5))
+
+
+class Plain:
+    """One token after another; what followed each context is in a dictionary."""
+
+    def __init__(self, ngrams):
+        self.ngrams, self.followed = ngrams, collections.defaultdict(collections.Counter)
+
+    def contexts(self, past):
+        return [(self.followed[length, tuple(past[-length:])], weight) for length, weight in self.ngrams]
+
+    def mix(self, past, model):
+        """Probabilities of the whole vocabulary after `past`, from the model's."""
+        for counts, weight in self.contexts(past):
+            prior = weight * len(counts)
+            total = sum(counts.values()) + prior
+            model = [(counts[w] + prior * p) / total for w, p in enumerate(model)] if counts else model
+        return model
+
+    def add(self, past, word):
+        for counts, _ in self.contexts(past):
+            counts[word] += 1
+
+
+def distributions(count, vocab, seed=0):
+    return torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed)).double().mul(2).softmax(1)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_scores_are_those_of_plain_counting_and_sum_to_one(data):
+    """Any text, lengths and concentrations: at each place the probabilities of all words are 1 together, by the same
+    counts that give the target's; the score is -log of that one."""
+    vocab = data.draw(st.integers(2, 9))
+    tokens = data.draw(st.lists(st.integers(0, vocab - 1), min_size=2, max_size=60))
+    orders = sorted(data.draw(st.sets(st.integers(1, 20), max_size=5)))
+    ngrams = [(order, data.draw(st.floats(1e-3, 1e3))) for order in orders]
+    model, plain, wanted = distributions(len(tokens) - 1, vocab), Plain(ngrams), []
+    for i, word in enumerate(tokens[1:]):
+        p = plain.mix(tokens[:i + 1], model[i].tolist())
+        assert sum(p) == pytest.approx(1, abs=1e-9)
+        wanted.append(-math.log(p[word]))
+        plain.add(tokens[:i + 1], word)
+    nll = -model.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].log()
+    assert tg.mixture_nll(torch.tensor(tokens), nll, ngrams).tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+def test_probabilities_of_the_whole_vocabulary_are_one_together():
+    """From the function itself: each word in turn is the target, everything before it stays. At hundreds of places."""
+    vocab, tokens = 7, torch.randint(0, 7, (400,), generator=torch.Generator().manual_seed(1)) ** 2 // 7
+    model = distributions(399, vocab)
+    nll = -model.gather(1, tokens[1:, None])[:, 0].log()
+    for place in range(40, 399):
+        total = 0.0
+        for word in range(vocab):
+            text, scores = tokens[:place + 2].clone(), nll[:place + 1].clone()
+            text[-1], scores[-1] = word, -model[place, word].log()
+            total += tg.mixture_nll(text, scores, NGRAMS)[-1].neg().exp().item()
+        assert total == pytest.approx(1, abs=1e-6)
+
+
+def test_nothing_later_counts():
+    """Other tokens and scores from t on leave every score before t bit-identical, and their own token's counts too."""
+    generator = torch.Generator().manual_seed(2)
+    tokens, nll = torch.randint(0, 5, (500,), generator=generator), torch.rand(499, generator=generator)
+    before = tg.mixture_nll(tokens, nll, NGRAMS)
+    for t in (1, 2, 13, 250, 498, 499):  # token t is target t - 1
+        changed, other = tokens.clone(), nll.clone()
+        changed[t:] = (changed[t:] + 1 + torch.randint(0, 4, (500 - t,), generator=generator)) % 5
+        other[t - 1:] = 1 - other[t - 1:]
+        after = tg.mixture_nll(changed, other, NGRAMS)
+        assert torch.equal(before[:t - 1], after[:t - 1]) and not torch.equal(before, after)
+
+
+def test_a_context_never_seen_leaves_the_score(device):
+    tokens = torch.arange(100_000, device=device) % 65_536
+    nll = torch.rand(99_999, device=device)
+    mixed = tg.mixture_nll(tokens, nll, NGRAMS)
+    assert torch.equal(mixed[:65_536], nll[:65_536].double()) and (mixed[65_548:] < nll[65_548:]).all()
+    assert torch.isfinite(mixed).all()
+    huge = tg.mixture_nll(tokens, 1000 + nll, NGRAMS)  # a probability that no float holds
+    assert torch.equal(huge[:65_536], (1000 + nll)[:65_536].double()) and torch.isfinite(huge).all()
+
+
+def test_keys_are_exact():
+    """Contexts that a hash of 32 bits or a wrapped product would confuse stay apart, and equal ones together."""
+    keys = torch.tensor([5, 5 + 2 ** 32, 5, 2 ** 62, 5 + 2 ** 32, 2 ** 62 + 1, 5])
+    found = tg.Occurrences(keys)
+    assert len(found.ids.unique()) == 4 and found.ids[0] == found.ids[2] == found.ids[6] and found.ids.min() == 1
+    assert found.before(torch.ones(7)).tolist() == [0, 0, 1, 0, 1, 0, 2]
+    assert found.before(torch.tensor([7, 1, 2, 9, 9, 9, 9])).tolist() == [0, 0, 7, 0, 1, 0, 9]
+
+
+# ---- in a run
+
+@pytest.mark.parametrize("stride, changes", [(8, None), (8, {}), (8, {**DOCUMENT, "ttt_lora_targets": "q"})],
+                         ids=["sliding", "sgd", "document"])
+def test_any_number_of_ranks_gives_the_same_bits(setting, tmp_path, monkeypatch, stride, changes):
+    """The scores of 1, 2 and 4 ranks, added up, mix to the same result; no weight learns from the mixture."""
+    cfg, val, model = setting
+    cfg, val = dataclasses.replace(cfg, ngram_orders="2,4", **changes or {}), val.take(slice(700))
+    monkeypatch.setattr(tg.Scored, "require_scored_once", lambda self, times: None)
+    results = []
+    for world in (1, 2, 4):
+        traces = []
+        for rank in range(world if changes is None or "ttt_reset" in changes else 1):
+            rt = make_runtime(tmp_path, rank=rank, world_size=world)
+            alone, trace = make_runtime(tmp_path), tg.Trace(val)
+            trained = model()
+            adapter = None if changes is None else tg.adapter_for(trained, cfg, alone)
+            plan = tg.plan_evaluation(val, cfg, rt if changes != {} else alone, stride, 1, bool(adapter))
+            tg.evaluate("test", trained.nll, val, cfg, alone, plan, adapter, observe=trace)
+            traces.append(trace)
+        traces[0].nll = sum(trace.nll for trace in traces)
+        results.append(tg.mixed_result("mixed", traces[0], val, cfg, make_runtime(tmp_path)))
+        plain = tg.mixture_nll(val.tokens, traces[0].nll, cfg.ngrams).sum().item()
+        assert results[-1].loss == plain / 699 and results[-1].bytes == int(val.sizes[1:].sum())
+        assert results[-1].bpb == plain / math.log(2) / results[-1].bytes
+    assert results[0].bpb == results[1].bpb == results[2].bpb and results[0].tokens == 699
+    assert tg.mixed_result("mixed", traces[0], val, cfg, make_runtime(tmp_path, rank=1)).tokens == 0, "rank 0 adds them"
+
+
+@pytest.mark.parametrize("changes, of", [({"TTT_ENABLED": 0}, "final_int6_sliding_window"),
+                                         ({"TTT_ENABLED": 0, "EVAL_STRIDE": 0}, "final_int6_roundtrip"),
+                                         ({"EVAL_STRIDE": 32}, "legal_ttt")])
+def test_both_scores_stand_side_by_side(run, changes, of):
+    plain = run(**changes)
+    done = run(**changes, NGRAM_ORDERS="1,2,3", RUN_ID="mixed")
+    assert done.code == 0, done.err
+    key = {"final_int6_sliding_window": "sliding", "final_int6_roundtrip": "roundtrip", "legal_ttt": "ttt"}[of]
+    without, mixed = done.summary[f"val_bpb_{key}"], done.summary["val_bpb_ngram"]
+    assert without == plain.summary[f"val_bpb_{key}"] and plain.summary["val_bpb_ngram"] is None and mixed < without
+    assert f"{of}_ngram val_loss:" in done.out and f"val_bpb:{mixed:.4f} without:{without:.4f}" in done.out
+    assert f"{of}_ngram_exact" in done.out and f"counts {mixed:.4f}" in done.out and "counts off" in plain.out
+    events = [json.loads(line) for line in (done.folder / "runs/mixed/events.jsonl").read_text().splitlines()]
+    scores = {e["name"]: e["bpb"] for e in events if e.get("event") == "evaluation"}
+    assert (scores[of], scores[f"{of}_ngram"]) == (without, mixed)
+
+
+def test_the_clock_leaves_time_for_counting(tmp_path):
+    """What follows the last evaluation is measured on a share of it, and taken off what adaptation may use."""
+    now = [0.0]
+    clock = tg.EvalClock(100.0, make_runtime(tmp_path), now=lambda: now[0])
+    clock.measure_after(lambda: now.__setitem__(0, now[0] + 2.0), 0.05)
+    assert clock.after == pytest.approx(40.0)
+    with pytest.raises(tg.UserError, match="would take about"):
+        clock.measure_pace(lambda: now.__setitem__(0, now[0] + 1.0), 10, 700)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"NGRAM_ORDERS": "3,2"}, "NGRAM_ORDERS='3,2' is not growing lengths of contexts"),
+    ({"NGRAM_ORDERS": "2,2"}, "NGRAM_ORDERS='2,2' is not growing"), ({"NGRAM_ORDERS": "0,1"}, "NGRAM_ORDERS='0,1' is not"),
+    ({"NGRAM_ORDERS": "two"}, "NGRAM_ORDERS='two' is not"), ({"NGRAM_ORDERS": "2,20000"}, "longer than 10,000 tokens"),
+    *(({"NGRAM_ORDERS": "2,3", "NGRAM_CONCENTRATIONS": text}, f"NGRAM_CONCENTRATIONS='{text}' is not one positive number")
+      for text in ("0", "-1", "nan", "4,nan", "1,0", "inf", "1,2,3", "", "much"))])
+def test_mistakes_are_one_line(corpus, tmp_path, settings, message):
+    with pytest.raises(tg.UserError) as error:
+        tg.Hyperparameters.from_env(environment(corpus, tmp_path, **settings))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- the audit
+
+COUNTED = {"ngram_orders": "1,2,3,5", "ngram_concentrations": "4"}
+CHECKS = {"counts are exact, of earlier tokens", "full-vocabulary normalisation", "the sum is that of the scores",
+          "bits per byte are nats / ln 2 / bytes", "repeatable", "causality"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"ttt_enabled": False}, DOCUMENT, {**LORA, "eval_stride": 0}],
+                         ids=["sgd", "sliding", "document", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_honest_counts_pass(audit, changes, dtype):
+    found = audit(dtype=dtype, positions=2, **COUNTED, **changes)
+    assert not failed(found), [f for f in found if not f.holds]
+    assert {f.check for f in found if f.evaluation == "ngram"} == CHECKS
+
+
+def counts_include_the_target(monkeypatch):
+    honest = tg.Occurrences.before
+    monkeypatch.setattr(tg.Occurrences, "before", lambda self, values: honest(self, values) + values.long())
+
+
+def counts_of_the_whole_text(monkeypatch):
+    """Later tokens count, too."""
+    def cheat(self, values):
+        return torch.zeros_like(self.ids).index_add_(0, self.ids - 1, values.long())[self.ids - 1]
+    monkeypatch.setattr(tg.Occurrences, "before", cheat)
+
+
+def hashed_counts(monkeypatch):
+    """Few buckets for contexts and for pairs, which collide: not a distribution (PR 550, its ninth version)."""
+    honest = tg.Occurrences.__init__
+    monkeypatch.setattr(tg.Occurrences, "__init__", lambda self, keys: honest(self, keys * 36_313 % 61))
+
+
+def table_filled_in_another_order(monkeypatch):
+    """Documents are counted from the last to the first, as a queue sorted by length might, but decoded along the
+    text."""
+    honest = tg.mixture_nll
+
+    def cheat(tokens, nll, ngrams):
+        half, n = len(nll) // 2, len(nll)
+        order = torch.cat((torch.arange(half, n), torch.arange(half)))
+        text = torch.cat((tokens[order], tokens[order[-1:] + 1]))
+        return torch.empty(n, dtype=torch.float64).index_copy_(0, order, honest(text, nll[order], ngrams))
+    monkeypatch.setattr(tg, "mixture_nll", cheat)
+
+
+def lower_of_the_two(monkeypatch):
+    """Each token has the better score of the two, with counts and without."""
+    honest = tg.mixture_nll
+    monkeypatch.setattr(tg, "mixture_nll", lambda tokens, nll, ngrams: torch.minimum(
+        honest(tokens, nll, ngrams), nll.double()))
+
+
+def sum_of_less(monkeypatch):
+    honest = tg.mixed_result
+    monkeypatch.setattr(tg, "mixed_result", lambda *args: dataclasses.replace(
+        honest(*args), loss=0.99 * honest(*args).loss))
+
+
+def counts_of_other_scores(monkeypatch):
+    """The model's part is better than what was scored."""
+    honest = tg.mixture_nll
+    monkeypatch.setattr(tg, "mixture_nll", lambda tokens, nll, ngrams: honest(tokens, 0.9 * nll, ngrams))
+
+
+@pytest.mark.parametrize("cheat, checks", [
+    (counts_include_the_target, {"counts are exact, of earlier tokens", "full-vocabulary normalisation"}),
+    (counts_of_the_whole_text, {"counts are exact, of earlier tokens", "causality"}),
+    (hashed_counts, {"counts are exact, of earlier tokens", "full-vocabulary normalisation"}),
+    (table_filled_in_another_order, {"counts are exact, of earlier tokens", "causality"}),
+    (lower_of_the_two, {"counts are exact, of earlier tokens", "full-vocabulary normalisation"}),
+    (sum_of_less, {"the sum is that of the scores"}),
+    (counts_of_other_scores, {"counts are exact, of earlier tokens"})], ids=lambda value: getattr(value, "__name__", ""))
+def test_planted_cheats_are_caught(audit, monkeypatch, cheat, checks):
+    cheat(monkeypatch)
+    found = audit(ttt_enabled=False, eval_stride=0, **COUNTED)
+    assert {check for evaluation, check in failed(found) if evaluation == "ngram"} >= checks, found
+
+
+def test_text_order_with_documents_that_go_on_from_others_is_caught(audit, monkeypatch):
+    """If additions are not reset between documents, longest first, then no decoder could follow the text's order."""
+    monkeypatch.setattr(tg.LoraAdapter, "reset", lambda self: None)
+    found = failed(audit(**COUNTED, **{**DOCUMENT, "ttt_batch_docs": 1}))
+    assert {("ttt", "causality"), ("ngram", "causality")} <= found
