@@ -523,12 +523,13 @@ def test_honest_noise_passes(audit, monkeypatch, changes, dtype):
 def test_what_noise_excuses(left, apart, holds):
     """A flipped rounding in half precision, where equal passes left unequal weights; nothing where they did not."""
     targets, found = torch.arange(40.0, dtype=torch.float64), []
-    equal = [tool.EvalPass(targets, targets, weight_sums=[left * i]) for i in range(3)]
+    equal = [tool.EvalPass(targets, targets, targets, weight_sums=[left * i]) for i in range(3)]
     other = targets.clone()
     other[5] += apart
     other[20:] += 1
-    half = SimpleNamespace(rt=SimpleNamespace(dtype=torch.bfloat16), find=lambda *row: found.append(tool.Finding(*row)))
-    tool.Audit.noise_and_causality(half, "ttt", equal, [21], [other])
+    half = SimpleNamespace(rt=SimpleNamespace(dtype=torch.bfloat16), known=False,
+                           find=lambda *row: found.append(tool.Finding(*row)))
+    tool.Audit.noise_and_causality(half, "ttt", equal, [21], [targets < 20], [other])
     assert [f.check for f in found] == ["repeatable", "causality"]
     assert found[0].holds and bool(found[1].holds) == holds
 

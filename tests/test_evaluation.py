@@ -209,13 +209,15 @@ def test_padding_for_compiled_graphs_counts_nothing(setting, rt, tmp_path):
     assert score(cfg, val, model(), 8, None, padded)[0].bpb == pytest.approx(eager.bpb, rel=1e-6)
 
 
-@pytest.mark.parametrize("mode, graphs", [("sliding", 2), ("sgd, frozen", 4), ("lora, hash", 4), ("document", 2)])
+@pytest.mark.parametrize("mode, graphs", [("sliding", 2), ("sgd, frozen", 4), ("lora, hash", 4), ("document", 2),
+                                          ("warm", 6)])
 def test_every_way_to_adapt_compiles(setting, tmp_path, monkeypatch, mode, graphs):
     """As on a GPU: whole graphs, few of them - windows that grow with their documents share one - and the same scores.
     The back end runs them eagerly, for want of time; what cannot be traced fails all the same."""
     cfg, val, model = setting
     val = val.take(slice(1100))
-    stride, changes = MODES[mode]
+    warm = {**MODES["document"][1], "ttt_warm_start_a": True, "ttt_chunk_ladder": "40:4,80:8", "ttt_lora_parallel": True}
+    stride, changes = {**MODES, "warm": (8, warm)}[mode]
     cfg = dataclasses.replace(cfg, rope_train_seq_len=20, **changes or {})  # the base stretches within the windows
     counted, made = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: made(function, backend=counted, **options))
