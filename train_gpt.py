@@ -599,9 +599,6 @@ def combination_rules(cfg: Hyperparameters):
         yield not cfg.rope_train_seq_len or cfg.ttt_eval_seq_len <= cfg.train_seq_len, (
             "{ttt_eval_seq_len} is more than {train_seq_len}, up to which {rope_train_seq_len} gives one rotary base; "
             "ROPE_TRAIN_SEQ_LEN=0 never changes it")
-        yield not (cfg.ngrams and cfg.ttt_warm_start_a), (
-            "{ngram_orders} counts along the text, {ttt_warm_start_a} learns from long documents first: no order of "
-            "decoding serves both")
         yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
         yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
     if cfg.ttt_enabled and cfg.ttt_mode == "lora":

@@ -193,7 +193,7 @@ def test_the_wait_is_short_in_training_only(run, monkeypatch):
         original = getattr(tg, name)
         monkeypatch.setattr(tg, name, lambda *args, name=name, original=original: order.append(name) or original(*args))
     assert run(ITERATIONS=1, WARMUP_STEPS=1, TTT_ENABLED=0, EVAL_STRIDE=0).code == 0
-    assert order == ["warm_up", "train_step", 60.0, "train_step", 600.0, "export"]
+    assert order == ["warm_up", "train_step", "train_step", 60.0, "train_step", 600.0, "export"], "with QAT and without"
 
 
 FAILING = """

@@ -18,7 +18,7 @@ import profiles
 import train_gpt as tg
 
 LIMIT = 16_000_000        # bytes of code and artifact, decimal: the competition's
-CODE_BYTES = 45_000       # of the built script, rounded up (records/built_code): README's table does not follow it
+CODE_BYTES = 50_000       # of the built script, rounded up (records/built_code): README's table does not follow it
 GPUS, GPU_FLOPS = 8, 989e12   # the competition's machine; dense bf16 of an H100 SXM
 MFU = 0.24                # PR 1092: 93.97 ms per step of 786,432 tokens on 8xH100, by the FLOPs counted here
 TRAIN_SECONDS = 600.0     # the competition's
