@@ -256,6 +256,6 @@ def test_planted_cheats_are_caught(audit, monkeypatch, cheat, checks):
 
 def test_text_order_with_documents_that_go_on_from_others_is_caught(audit, monkeypatch):
     """If additions are not reset between documents, longest first, then no decoder could follow the text's order."""
-    monkeypatch.setattr(tg.LoraAdapter, "reset", lambda self: None)
+    monkeypatch.setattr(tg.LoraAdapter, "reset", lambda self, *_: None)
     found = failed(audit(**COUNTED, **{**DOCUMENT, "ttt_batch_docs": 1}))
     assert {("ttt", "causality"), ("ngram", "causality")} <= found
