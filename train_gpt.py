@@ -589,24 +589,7 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.attention_window != 1, "{attention_window} is too short to attend; use 0 or at least 2"
     yield cfg.attention_window <= min(*lengths, cfg.window), (
         f"{{attention_window}} is longer than the training sequences of {min(lengths)} or the windows of {{window}}")
-    if cfg.ttt_enabled and cfg.ttt_reset == "stream":
-        yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
-        yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
-            "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
-    elif cfg.ttt_enabled:
-        yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
-        yield cfg.doc_chunks[-1][1] <= cfg.doc_context, "{ttt_doc_chunk_tokens} is longer than a window of {context}"
-        yield not cfg.rope_train_seq_len or cfg.ttt_eval_seq_len <= cfg.train_seq_len, (
-            "{ttt_eval_seq_len} is more than {train_seq_len}, up to which {rope_train_seq_len} gives one rotary base; "
-            "ROPE_TRAIN_SEQ_LEN=0 never changes it")
-        yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
-        yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
-    if cfg.ttt_enabled and cfg.ttt_mode == "lora":
-        yield cfg.lora_kinds, "{ttt_lora_targets} is not some of q,k,v,o,mlp,head"
-        yield layers.issuperset(cfg.lora_layer_ids), "{ttt_lora_layers} names a layer outside 0..{last}"
-        yield layers.issuperset(cfg.lora_layer_rates), "{ttt_lora_layer_rates} names a layer outside 0..{last}"
-    yield not (cfg.ngrams and cfg.ttt_enabled and cfg.ttt_warm_start_a), (
-        "{ngram_orders} counts along the text; {ttt_warm_start_a} scores documents in another order")
+    yield from adaptation_rules(cfg) if cfg.ttt_enabled else ()
     yield not cfg.ngrams or cfg.ngrams[-1][0] <= 10_000, "{ngram_orders} has contexts longer than 10,000 tokens"
     yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
@@ -617,6 +600,30 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
     yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
     yield re.fullmatch(r"(?!\.)[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits, _ + -, later dots"
+
+
+def adaptation_rules(cfg: Hyperparameters):
+    """The rules of test-time training."""
+    if cfg.ttt_reset == "stream":
+        yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
+        yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
+            "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
+    else:
+        yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
+        yield cfg.doc_chunks[-1][1] <= cfg.doc_context, "{ttt_doc_chunk_tokens} is longer than a window of {context}"
+        yield not cfg.rope_train_seq_len or cfg.ttt_eval_seq_len <= cfg.train_seq_len, (
+            "{ttt_eval_seq_len} is more than {train_seq_len}, up to which {rope_train_seq_len} gives one rotary base; "
+            "ROPE_TRAIN_SEQ_LEN=0 never changes it")
+        yield not (cfg.ngrams and cfg.ttt_warm_start_a), (
+            "{ngram_orders} counts along the text, {ttt_warm_start_a} learns from long documents first: no order of "
+            "decoding serves both")
+        yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
+        yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
+    if cfg.ttt_mode == "lora":
+        layers = set(range(cfg.num_layers))
+        yield cfg.lora_kinds, "{ttt_lora_targets} is not some of q,k,v,o,mlp,head"
+        yield layers.issuperset(cfg.lora_layer_ids), "{ttt_lora_layers} names a layer outside 0..{last}"
+        yield layers.issuperset(cfg.lora_layer_rates), "{ttt_lora_layer_rates} names a layer outside 0..{last}"
 
 
 def settings_by_section() -> dict[str, list[dataclasses.Field]]:

@@ -171,7 +171,7 @@ def test_the_clock_leaves_time_for_counting(tmp_path):
     ({"NGRAM_ORDERS": "2,2"}, "NGRAM_ORDERS='2,2' is not growing"),
     ({"NGRAM_ORDERS": "0,1"}, "NGRAM_ORDERS='0,1' is not"),
     ({"NGRAM_ORDERS": "2", "TTT_WARM_START_A": 1, "TTT_MODE": "lora", "TTT_RESET": "document",
-      "TTT_DOC_CHUNK_TOKENS": 16}, "TTT_WARM_START_A=True scores documents in another order"),
+      "TTT_DOC_CHUNK_TOKENS": 16}, "TTT_WARM_START_A=True learns from long documents first"),
     ({"NGRAM_ORDERS": "two"}, "NGRAM_ORDERS='two' is not"), ({"NGRAM_ORDERS": "2,20000"}, "longer than 10,000 tokens"),
     *(({"NGRAM_ORDERS": "2,3", "NGRAM_CONCENTRATIONS": text},
        f"NGRAM_CONCENTRATIONS='{text}' is not one positive number")
@@ -265,7 +265,7 @@ def test_planted_cheats_are_caught(audit, monkeypatch, cheat, checks):
 
 def test_text_order_with_documents_that_go_on_from_others_is_caught(audit, monkeypatch):
     """If additions are not reset between documents, longest first, then no decoder could follow the text's order."""
-    monkeypatch.setattr(tg.LoraAdapter, "reset", lambda self, keep_a=False: None)
+    monkeypatch.setattr(tg.LoraAdapter, "reset", lambda self, *_: None)
     found = failed(audit(**COUNTED, **{**DOCUMENT, "ttt_batch_docs": 1}))
     assert {("ttt", "causality"), ("ngram", "causality")} <= found
 
