@@ -255,8 +255,8 @@ class Hyperparameters:
                                "bits do not matter then)", choices="percentile amax sdclip waterfill")
     waterfill_nats: float = env_field(0.01, "nats per token that water-filling's steps cost by its own estimate; "
                                       "SIZE_FIT moves it, both ways", lo=1e-9, hi=100)
-    waterfill_exponent: float = env_field(0.75, "its steps are in proportion to (second derivative of the loss)^(-a/2): "
-                                          "1 is best for fine steps, less for coarse ones", lo=0, hi=1)
+    waterfill_exponent: float = env_field(0.75, "a: its steps are in proportion to (second derivative of the loss)^"
+                                          "(-a/2); 1 is best for fine steps, less for coarse ones", lo=0, hi=1)
     mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     embed_clip_sigmas: float = env_field(20.0, "k of sdclip, all tables", lo=0.1, hi=1000)
