@@ -9,21 +9,24 @@ after a restart. torchrun by itself numbers the machines by their names.
 import argparse
 import logging
 import os
+import pathlib
 import runpy
 import signal
 import sys
+import tempfile
 
 from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-MACHINE = "LAUNCH_MACHINE"  # "NUMBER HOST", for the processes that this file starts on one of several machines
+MACHINE = "LAUNCH_MACHINE"  # "NUMBER HOST FOLDER", for the processes that this file starts on one of several machines
 
 
-def number_by_machine(args: argparse.Namespace) -> None:
-    """Let this file start the script, as the rank its machine's number gives; machine 0 hosts the rendezvous."""
-    os.environ[MACHINE] = f"{args.node_rank} {args.rdzv_endpoint.rpartition(':')[0]}"
+def number_by_machine(args: argparse.Namespace, folder: str) -> None:
+    """Let this file start the script, as the rank its machine's number gives; machine 0 hosts the rendezvous. An empty
+    `folder` remembers which ranks have been started."""
+    os.environ[MACHINE] = f"{args.node_rank} {args.rdzv_endpoint.rpartition(':')[0]} {folder}"
     args.training_script_args = [args.training_script, *args.training_script_args]
     args.training_script = os.path.abspath(__file__)
     args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, f"is_host={int(args.node_rank == 0)}"]))
@@ -32,9 +35,13 @@ def number_by_machine(args: argparse.Namespace) -> None:
 
 def start_script(arguments: list[str]) -> None:
     """In a process of one of several machines: run the script under its rank."""
-    number, host = os.environ[MACHINE].split()
+    number, host, folder = os.environ[MACHINE].split(maxsplit=2)
     rank = int(number) * int(os.environ["LOCAL_WORLD_SIZE"]) + int(os.environ["LOCAL_RANK"])
     os.environ.update(RANK=str(rank), MASTER_ADDR=host)
+    started = pathlib.Path(folder, str(rank))
+    if started.exists():  # torchrun does not count the restart by which it takes in a machine that joins
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    started.touch()
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
 
@@ -48,10 +55,11 @@ def main(arguments: list[str]) -> int:
     # that joins is not told where it is. Without it, each start has a store of its own
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     args = run.parse_args(arguments)
-    if args.nnodes != "1" and args.rdzv_backend == "c10d":
-        number_by_machine(args)
     try:
-        run.run(args)
+        with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+            if args.nnodes != "1" and args.rdzv_backend == "c10d":
+                number_by_machine(args, folder)
+            run.run(args)
     except SignalException as stop:  # the ranks have it too
         return 128 + int(stop.sigval)
     except ChildFailedError as error:
