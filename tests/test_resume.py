@@ -379,6 +379,8 @@ def test_an_artifact_that_does_not_fit_goes_elsewhere(run, monkeypatch, tmp_path
 @pytest.fixture
 def signalled(run, monkeypatch):
     """Sends signals to a run as it calls owner.name for the `at`-th time."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background may ignore it
+
     def start(numbers, owner, name, at=1, **variables):
         with monkeypatch.context() as patch:
             original, calls = getattr(owner, name), []
@@ -393,7 +395,8 @@ def signalled(run, monkeypatch):
             done = run(**variables)
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
         return done
-    return start
+    yield start
+    signal.signal(signal.SIGINT, before)
 
 
 TO_GO_ON = "; to go on from the last checkpoint: bash run.sh ... RESUME=1 RUN_ID=tiny\n"

@@ -29,8 +29,8 @@ def did_you_mean(near: list[str]) -> str:
 def unknown(key: str, names: list[str]) -> UsageError:
     """The error for KEY=VALUE where KEY is no setting, with the nearest names that are."""
     names, short = list(dict.fromkeys(names)), key.replace("LEARNING_RATE", "LR")
-    near = (difflib.get_close_matches(key, names, 1, 0.85) or [name for name in names if name.endswith(f"_{short}")]
-            or difflib.get_close_matches(key, names, 3))
+    endings = [name for name in names if name.endswith(f"_{short}") and len(short) > 1]
+    near = difflib.get_close_matches(key, names, 1, 0.85) or endings or difflib.get_close_matches(key, names, 3)
     return UsageError(f"{key} is not a setting{did_you_mean(near)} (bash run.sh settings lists all)")
 
 
