@@ -46,6 +46,7 @@ Where a technique lives:
     GPTQ, fitting the size                  gptq, HessianSums; fit_size
     steps by what they cost (water-filling) loss_curvature, curvature, water_fill; the coder: finer_sixteenths
     sliding windows, time limit             Windows, plan_stream; EvalClock
+    counts of scored tokens (back-off)      count_contexts, mixture_nll; mixed_result
     test-time training of all weights       SgdAdapter; of low-rank additions (LoRA): LoraAdapter
     of each document by itself              plan_documents, and the rows of LoraAdapter
 
@@ -274,7 +275,8 @@ class Hyperparameters:
                               "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
     artifact_limit_bytes: int = env_field(16_000_000, "code + artifact above this ends the run with an error", lo=1)
     code_bytes: int = env_field(0, "size of the submitted code; 0: of this file; run.sh gives the built file's", lo=0)
-    size_fit: bool = env_field(False, "instead of that error, round more coarsely where it costs least until it fits")
+    size_fit: bool = env_field(False, "instead of that error, round more coarsely until it fits; water-filling uses "
+                               "spare bytes, too")
     # Evaluation
     eval_seq_len: int = env_field(2048, "tokens per evaluation window; 0: TRAIN_SEQ_LEN", lo=0, section="Evaluation")
     eval_stride: int = env_field(64, "tokens each sliding window scores; 0: no sliding evaluation", lo=0,
@@ -341,6 +343,10 @@ class Hyperparameters:
     def table_lr(self) -> float:
         """Learning rate of the embedding tables."""
         return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
+
+    @property
+    def lora_lr(self) -> float:
+        return self.ttt_lora_lr * self.ttt_local_lr_mult
 
     @property
     def table_wd(self) -> float:
@@ -694,6 +700,14 @@ def link(place: Path, file: Path) -> None:
             spare.write_bytes(file.read_bytes())
 
 
+def read_file(path: str | Path) -> bytes:
+    """Raises UserError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
 class Signals:
     """SIGINT and SIGTERM, inside `with`. The first one of this rank is `number`: raised as KeyboardInterrupt(number) at
     once, or noted for the code that is running to act on, when all ranks have `agreed` on one. A second one stops the
@@ -885,8 +899,10 @@ def causal_mask(queries: int, keys: int, device, window: int = 0, documents: Doc
     """True where a query may attend; the last query is at the last key's position.  # [queries, keys]"""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     mask = mask.triu(keys - queries - window) if window else mask
-    number = None if documents is None else documents.number(keys)
-    return mask if number is None else mask & (number[keys - queries:, None] == number)
+    if documents is None:
+        return mask
+    number = documents.number(keys)
+    return mask & (number[keys - queries:, None] == number)
 
 
 def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDPBackend | None,
@@ -1236,6 +1252,11 @@ class Runtime:
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
 
+def lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank did, which knows the reason."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 # ------------------------------------------------------------------------------------------------ DATA
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS_ID = 1  # SentencePiece's token for the beginning of a document, unless it is told otherwise
@@ -1578,10 +1599,10 @@ CURVATURE_FLOOR = 0.03  # of a matrix's mean, for rows that calibration hardly r
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one family is rounded: signed codes of `bits` with one fp16 scale per row."""
+    """How one family is rounded: signed codes of `bits` with one fp16 scale per row, or with the Steps given."""
 
     bits: int
-    clip: str = "percentile"   # or "amax", "sdclip"
+    clip: str = "percentile"   # or "amax", "sdclip"; "waterfill", whose steps come from water_fill
     sigmas: float = 12.85      # sdclip: standard deviations of the row at the largest code (R1394)
     widen: float = 1.0         # steps are this much wider than the clip rule has them; the outer codes are then unused
 
@@ -2854,7 +2875,7 @@ REWARM_STEPS = 32  # after a change of the sequence length, PR 2014
 
 @dataclass
 class TrainState:
-    """Everything that changes while training: what a checkpoint holds."""
+    """Everything that changes while training: what a checkpoint holds, with the time of the clock."""
 
     model: GPT
     optimisers: Optimisers
@@ -2896,7 +2917,7 @@ class TrainState:
     def pack(self) -> dict:
         return {"model": self.model.state_dict(), "optimisers": self.optimisers.state(),
                 "averager": self.averager.state(), "bigrams": [self.bigrams.pairs, self.bigrams.firsts],
-                "step": self.step, "qat": self.qat, "first_step_s": self.first_step_s,
+                "step": self.step, "qat": self.qat, "looped": self.model.looped, "first_step_s": self.first_step_s,
                 "seq_len": [self.seq_len, self.seq_step]}
 
     def unpack(self, packed: dict) -> None:
@@ -2905,7 +2926,7 @@ class TrainState:
         self.averager.load(packed["averager"])
         self.bigrams.pairs, self.bigrams.firsts = packed["bigrams"]
         self.step, self.qat, self.first_step_s = packed["step"], packed["qat"], packed["first_step_s"]
-        self.seq_len, self.seq_step = packed["seq_len"]
+        self.model.looped, (self.seq_len, self.seq_step) = packed["looped"], packed["seq_len"]
 
 
 def checkpoint_path(rt: Runtime, kind: str = "") -> Path:
@@ -2919,10 +2940,10 @@ def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
     free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
             "checkpoint_seconds", "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens",
             "profile"}
-    late = ("eval_", "ttt_", "hash_embed_")
+    late = ("eval_", "ttt_", "hash_embed_", "ngram_")
     if not exported:
         free |= {"iterations", "max_wallclock_seconds", "code_bytes", "size_fit"}
-        late += "compress", "artifact_", "gptq_"
+        late += "compress", "artifact_", "gptq_", "waterfill_"
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
 
 
@@ -2949,7 +2970,7 @@ def newest_checkpoint(cfg: Hyperparameters, rt: Runtime) -> tuple[Path, bytes] |
     or if all are damaged, it raises UserError."""
     paths = [path for path in (checkpoint_path(rt), checkpoint_path(rt, ".before")) if path.exists()]
     for path in paths:
-        data = path.read_bytes()
+        data = read_file(path)
         if with_digest(data[:-32]) == data:
             return path, data
         rt.log(f"warning: checkpoint {path} is damaged")
@@ -3045,7 +3066,8 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     """Train until the step limit or the clock ends it; the model is left with the averaged weights.
 
     `validate(name, score_fn)` returns an object with `loss` and `bpb`. Validation and checkpoints are not counted as
-    training time. No step begins after the limit. Raises UserError when the gradient is no longer finite.
+    training time. No step begins after the limit. Raises UserError after MOST_SKIPPED steps in a row without a finite
+    gradient.
     """
     loss_fn, score_fn = rt.compiled(model.loss), rt.compiled(model.nll)
     state = begin_training(cfg, rt, model, data, loss_fn)
@@ -3278,7 +3300,7 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
                                        waterfill_nats=cfg.waterfill_nats * 4 ** doublings)
         artifact = make(settings)
         total = len(artifact.blob) + code_bytes
-        rt.log(f"size_fit:total:{total} ({total / limit:.2%} of the limit) steps of the banks x{2 ** doublings:.3f} "
+        rt.log(f"size_fit:total:{total} ({total / limit:.2%} of the limit) steps x{2 ** doublings:.3f} "
                f"time:{watch.elapsed():.1f}s", "size_fit", total=total, limit=limit, widen=2 ** doublings)
         if total <= limit and (best is None or total > best[2]):
             best = settings, artifact, total
@@ -3289,8 +3311,8 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
             slope = min((total - size_before) / (doublings - before), -weights / 64)
     if best is None:
         raise UserError(f"SIZE_FIT=1 cannot reach ARTIFACT_LIMIT_BYTES={limit:,}: {total:,} bytes are left with "
-                        f"steps of the banks {2 ** doublings:.3g} times as wide; fewer parameters or table bits "
-                        "are needed")
+                        f"steps {2 ** doublings:.3g} times as wide; fewer parameters"
+                        f"{'' if cfg.clip_rule == 'waterfill' else ' or table bits'} are needed")
     if best[2] < limit * (1 - FIT_WINDOW):
         rt.log(f"warning: size_fit leaves {limit - best[2]} bytes unused")
     return best[:2]
@@ -3961,8 +3983,7 @@ class LoraAdapter(Adapter):
             return matrix
         model.layer_weights(False, add)
         model.output_weight(False, add)
-        lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
-        super().__init__(model, cfg, rt, trained, lr, cfg.ttt_lora_optimizer, rows)
+        super().__init__(model, cfg, rt, trained, cfg.lora_lr, cfg.ttt_lora_optimizer, rows)
 
     def hook(self, kind: str, visit: int, matrix: Tensor):
         pair = self.pairs.get((kind, visit))
@@ -4443,13 +4464,6 @@ def model_variables(path: str) -> tuple[dict[str, str], str]:
                                   if f.name in ("mlp", "attn") and f.name in bits}, tokenizer_sha256
 
 
-def read_file(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read artifact {path}: {error.strerror}") from None
-
-
 def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:
     """All settings to the log file, those that differ from the defaults to the console as well."""
     rt.log(f"{rt.log.base}.txt")
@@ -4569,12 +4583,12 @@ def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapt
     else:
         rt.log(f"ttt_sliding:start chunks={-(-targets // cfg.ttt_chunk_tokens)} chunk_tokens={cfg.ttt_chunk_tokens} "
                f"total_windows={len(Windows.sliding(targets, cfg.window, stride).low)} stride={stride} "
-               f"ttt_lr={cfg.ttt_lora_lr if lora else cfg.ttt_lr} ttt_epochs={cfg.ttt_epochs} "
+               f"ttt_lr={cfg.lora_lr if lora else cfg.ttt_lr} ttt_epochs={cfg.ttt_epochs} "
                f"freeze_blocks={0 if lora else cfg.ttt_freeze_blocks}")
     rt.log(f"ttt_sliding:params unfrozen={trained} frozen={frozen}")
     rt.log(f"ttt_lora:rank={cfg.ttt_lora_rank} alpha={cfg.ttt_lora_alpha or cfg.ttt_lora_rank:g} "
            f"targets={cfg.ttt_lora_targets} layers={','.join(map(str, cfg.lora_layer_ids))} "
-           f"optimizer={cfg.ttt_lora_optimizer} lr={cfg.ttt_lora_lr}" if lora else
+           f"optimizer={cfg.ttt_lora_optimizer} lr={cfg.lora_lr}" if lora else
            f"ttt_sliding:optimizer={cfg.ttt_optimizer} lr={cfg.ttt_lr} momentum={cfg.ttt_momentum}")
 
 
@@ -4603,8 +4617,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
             score_fn = scorer(model, rt, adapter)
         r = results[key] = evaluate(label, score_fn, val, cfg, rt, plan, adapter, clock, trace)
         note = f" stride:{cfg.eval_stride}" if key == "sliding" else ""
-        log_score(rt, label, r, note)
-        rt.log(f"{label}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
+        log_score(rt, label, r, note, exact=True)
         seconds = {what: [lap[0] for lap in laps] for what, laps in clock.laps.items()}
         traces[key] = {**trace.tables(rt), "seconds": seconds}
         if adapter:
@@ -4612,15 +4625,16 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
     if cfg.ngrams:
         without, r = r, mixed_result(f"{label}_ngram", trace, val, cfg, rt)
         results["ngram"] = r
-        log_score(rt, r.name, r, f" without:{without.bpb:.4f}")
-        rt.log(f"{r.name}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
+        log_score(rt, r.name, r, f" without:{without.bpb:.4f}", exact=True)
     rt.attempt(rt.log.write, "eval.json", json.dumps(traces))
     return results
 
 
-def log_score(rt: Runtime, label: str, r: EvalResult, note: str = "") -> None:
+def log_score(rt: Runtime, label: str, r: EvalResult, note: str = "", exact: bool = False) -> None:
     rt.log(f"{label} val_loss:{r.loss:.4f} val_bpb:{r.bpb:.4f}{note} eval_time:{1000 * r.seconds:.0f}ms", "evaluation",
            **dataclasses.asdict(r))
+    if exact:
+        rt.log(f"{label}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
 
 
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
@@ -4744,11 +4758,6 @@ def print_error(message: str, rank: int, signals: Signals | None = None) -> None
         time.sleep(3.0)
     if not (signals and signals.number):
         print(f"error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
-
-
-def lost_a_rank(error: Exception) -> bool:
-    """Whether a collective failed because another rank did, which knows the reason."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def log_failure(rt: Runtime | None, why: str) -> None:

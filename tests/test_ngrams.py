@@ -142,10 +142,14 @@ def test_any_number_of_ranks_gives_the_same_bits(setting, tmp_path, monkeypatch,
 @pytest.mark.parametrize("changes, of", [({"TTT_ENABLED": 0}, "final_int6_sliding_window"),
                                          ({"TTT_ENABLED": 0, "EVAL_STRIDE": 0}, "final_int6_roundtrip"),
                                          ({"EVAL_STRIDE": 32}, "legal_ttt")])
-def test_both_scores_stand_side_by_side(run, changes, of):
+def test_both_scores_stand_side_by_side(run, monkeypatch, changes, of):
+    shares, measure = [], tg.EvalClock.measure_after
+    monkeypatch.setattr(tg.EvalClock, "measure_after",
+                        lambda clock, work, share: shares.append(share) or measure(clock, work, share))
     plain = run(**changes)
     done = run(**changes, NGRAM_ORDERS="1,2,3", RUN_ID="mixed")
     assert done.code == 0, done.err
+    assert len(shares) == 1 and 0 < shares[0] <= 1, "the clock leaves time for counting"
     key = {"final_int6_sliding_window": "sliding", "final_int6_roundtrip": "roundtrip", "legal_ttt": "ttt"}[of]
     without, mixed = done.summary[f"val_bpb_{key}"], done.summary["val_bpb_ngram"]
     assert without == plain.summary[f"val_bpb_{key}"] and plain.summary["val_bpb_ngram"] is None and mixed < without

@@ -98,9 +98,13 @@ def test_a_run_grows_warms_up_again_and_resumes_the_same(run, monkeypatch, pack)
     assert "train_seq_len:16 step:4" in done.out and "train_seq_len:32 step:8" in done.out
     rates = [event["lr_scale"] for event in steps_of(done).values()]
     assert rates == pytest.approx([1, 1, 1, 1, 1 / 3, 2 / 3, 1, 1, 1 / 3, 2 / 3])
-    artifact = (done.folder / "final_model.ptz").read_bytes()
+    artifact, files = (done.folder / "final_model.ptz").read_bytes(), done.folder / "runs/tiny"
+    (files / "checkpoint.before.pt").replace(files / "checkpoint.pt")
+    read.clear()
     resumed = run(RESUME=1, **brief)
-    assert resumed.code == 0 and (done.folder / "final_model.ptz").read_bytes() == artifact
+    assert resumed.code == 0 and "resume:step:6 from" in resumed.out, resumed.err
+    assert read[-4:] == [(6, 16), (7, 16), (8, 32), (9, 32)]
+    assert (done.folder / "final_model.ptz").read_bytes() == artifact
 
 
 @pytest.mark.parametrize("variables, said", [

@@ -317,8 +317,18 @@ def test_a_run_stopped_after_training_goes_on_from_there(run, alone, monkeypatch
     assert json.loads((run.folder / "logs/tiny.summary.json").read_text()) == again.summary
 
 
+def test_a_resumed_run_validates_the_model_that_was_saved(run, killed):
+    """Before the loop of layers begins, at the step of the checkpoint itself."""
+    settings = {**BRIEF, "NUM_LOOPS": 2, "LOOP_START": 1, "LOOP_END": 1, "ENABLE_LOOPING_AT": 0.9, "VAL_LOSS_EVERY": 4}
+    log = killed(11, **settings).folder / "runs/tiny/events.jsonl"
+    assert run(**settings, RESUME=1).code == 0
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    before, after = (e["val_bpb"] for e in events if e["event"] == "validation" and e["step"] == 8)
+    assert before == after
+
+
 @pytest.mark.parametrize("variables, steps, exports", [
-    ({}, 0, 0), ({"EVAL_STRIDE": 16, "TTT_LR": 0.1, "TRAIN_LOG_EVERY": 0}, 0, 0), ({"COMPRESS": "range"}, 0, 1),
+    ({}, 0, 0), ({"NGRAM_ORDERS": "1,2"}, 0, 0), ({"EVAL_STRIDE": 16, "TTT_LR": 0.1, "TRAIN_LOG_EVERY": 0}, 0, 0), ({"COMPRESS": "range"}, 0, 1),
     ({"GPTQ_CALIBRATION_BATCHES": 1}, 0, 1), ({"CODE_BYTES": 99}, 0, 1), ({"ITERATIONS": 6}, 2, 1),
     ({"artifact": b"another"}, 0, 1), ({"checkpoint": ".before"}, 2, 1)], ids=str)
 def test_a_finished_artifact_is_used_if_it_is_the_one(run, monkeypatch, variables, steps, exports):

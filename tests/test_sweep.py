@@ -151,7 +151,8 @@ def test_hopeless_runs_end_early(fake, tmp_path, monkeypatch):
 
 def test_tpe_stops_after_its_trials(fake, tmp_path):
     tpe = sweep.Plan("smoke", {"SEED": "1"}, {"LEAKY_SLOPE": study.Range(0.1, 0.4)}, "mine", "tpe", 3)
-    assert len(sweep.sweep(tpe, tmp_path, fake).study.trials_by_state()) == 3
+    done = sweep.sweep(tpe, tmp_path, fake)
+    assert len(done.study.trials_by_state()) == 3 and type(done.study.study.sampler).__name__ == "TPESampler"
 
 
 @pytest.mark.parametrize("spoil", [b"not JSON\n", b"\xff\xfe\n"])

@@ -68,7 +68,7 @@ def test_artifacts_that_cannot_be_scored(made, corpus, tmp_path):
                             [corpus.tokenizer.decode(corpus.train[:9000].tolist())[::-1]], other, 384)
     short.write_bytes((made.folder / "final_model.ptz").read_bytes()[:-1])
     foreign.write_bytes(b"PK\3\4")
-    for variables, said in (({"EVAL_ARTIFACT": "missing.ptz"}, "cannot read artifact missing.ptz: No such file"),
+    for variables, said in (({"EVAL_ARTIFACT": "missing.ptz"}, "cannot read missing.ptz: No such file"),
                             ({"EVAL_ARTIFACT": tmp_path}, "Is a directory"),
                             ({"EVAL_ARTIFACT": short}, "short.ptz: artifact is cut short"),
                             ({"EVAL_ARTIFACT": foreign}, "foreign.ptz: this is not an artifact of this program"),
@@ -154,7 +154,7 @@ def test_streamed_text_is_the_text_decoded_at_once(corpus):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["missing.ptz"], "cannot read artifact missing.ptz"), (["x", "--temperature", "-1"], "--temperature -1.0"),
+    (["missing.ptz"], "cannot read missing.ptz"), (["x", "--temperature", "-1"], "--temperature -1.0"),
     (["x", "--top-k", "-1"], "--top-k -1"), (["x", "--length", "-5"], "--length -5"),
     (["x", "--seed", "-1"], "--seed -1"),
     (["x", "--length", "many"], "argument --length: invalid int value"), ([], "the following arguments are required"),
