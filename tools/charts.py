@@ -8,7 +8,7 @@ from runlog import PHASES, Run
 from shell import UsageError
 
 TITLES = {"pre_quant": "before quantisation", "roundtrip": "from the artifact", "sliding": "sliding windows",
-          "ttt": "test-time training"}
+          "ttt": "test-time training", "ngram": "counts"}
 COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1150px; padding: 0 1em; color: #222 }
 table { border-collapse: collapse } td, th { border-bottom: 1px solid #ddd; padding: .2em .8em; text-align: left }

@@ -60,7 +60,7 @@ def load(name: str) -> Profile:
         near = difflib.get_close_matches(name, names(), 3, 0.5)
         raise shell.UsageError(f"no profile {name!r}{shell.did_you_mean(near)} (profiles: {', '.join(names())})")
     lines = (FOLDER / f"{name}.env").read_text(encoding="utf-8").splitlines()
-    values = dict(line.partition("#")[0].strip().split("=", 1) for line in lines if line.partition("#")[0].strip())
+    values = dict(shell.read_profile(FOLDER / f"{name}.env"))
     told = lines[1] if lines[1:] and lines[1].startswith("# published:") else ""
     return Profile(name, lines[0].lstrip("# "), values, Published.parse(told))
 

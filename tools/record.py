@@ -42,11 +42,12 @@ from pathlib import Path
 from unittest import mock
 
 import check_record
+import runlog
+from check_record import LIMIT_BYTES, LIMIT_SECONDS
 from shell import Parser, UsageError, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 10)
-LIMIT_BYTES, LIMIT_SECONDS = 16_000_000, 600.0
 PAYLOAD = "train_gpt.min.py"  # what the unpacked text is called in tracebacks; never a file
 LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 23, "pb": 0}
 WRAPPER = """\
@@ -199,8 +200,7 @@ def build_file(source: Path, out: Path) -> None:
 
 SCORES = {"val_bpb_ngram": "counts of scored tokens", "val_bpb_ttt": "test-time training",  # the best first
           "val_bpb_sliding": "sliding window", "val_bpb_roundtrip": "whole windows"}
-EVENTS = {"val_bpb_ngram": "_ngram", "val_bpb_ttt": "legal_ttt", "val_bpb_sliding": "_sliding_window",
-          "val_bpb_roundtrip": "_roundtrip", "val_bpb_pre_quant": "post_average"}  # ends of the evaluations' names
+EVENTS = {f"val_bpb_{phase}": end for end, phase in runlog.PLACES.items()}  # ends of the evaluations' names
 # Tokens and bytes of the canonical validation texts, whole (plain SP-8192 and SP-1024, CaseOps, CaseOps with MP3).
 CANONICAL = {f"{tokens} tokens of {size} bytes" for tokens, size in (
     (47_853_343, 151_080_622), (47_851_520, 151_074_499), (43_767_808, 151_079_389), (40_540_160, 151_078_222))}

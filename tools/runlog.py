@@ -14,7 +14,8 @@ from shell import UsageError
 PHASES = {"pre_quant": r"DIAGNOSTIC post_\w+|(?:diagnostic )?pre-quantization post-ema",
           "roundtrip": r"final_int(?!8_zlib_roundtrip)\w[\w+]*_roundtrip|(?:diagnostic )?quantized",
           "sliding": r"final_int\w[\w+]*_sliding_window|quantized_sliding_window",
-          "ttt": r"legal_ttt(?:_hash)?|quantized_ttt\w*|lora_ttt_eval|final_(?:int8_)?ttt_lora"}
+          "ttt": r"legal_ttt(?:_hash)?|quantized_ttt\w*|lora_ttt_eval|final_(?:int8_)?ttt_lora",
+          "ngram": r"\S+_ngram"}
 ONLY = {"roundtrip": r"final_int8_zlib_roundtrip"}  # the name of the first scripts; of later ones, an alias
 STAMP = r"^(?:\d{10}\.\d{3} )?"  # PR 1610's logs begin each line with the time
 
@@ -102,7 +103,8 @@ def parse_lines(path: Path) -> list[dict]:
     return events
 
 
-PLACES = {"post_average": "pre_quant", "_roundtrip": "roundtrip", "_sliding_window": "sliding", "legal_ttt": "ttt"}
+PLACES = {"post_average": "pre_quant", "_roundtrip": "roundtrip", "_sliding_window": "sliding", "legal_ttt": "ttt",
+          "_ngram": "ngram"}  # how the names of our evaluations end
 
 
 def read_events(path: Path) -> Run:

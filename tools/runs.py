@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     found = runlog.all_runs(folder)[-args.last:]
     if not found:
         raise shell.UsageError(f"no runs in {folder / 'runs'}: bash run.sh makes one")
-    heads = ["run", "begun", "profile", "steps", "before", "artifact", "sliding", "ttt", "bytes", "state"]
+    heads = ["run", "begun", "profile", "steps", "before", "artifact", "sliding", "ttt", "counts", "bytes", "state"]
     print(table([row(run) for run in found], [*heads, "other than the profile's"]))
     return 0
 

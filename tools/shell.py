@@ -55,8 +55,8 @@ def take_settings(arguments: Iterable[str], names: list[str]) -> tuple[dict[str,
     return settings, rest
 
 
-def read_profile(path: str) -> list[tuple[str, str]]:
-    """The (KEY, VALUE) pairs of a profile's lines, as run.sh reads them. Raises UsageError."""
+def read_profile(path: str | os.PathLike) -> list[tuple[str, str]]:
+    """The (KEY, VALUE) pairs of a profile's lines, as run.sh reads them."""
     with open(path, "rb") as file:
         lines = file.read().decode("utf-8", "replace").splitlines()
     lines = [line.partition("#")[0].strip() for line in lines]

@@ -356,9 +356,8 @@ def sweep(plan: Plan, folder: Path, command: list[str]) -> Sweep:
 
 def code_bytes() -> str:
     """Of the built script, as run.sh counts it: once for all runs."""
-    subprocess.run([sys.executable, str(ROOT / "tools" / "record.py"), "build"], capture_output=True)
-    built = ROOT / "build" / "train_gpt.py"
-    return str(built.stat().st_size) if built.is_file() else "0"
+    made = subprocess.run([sys.executable, str(ROOT / "tools" / "record.py"), "build"], capture_output=True)
+    return "0" if made.returncode else str((ROOT / "build" / "train_gpt.py").stat().st_size)
 
 
 @shell.one_line_errors
@@ -371,7 +370,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prune", action="store_true", default=None, help="end runs that look hopeless")
     parser.add_argument("--name", metavar="NAME", help="of the folder in sweeps/")
     args, given = parser.split(argv)
-    folder = Path(given.pop("ARTIFACT_DIR", given.pop("OUT_DIR", os.environ.get("ARTIFACT_DIR") or ".")))
+    places = [where.pop(key, "") for where in (given, dict(os.environ)) for key in ("ARTIFACT_DIR", "OUT_DIR")]
+    folder = Path(next(filter(None, places), "."))
     plan = plan_of(args, given)
     plan.check()
     study.optuna()
