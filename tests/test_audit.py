@@ -693,7 +693,7 @@ def test_compiled_graphs_are_audited(corpus, tmp_path, artifact):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "the following arguments are required: ARTIFACT"), (["none.ptz"], "cannot read artifact none.ptz"),
+    ([], "the following arguments are required: ARTIFACT"), (["none.ptz"], "cannot read none.ptz"),
     (["ARTIFACT", "--tokens", "20"], "AUDIT_TOKENS=20: the audit needs more than a window of 32 tokens"),
     (["ARTIFACT", "AUDIT_POSITIONS=0"], "AUDIT_POSITIONS=0 is not a whole number from 1 on"),
     (["ARTIFACT", "--tokens", "many"], "AUDIT_TOKENS=many is not a whole number from 0 on"),
