@@ -659,7 +659,7 @@ def config_table(markdown: bool = False) -> str:
 @contextlib.contextmanager
 def replacing(path: Path, size: str = ""):
     """A spare path, for what then takes the place of `path` completely or not at all. Raises UserError."""
-    spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    spare = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")  # no two writers share one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         spare.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -453,6 +454,16 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(tg.UserError, match="No space left on device"):
         tg.write_atomically(path, b"new" * 1000)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_two_threads_write_one_file(tmp_path):
+    path = tmp_path / "file"
+    with tg.replacing(path) as spare:
+        spare.write_bytes(b"first")
+        other = threading.Thread(target=tg.write_atomically, args=(path, b"other"))
+        other.start(), other.join()
+        assert path.read_bytes() == b"other"
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["file"]
 
 
 def test_stopwatch_leaves_out_pauses():

@@ -139,7 +139,7 @@ class Sweep:
         self.place = folder / "sweeps" / plan.title()
         self.study = study.Study(self.place / "study.journal", plan.axes, plan.sampler, plan.trials,
                                  plan.prune or plan.sampler == "tpe")
-        self.stop, self.error = threading.Event(), None
+        self.stop, self.error, self.tables = threading.Event(), None, threading.Lock()
 
     def run_id(self, settings: dict) -> str:
         values = re.sub(r"[^\w.+-]", "-", "_".join(f"{value}" for value in settings.values()))
@@ -227,9 +227,10 @@ class Sweep:
         print(f"{time.strftime('%H:%M:%S')}  {len(ended)} of {total}  {text}", flush=True)
 
     def write_tables(self) -> None:
-        trials = self.study.trials_by_state()
-        for name, text in (("table.csv", csv_of(trials, list(self.plan.axes))), ("table.md", self.markdown(trials))):
-            tg.write_atomically(self.place / name, text.encode())
+        with self.tables:  # else the table of fewer trials could be written last
+            trials = self.study.trials_by_state()
+            for name, text in (("table.csv", csv_of(trials, list(self.plan.axes))), ("table.md", self.markdown(trials))):
+                tg.write_atomically(self.place / name, text.encode())
 
     def markdown(self, trials: list) -> str:
         return "\n".join([f"# {self.plan.title()}", "", f"Profile `{self.plan.profile}`, all runs with: "
