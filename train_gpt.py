@@ -749,7 +749,6 @@ class RunLog:
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
         self.folder, self.base = folder / "runs" / run_id, folder / "logs" / run_id
         self.active, self.append, self.broken, self.held = active, append, False, None
-        self.fresh = {"log.txt", "events.jsonl"}  # not opened yet
 
     def link(self, name: str) -> None:
         """Show a file where this field's tools look for it, in logs/ by the name of its run."""
@@ -769,45 +768,45 @@ class RunLog:
             return
         if console:
             print(text, flush=True)
+        self.held = self.held or self.begin()
         self._append("log.txt", text)
         if event:
             self._append("events.jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
-    def hold(self):
-        """The log, locked until it is closed or this process ends, in whatever way. Raises UserError if another process
-        holds it."""
+    def begin(self):
+        """Create the files. Returns the log, locked until it is closed or this process ends, in whatever way. Raises
+        UserError if they cannot be written, or another process holds the log."""
         path = self.folder / "log.txt"
-        held = open(path, "a")
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = open(path, "a")
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
+            except OSError:
+                pass  # a file system without locks
             for spare in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
                 spare.unlink()
-        except BlockingIOError:
-            raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
-        except OSError:
-            pass  # a file system without locks
+            for name in ("log.txt", "events.jsonl"):
+                open(self.folder / name, "a" if self.append else "w").close()
+                self.link(name)
+        except OSError as error:
+            raise UserError(f"cannot write logs to {self.folder}: {error.strerror}") from None
         return held
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as f:
+                f.write(text + "\n")
+        except OSError as error:
+            if not self.broken:  # a full disk must not end the run: its model may be saved on another one
+                print(f"warning: log {self.folder / name} is incomplete: {error.strerror}", file=sys.stderr)
+            self.broken = True
 
     def close(self) -> None:
         if self.held:
             self.held.close()
-
-    def _append(self, name: str, text: str) -> None:
-        path, begins = self.folder / name, name in self.fresh
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.held = self.held or self.hold()
-            with open(path, "w" if begins and not self.append else "a", encoding="utf-8") as f:
-                f.write(text + "\n")
-            if begins:
-                self.link(name)
-        except OSError as error:
-            if begins:
-                raise UserError(f"cannot write logs to {path.parent}: {error.strerror}") from None
-            if not self.broken:  # a full disk must not end the run: its model may be saved on another one
-                print(f"warning: log {path} is incomplete: {error.strerror}", file=sys.stderr)
-            self.broken = True
-        self.fresh.discard(name)
 
 
 class Progress:
@@ -1367,28 +1366,28 @@ class TrainData:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.rt.device, non_blocking=True) if self.rt.on_cuda else tensor
 
-    def span(self, step: int, units: range) -> Tensor:
-        """What `read` gives, on the device.  # int64 [len(units) * unit + 1]"""
-        return self.to_device(self.read(step, units)).long()
-
     def micro_batches(self, per_token: Tensor, seq_len: int = 0) -> Tensor:
         """One number per token of this rank, as its micro-batches.  # [tokens] -> [micro_steps, rows, seq_len]"""
         return per_token.view(self.micro_steps, -1, seq_len or self.seq_len)
 
-    def batch(self, step: int, seq_len: int = 0):
-        """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, seq_len] each"""
-        span = self.span(step, self.units())
-        yield from zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
+    def rows(self, ids: np.ndarray, seq_len: int):
+        """Inputs and targets of each micro-batch of this rank, whose tokens are `ids`.  # int64 [rows, seq_len] each"""
+        span = self.to_device(ids).long()
+        return zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
+
+    def batch(self, step: int):
+        """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, TRAIN_SEQ_LEN] each"""
+        return self.rows(self.read(step, self.units()), self.seq_len)
 
     def training_batch(self, step: int, seq_len: int):
         """Yields what `batch` does and nothing more or, with PACK=documents, in one row, and the documents in it."""
-        if self.bos_id < 0:
-            yield from ((inputs, targets, {}) for inputs, targets in self.batch(step, seq_len))
-            return
-        ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
-        for row, (inputs, targets) in zip(ids, self.batch(step)):
-            starts = self.to_device(document_starts(row, self.bos_id, seq_len or self.seq_len))
-            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len or self.seq_len)}
+        ids, seq_len = self.read(step, self.units()), seq_len or self.seq_len
+        for part, (inputs, targets) in zip(ids[:-1].reshape(self.micro_steps, -1), self.rows(ids, seq_len)):
+            if self.bos_id < 0:
+                yield inputs, targets, {}
+            else:
+                starts = self.to_device(document_starts(part, self.bos_id, seq_len))
+                yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
 
 
 def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
@@ -1507,23 +1506,22 @@ def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
     `tokenizer_sha256`: the tokenizer an artifact was made with, which is then the only one wanted.
     VOCAB_SIZE alone means FineWeb with that vocabulary, else any data set that has it; UserError if there is none."""
     found, default, usual = dict(environ), Hyperparameters.data_path, Hyperparameters.tokenizer_path
-    if "VOCAB_SIZE" in found:
-        size = Hyperparameters.from_env({"VOCAB_SIZE": found["VOCAB_SIZE"]}).vocab_size
-        default, usual = default.replace("1024", str(size)), usual.replace("1024", str(size))
-        if not (tokenizer_sha256 or "DATA_PATH" in found or os.path.isdir(default)):
-            root = Path(default).parent
-            default = next((str(path.parent) for path in sorted(root.glob("*/dataset.json"))
-                            if dataset_facts(path.parent).vocab_size == str(size)), "")
+    if size := found.get("VOCAB_SIZE", ""):
+        size = str(Hyperparameters.from_env({"VOCAB_SIZE": size}).vocab_size)
+        default, usual = default.replace("1024", size), usual.replace("1024", size)
+    if "DATA_PATH" not in found:
+        root = Path(default).parent
+        others = [str(path.parent) for path in sorted(root.glob("*/dataset.json"))]
+        if tokenizer_sha256:
+            fits = lambda folder: dataset_facts(folder).tokenizer_sha256 == tokenizer_sha256
+            default = next(filter(fits, [default, *others]), default)
+        elif size and not os.path.isdir(default):
+            default = next((folder for folder in others if dataset_facts(folder).vocab_size == size), "")
             if not default:
                 raise UserError(f"no data for VOCAB_SIZE={size} in {root}; `bash run.sh data fineweb --vocab-size "
                                 f"{size}` fetches it, `bash run.sh data text FILE --vocab-size {size}` uses your text")
-    facts = dataset_facts(found.get("DATA_PATH", default))
-    if tokenizer_sha256 and "DATA_PATH" not in found and facts.tokenizer_sha256 != tokenizer_sha256:
-        fitting = [path.parent for path in sorted(Path(default).parent.glob("*/dataset.json"))
-                   if dataset_facts(path.parent).tokenizer_sha256 == tokenizer_sha256]
-        if fitting:
-            found["DATA_PATH"], facts = str(fitting[0]), dataset_facts(fitting[0])
-    found.setdefault("DATA_PATH", default)
+        found["DATA_PATH"] = default
+    facts = dataset_facts(found["DATA_PATH"])
     if facts.vocab_size:
         found.setdefault("VOCAB_SIZE", facts.vocab_size)
     if "TOKENIZER_PATH" not in found:
@@ -2854,7 +2852,7 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span, mine = data.span(step, range(data.batch_tokens // data.unit)), data.units()
+        span, mine = data.to_device(data.read(step, range(data.batch_tokens // data.unit))).long(), data.units()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
         return data.micro_batches((weights / weights.mean())[mine.start * data.unit:mine.stop * data.unit])
@@ -4751,7 +4749,7 @@ def print_error(message: str, rank: int, signals: Signals | None = None) -> None
 
 
 def log_failure(rt: Runtime | None, why: str) -> None:
-    if rt is not None and not rt.log.fresh:  # the log has begun
+    if rt is not None and rt.log.held:  # the log has begun
         rt.log(f"error: {why}", "failed", console=False, why=why)
 
 
