@@ -2923,16 +2923,12 @@ def checkpoint_path(rt: Runtime, kind: str = "") -> Path:
     return rt.run_folder / f"checkpoint{kind}.pt"
 
 
-def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
-    """JSON of the settings a checkpoint must share with the run that resumes from it; `exported`: those an artifact
-    must share with it, too."""
-    free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
-            "checkpoint_seconds", "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens",
-            "profile"}
-    late = ("eval_", "ttt_", "hash_embed_", "ngram_")
-    if not exported:
-        free |= {"iterations", "max_wallclock_seconds", "code_bytes", "size_fit"}
-        late += "compress", "artifact_", "gptq_", "waterfill_"
+def resumable_settings(cfg: Hyperparameters) -> str:
+    """JSON of the settings a checkpoint must share with the run that resumes from it."""
+    free = {"resume", "run_id", "device", "compile", "attention", "kernels", "checkpoint_every", "checkpoint_seconds",
+            "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens", "profile", "iterations",
+            "max_wallclock_seconds", "code_bytes", "size_fit"}
+    late = "eval_", "ttt_", "hash_embed_", "ngram_", "compress", "artifact_", "gptq_", "waterfill_"
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
 
 
@@ -4530,7 +4526,8 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             rt.unwritten.append(f"{error}; the artifact is {path}")
             rt.log(f"warning: {error}; it goes to {path}")
             write_atomically(path, artifact.blob)
-        link_models(rt, path)
+        for file in filter(Path.exists, (path, path.with_suffix(".pt"))):  # where the published scripts have them
+            rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -4544,12 +4541,6 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         raise UserError(f"submission of {total:,} bytes is over ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,}; the "
                         "table above shows what took them")
     return path
-
-
-def link_models(rt: Runtime, path: Path) -> None:
-    """Show the newest run's artifact and float model where the published scripts have them."""
-    for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
-        rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
 
 
 def precision_tag(cfg: Hyperparameters) -> str:
@@ -4626,8 +4617,7 @@ def log_score(rt: Runtime, label: str, r: EvalResult, note: str = "", exact: boo
 
 
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
-    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary. What a run
-    to be resumed has finished is not done again: training, then the artifact; its scores start over."""
+    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
     watch, specs = Stopwatch(), quant_specs(cfg, parameter_shapes(cfg))
     codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
     if cfg.size_fit and not any(name.endswith("_bank") for name in specs):
@@ -4635,7 +4625,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
-    made = rt.from_first(lambda: rt.resumes and read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
+    made = make_artifact(cfg, rt, val, data, specs, watch)
     return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
 
 
@@ -4661,32 +4651,8 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainDa
     phase = Stopwatch()
     path = export(cfg, rt, model, val, hessians, factors)
     seconds["export"] = phase.elapsed()
-    made = {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
+    return {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
             "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
-    rt.finish_writing()
-    if rt.rank == 0:
-        rt.attempt(write_atomically, rt.run_folder / "export.json", export_record(cfg, rt, made))
-    return made
-
-
-def export_record(cfg: Hyperparameters, rt: Runtime, made: dict) -> bytes:
-    """What `make_artifact` returns, and what it belongs to: digests of artifact and newest checkpoint, and settings."""
-    files = filter(Path.exists, (Path(made["artifact_path"]), checkpoint_path(rt)))
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    settings = resumable_settings(cfg, exported=True)
-    return json.dumps({"made": made, "digests": digests, "settings": settings}).encode()
-
-
-def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
-    """What `make_artifact` returned before a run to be resumed was stopped, if that is still what it would make."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        record = (rt.run_folder / "export.json").read_bytes()
-        made = json.loads(record)["made"]
-        if record == export_record(cfg, rt, made):
-            link_models(rt, Path(made["artifact_path"]))
-            rt.log(f"resume:artifact {made['artifact_path']} of step {made['steps']} is finished; its scores start "
-                   "over", "resume", step=made["steps"])
-            return made
 
 
 def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
