@@ -1327,12 +1327,11 @@ class TrainData:
     """Batches as a pure function of the step: nothing to rewind after warm-up, nothing to store in a checkpoint.
 
     A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size. Its length may
-    change from step to step; ranks and micro-batches hold whole units of `unit` tokens, which all lengths divide.
+    change from step to step: ranks and micro-batches hold whole sequences of every length.
     """
 
     stream: TokenStream
     seq_len: int
-    unit: int
     batch_tokens: int
     micro_steps: int
     rt: Runtime
@@ -1352,15 +1351,16 @@ class TrainData:
             bos_id = open_tokenizer(cfg)[0].bos_id()
             if bos_id not in stream.read(0, min(len(stream), 10 ** 7)):
                 raise UserError(f"PACK=documents: no document begins in {cfg.train_files} (BOS, token {bos_id})")
-        return cls(stream, cfg.train_seq_len, cfg.seq_unit, cfg.train_batch_tokens, micro_steps, rt, bos_id)
+        return cls(stream, cfg.train_seq_len, cfg.train_batch_tokens, micro_steps, rt, bos_id)
 
-    def units(self) -> range:
-        """This rank's part of a global batch, in units."""
-        return self.rt.share_of(self.batch_tokens // self.unit)
+    @property
+    def share(self) -> range:
+        """This rank's tokens of a global batch."""
+        return self.rt.share_of(self.batch_tokens)
 
-    def read(self, step: int, units: range) -> np.ndarray:
-        """The tokens of a part of a step and the one that follows them.  # int32 [len(units) * unit + 1]"""
-        return self.stream.read(step * self.batch_tokens + units.start * self.unit, len(units) * self.unit + 1)
+    def read(self, step: int, part: range) -> np.ndarray:
+        """Part of the tokens of a step and the one that follows them.  # int32 [len(part) + 1]"""
+        return self.stream.read(step * self.batch_tokens + part.start, len(part) + 1)
 
     def to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -1377,11 +1377,11 @@ class TrainData:
 
     def batch(self, step: int):
         """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, TRAIN_SEQ_LEN] each"""
-        return self.rows(self.read(step, self.units()), self.seq_len)
+        return self.rows(self.read(step, self.share), self.seq_len)
 
     def training_batch(self, step: int, seq_len: int):
         """Yields what `batch` does and nothing more or, with PACK=documents, in one row, and the documents in it."""
-        ids, seq_len = self.read(step, self.units()), seq_len or self.seq_len
+        ids, seq_len = self.read(step, self.share), seq_len or self.seq_len
         for part, (inputs, targets) in zip(ids[:-1].reshape(self.micro_steps, -1), self.rows(ids, seq_len)):
             if self.bos_id < 0:
                 yield inputs, targets, {}
@@ -2487,7 +2487,7 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------ PARAMETERS
 @dataclass(frozen=True)
 class Family:
-    """How one kind of parameter is trained and stored; `lr` to `widen` name settings."""
+    """How one kind of parameter is trained and stored; `lr` to `clip` name settings."""
 
     name: str
     pattern: str
@@ -2495,24 +2495,17 @@ class Family:
     lr: str
     decay: str = ""       # "": none
     bits: str = ""        # "": stored as float
-    sigmas: str = ""      # its clip under sdclip
-    widen: str = ""       # what SIZE_FIT may change
+    clip: str = ""        # its clip under sdclip and what SIZE_FIT may change: CLIP_clip_sigmas, CLIP_clip_widen
     exported: bool = True
 
 
 FAMILIES = (
-    Family("attn", r"(qo|kv)_bank", "muon", "matrix_lr", "muon_wd", "attn_qat_bits", "attn_clip_sigmas",
-           "attn_clip_widen"),
-    Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp_clip_sigmas",
-           "mlp_clip_widen"),
-    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "table_wd", "embed_bits", "embed_clip_sigmas",
-           "embed_clip_widen"),
-    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "table_wd", "bigram_bits",
-           "embed_clip_sigmas", "embed_clip_widen"),
-    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "table_wd", "ve_bits", "embed_clip_sigmas",
-           "embed_clip_widen"),
-    Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas",
-           "embed_clip_widen"),
+    Family("attn", r"(qo|kv)_bank", "muon", "matrix_lr", "muon_wd", "attn_qat_bits", "attn"),
+    Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp"),
+    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "table_wd", "embed_bits", "embed"),
+    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "table_wd", "bigram_bits", "embed"),
+    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "table_wd", "ve_bits", "embed"),
+    Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed"),
     Family("mtp", r"mtp_heads\.\d+\.weight", "adamw", "head_lr", exported=False),
     Family("proj", r"(bigram|trigram|ve_shared)\.proj\.weight", "adamw", "scalar_lr", "adam_wd"),
     Family("control", r"skip_(weights|gates)|lane_(keeps|takes)|final_norm\.weight|smear\..+|"
@@ -2540,7 +2533,7 @@ def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
     kept = f"{cfg.fp16_keep_name_patterns},{cfg.int8_keep_float_fp32_name_patterns}"
     fill = cfg.clip_rule == "waterfill"
     return {name: QuantSpec(WATER_BITS if fill else getattr(cfg, family.bits), cfg.clip_rule,
-                            getattr(cfg, family.sigmas), getattr(cfg, family.widen))
+                            getattr(cfg, f"{family.clip}_clip_sigmas"), getattr(cfg, f"{family.clip}_clip_widen"))
             for name, family in route(cfg, names).items() if family.bits and not named_in(kept, name)}
 
 
@@ -2616,9 +2609,8 @@ class Muon:
             update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels,
                                    POLAR_EXPRESS if self.cfg.polar_express else NEWTON_SCHULZ)
             if self.row_memory:
-                before = self.row_memory[i].clone()
-                update = normalise_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
-                self.row_memory[i] = torch.where(self.skipped, before, self.row_memory[i])
+                fresh = torch.where(self.skipped, 0.0, 1 - self.cfg.muon_beta2)
+                update = normalise_rows_(update.float(), self.row_memory[i], fresh)
             started.append(self.rt.launch_all_gather(update.contiguous()))
         return started
 
@@ -2642,10 +2634,11 @@ class Muon:
                 shard.zero_()[:len(mine)].copy_(mine)
 
 
-def normalise_rows_(update: Tensor, memory: Tensor, beta2: float) -> Tensor:
-    """NorMuon: divide rows by a running mean of their size, then restore the matrix norm (PR 173)."""
+def normalise_rows_(update: Tensor, memory: Tensor, fresh: Tensor | float) -> Tensor:
+    """NorMuon: divide rows by a running mean of their squares, in which `fresh` is the weight of the present ones, then
+    restore the matrix norm (PR 173)."""
     size = update.norm(dim=(-2, -1), keepdim=True)
-    memory.lerp_(update.square().mean(-1, keepdim=True), 1 - beta2)
+    memory.lerp_(update.square().mean(-1, keepdim=True), fresh)
     update /= memory.sqrt() + 1e-10
     return update.mul_(size / (update.norm(dim=(-2, -1), keepdim=True) + 1e-10))
 
@@ -2852,10 +2845,10 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span, mine = data.to_device(data.read(step, range(data.batch_tokens // data.unit))).long(), data.units()
+        span = data.to_device(data.read(step, range(data.batch_tokens))).long()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
-        return data.micro_batches((weights / weights.mean())[mine.start * data.unit:mine.stop * data.unit])
+        return data.micro_batches((weights / weights.mean())[data.share.start:data.share.stop])
 
 
 MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
