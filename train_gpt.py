@@ -38,8 +38,6 @@ Where a technique lives:
     growing context, all graphs of a run    stage, stage_shares; warm_up, TrainState.rewarmed
     parallel residuals, two lanes or joint  Block.forward; where the lanes begin and end: GPT.hidden
     documents in a flat stream              TrainData.training_batch, document_starts; Documents, attend_varlen
-    initial weights                         GPT.init_weights
-    learning rate, decay, bits of a tensor  its row of FAMILIES, which names the settings
     Muon, Newton-Schulz, Polar Express      Muon, newton_schulz; NorMuon: normalise_rows_; MuonEq-R: launch_update
     late QAT, soft rounding                 when: qat_progress; how: fake_quantise, soft_round
     complementary training                  BigramCounts; pruning: prune
@@ -603,17 +601,14 @@ def adaptation_rules(cfg: Hyperparameters):
     """The rules of test-time training."""
     if cfg.ttt_reset == "stream":
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
-        yield cfg.ttt_chunk_tokens >= cfg.stride, (
-            "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
+        yield cfg.ttt_chunk_tokens >= cfg.stride, "{ttt_chunk_tokens} is less than the {scored} a window scores"
     else:
         yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
         yield cfg.doc_chunks[-1][1] <= cfg.doc_context, "{ttt_doc_chunk_tokens} is longer than a window of {context}"
         yield not cfg.rope_train_seq_len or cfg.ttt_eval_seq_len <= cfg.train_seq_len, (
-            "{ttt_eval_seq_len} is more than {train_seq_len}, up to which {rope_train_seq_len} gives one rotary base; "
-            "ROPE_TRAIN_SEQ_LEN=0 never changes it")
+            "{ttt_eval_seq_len} over {train_seq_len} would change the rotary base; ROPE_TRAIN_SEQ_LEN=0 never does")
         yield not (cfg.ngrams and cfg.ttt_warm_start_a), (
-            "{ngram_orders} counts along the text, {ttt_warm_start_a} learns from long documents first: no order of "
-            "decoding serves both")
+            "{ngram_orders} follows the text, {ttt_warm_start_a} the lengths: no order of decoding serves both")
         yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
         yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
     if cfg.ttt_mode == "lora":
@@ -1261,17 +1256,20 @@ class Shard:
 
     def __init__(self, path: str):
         self.path = path
-        try:
-            self.file = open(path, "rb", buffering=0)
-            header, size = np.fromfile(self.file, "<i4", 256), os.path.getsize(path)
-        except OSError as error:
-            raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+        header = self.read("<i4", 0, 256)
         if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
             raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
-        self.count = int(header[2])
+        self.count, size = int(header[2]), os.path.getsize(path)
         if self.count <= 0 or size != SHARD_HEADER_BYTES + 2 * self.count:
             raise UserError(f"{path} is damaged: {self.count:,} tokens by its header, "
                             f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
+
+    def read(self, dtype: str, start: int, count: int) -> np.ndarray:
+        """`count` numbers from byte `start`, or those there are."""
+        try:
+            return np.fromfile(self.path, dtype, count, offset=start)
+        except OSError as error:
+            raise UserError(f"cannot read shard {self.path}: {error.strerror}") from None
 
     def __len__(self) -> int:
         return self.count
@@ -1279,11 +1277,7 @@ class Shard:
     def __getitem__(self, part: slice) -> np.ndarray:
         """uint16 [tokens of the slice]"""
         start, stop, _ = part.indices(self.count)
-        try:
-            self.file.seek(SHARD_HEADER_BYTES + 2 * start)
-            tokens = np.fromfile(self.file, "<u2", stop - start)
-        except OSError as error:
-            raise UserError(f"cannot read shard {self.path}: {error.strerror}") from None
+        tokens = self.read("<u2", SHARD_HEADER_BYTES + 2 * start, stop - start)
         if len(tokens) < stop - start:
             raise UserError(f"{self.path} has become shorter since the run began; download it again, then RESUME=1")
         return tokens
@@ -2779,10 +2773,6 @@ class Averager:
     def copy_params(self) -> list[Tensor]:
         return [p.detach().float().clone() for p in self.params]
 
-    def restart_ema(self) -> None:
-        """Start the EMA from the present weights. Its decay does not ramp up again: the memory would be too short."""
-        self.ema = self.copy_params()
-
     @torch.no_grad()
     def update(self, step: int, plan: StepPlan) -> None:
         """Take in the weights after step number `step` (counted from 1)."""
@@ -2916,13 +2906,13 @@ def checkpoint_path(rt: Runtime, kind: str = "") -> Path:
     return rt.run_folder / f"checkpoint{kind}.pt"
 
 
-def resumable_settings(cfg: Hyperparameters) -> str:
-    """JSON of the settings a checkpoint must share with the run that resumes from it."""
+def resumable_settings(cfg: Hyperparameters) -> dict:
+    """The settings a checkpoint must share with the run that resumes from it."""
     free = {"resume", "run_id", "device", "compile", "attention", "kernels", "checkpoint_every", "checkpoint_seconds",
             "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens", "profile", "iterations",
             "max_wallclock_seconds", "code_bytes", "size_fit"}
     late = "eval_", "ttt_", "hash_embed_", "ngram_", "compress", "artifact_", "gptq_", "waterfill_"
-    return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)}
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
@@ -2973,7 +2963,7 @@ def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> flo
     path, data = found
     try:
         packed = torch.load(io.BytesIO(data), map_location=rt.device, weights_only=True)
-        then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
+        then, now = packed["settings"], resumable_settings(cfg)
         changed = sorted(name.upper() for name in now if then.get(name) != now[name])
         if not changed:
             spent_s = float(packed["elapsed_s"])
@@ -3052,13 +3042,13 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     model.train()
     rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
     elapsed = saved_s = rt.agree(state.watch.elapsed())
+    ended = state.ended(cfg, elapsed)
     while True:
-        done = state.ended(cfg, elapsed)
-        if done or state.due(cfg.val_loss_every):
+        if ended or state.due(cfg.val_loss_every):
             with state.watch.paused(rt.synchronize), rt.signals.act(at_once=True):  # the last step is saved
                 result = validate("validation", score_fn)
             log_losses(cfg, rt, state, elapsed, "validation", {"val_loss": result.loss, "val_bpb": result.bpb})
-        if done:
+        if ended:
             break
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
@@ -3109,7 +3099,7 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
         state.qat = True
         rt.log(f"late_qat:enabled step:{state.step} scale:{plan.lr_scale:.4f}", "late_qat", step=state.step)
         if cfg.ema_reset_at_qat and state.averager.ema and state.step:
-            state.averager.restart_ema()  # keeps weights from before rounding out of the average
+            state.averager.ema = state.averager.copy_params()  # without the weights from before rounding
             rt.log(f"ema:restarted step:{state.step}")
     if state.step in (0, 10) and not cfg.warmdown_frac and plan.lr_scale < 1:
         rt.log(f"warning: the run is shorter than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate is at "
