@@ -1611,10 +1611,6 @@ class QuantSpec:
         """The largest code; codes are symmetric, so that rounding has no bias."""
         return 2 ** (self.bits - 1) - 1
 
-    @property
-    def code_type(self) -> torch.dtype:
-        return torch.int8 if self.bits <= 8 else torch.int16
-
 
 class Steps(NamedTuple):
     """The steps of water-filling, as a file holds them: 2**((row + column) / 4)."""
@@ -1645,38 +1641,38 @@ def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return (weight / scale).round_().clamp_(-spec.max_code, spec.max_code)
 
 
-def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """fp16-exact scale (the step) of each row.  # float32 [..., rows, 1]"""
-    return storable(rule_scales(weight, spec) * spec.widen)
-
-
 def storable(scale: Tensor) -> Tensor:
     """The scale as the export stores it: floored, in fp16 precision."""
     return scale.clamp(min=SCALE_FLOOR).half().float()
 
 
-def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Steps by the clip rule alone.  # [..., rows, 1]
+def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Scale (the step) of each row by the clip rule, exact in fp16.  # float32 [..., rows, 1]
 
     amax: the largest weight of a row gets the largest code. percentile (PR 1092): the one of five quantiles of a row's
     magnitudes that gets the largest code at the least squared error. sdclip (R1394): `sigmas` standard deviations get
     it, larger weights are clipped, and the entropy coder needs about log2(sigmas) bits fewer than `bits` per weight.
     """
     if spec.clip == "sdclip":
-        return spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.max_code
-    magnitudes = weight.abs()
-    if spec.clip == "amax":
-        return magnitudes.amax(-1, keepdim=True) / spec.max_code
-    scales = storable(upper_quantiles(magnitudes, PERCENTILES) / spec.max_code)
-    errors = [round_to(weight, scale, spec).mul_(scale).sub_(weight).square_().sum(-1, keepdim=True)
-              for scale in scales]
-    return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+        scale = spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.max_code
+    elif spec.clip == "amax":
+        scale = weight.abs().amax(-1, keepdim=True) / spec.max_code
+    else:
+        scales = storable(upper_quantiles(weight.abs(), PERCENTILES) / spec.max_code)
+        errors = [round_to(weight, scale, spec).mul_(scale).sub_(weight).square_().sum(-1, keepdim=True)
+                  for scale in scales]
+        scale = scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+    return storable(scale * spec.widen)
 
 
-def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None) -> tuple[Tensor, Tensor | Steps]:
-    """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight."""
-    scale = (steps or row_scales(weight.float(), spec)).float()
-    return round_to(weight.float(), scale, spec).to(spec.code_type), steps or scale.half()
+def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None, hessian: Tensor | None = None,
+             names: list[str] = ()) -> tuple[Tensor, Tensor | Steps]:
+    """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight: to the
+    nearest or, with a `hessian`, by `gptq`."""
+    weight = weight.float()
+    scale = (steps or row_scales(weight, spec)).float()
+    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, names)
+    return codes.to(torch.int8 if spec.bits <= 8 else torch.int16), steps or scale.half()
 
 
 def dequantise(codes: Tensor, scales: Tensor | Steps) -> Tensor:
@@ -1717,21 +1713,19 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
     return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
-def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str],
-         steps: Steps | None = None) -> tuple[Tensor, Tensor | Steps]:
-    """`quantise`, but the columns still to be rounded compensate the error of those already rounded.
+def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> Tensor:
+    """Codes, as floats, where the columns still to be rounded compensate the error of those already rounded.
 
     Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
-    without input become 0. The scales are `row_scales`, those late QAT trained on, if no `steps` are given. Source:
-    GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be used.
+    without input become 0. `scale`: of the rows as they are, on which late QAT trained, not as they are compensated.
+    Source: GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be
+    used.
     """
-    weight = weight.float()
     dead, order, factor = column_order(hessian, names)
-    scale = (steps or row_scales(weight, spec)).float()  # of the rows as they are, not as they are compensated
     weight, grid = weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale.expand_as(weight)
     codes = round_columns(weight, grid.take_along_dim(order, -1), factor, spec)
-    return codes.take_along_dim(order.argsort(dim=-1), -1).to(spec.code_type), steps or scale.half()
+    return codes.take_along_dim(order.argsort(dim=-1), -1)
 
 
 def column_order(hessian: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -1819,6 +1813,7 @@ def water_fill(factors: dict[str, tuple[Tensor, Tensor]], nats: float, exponent:
 # ------------------------------------------------------------------------------------------------ KERNELS
 CE_CHUNK_ROWS = 1024  # rows of logits in memory at a time: large enough for fast products, small enough for the cache
 CE_CHUNK_LOGITS_CUDA = 2 ** 24  # a GPU has no such cache but needs large products, and a compiled graph few chunks
+MOST_BLOCKS = 264  # of a Triton grid: two for each of an H100's streaming multiprocessors
 LARGEST_CAP = 40.0  # of logits in the Triton kernel: exp(-2 * 40) is a number of fp32 with all its digits
 
 
@@ -1917,11 +1912,6 @@ def load_kernels() -> None:
         torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
                                 schema=schema.removeprefix(name)).register_fake(allocate)
 
-    def blocks(x: Tensor, tiles: int) -> tuple:
-        """The grid: two blocks an SM; few in the interpreter, so that each does several tiles there too."""
-        most = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-        return min(tiles, most),
-
     def tiled(x: Tensor, *block: int):
         return TensorDescriptor.from_tensor(x.contiguous(), list(block))
 
@@ -1930,14 +1920,14 @@ def load_kernels() -> None:
 
     def mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
         down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
-        mlp_tiles[blocks(a, down * across)](
+        mlp_tiles[min(down * across, MOST_BLOCKS),](
             tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
             tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
             FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
 
     def symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
         across = triton.cdiv(x.size(1), side)
-        symmetric_tiles[blocks(x, len(x) * across * (across + 1) // 2)](
+        symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
             tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
             len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
             num_stages=3)
@@ -3274,8 +3264,7 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
     for name, spec in quant_specs(cfg, params).items():
         weight = prune(params[name].detach().float(), cfg.prune_frac)
         matrices, steps = weight.view(-1, *weight.shape[-2:]), filled.get(name)
-        codes, scales = gptq(matrices, hessians[name], spec, labels(name, weight), steps) if name in hessians else \
-            quantise(matrices, spec, steps)
+        codes, scales = quantise(matrices, spec, steps, hessians.get(name), labels(name, weight))
         rounded[name] = codes.view_as(weight), steps or scales.view(*weight.shape[:-1], 1)
     return rounded
 
