@@ -2052,15 +2052,21 @@ LANE_KEEPS = 1.1  # PR 1855: what a lane keeps of itself at first
 
 
 class CastedLinear(nn.Linear):
-    """A linear layer with fp32 parameters that computes in the dtype of its input."""
+    """A linear layer with fp32 parameters that computes in the dtype of its input. Its weights start at 0, and its
+    bias, if it has one, at the value given."""
+
+    def __init__(self, inputs: int, outputs: int, bias: float | None = None):
+        super().__init__(inputs, outputs, bias is not None)
+        nn.init.zeros_(self.weight)
+        if bias is not None:
+            nn.init.constant_(self.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def norm(x: Tensor, scale: float = 1.0, eps: float = 0.0) -> Tensor:
-    """scale * RMS norm over the last dimension; eps 0: the machine epsilon. For half precision PyTorch has a fused
-    kernel."""
+    """scale * RMS norm over the last dimension; eps 0: the machine epsilon. PyTorch fuses it for half precision."""
     if x.dtype == torch.float32:
         return ScaledNorm.apply(x, scale, eps or torch.finfo(x.dtype).eps)
     return F.rms_norm(x, (x.size(-1),), eps=eps or None) * scale
@@ -2079,15 +2085,15 @@ class RMSNorm(nn.Module):
         return x if self.weight is None else x * self.weight.to(x.dtype)
 
 
-def rope_table(length: int, dims: int, cfg: Hyperparameters, device, longest: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, in fp32.  # [length, dims/2] each
+def rope_table(cfg: Hyperparameters, length: int, device, longest: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, in fp32.  # [length, rotated dimensions / 2] each
 
     NTK scaling: the base grows with the longer of training length and window, from ROPE_TRAIN_SEQ_LEN on. (PR 1092
     counts from 1024 while it trains on 2048, which stretches its base to 22,082; ROPE_TRAIN_SEQ_LEN=1024 keeps that.)
     In a flat stream the window is its `longest` document, and positions count on (PR 1530): only differences matter.
     """
     # sym_max instead of max: one compiled graph serves every length
-    reach = torch.sym_max(longest or length, cfg.train_seq_len)
+    reach, dims = torch.sym_max(longest or length, cfg.train_seq_len), cfg.rope_dims or cfg.head_dim
     stretch = torch.sym_max(reach / cfg.rope_train_seq_len, 1.0) if cfg.rope_train_seq_len else 1.0
     base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
@@ -2128,11 +2134,9 @@ def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
 
 
 def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
-    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one, and of `source`, the input
-    of attention or MLP as a whole, if it has the attribute `parallel`: see `GPT.hidden`."""
-    if isinstance(weight, Tensor):
-        return F.linear(x, weight)
-    return weight(x, source) if getattr(weight, "parallel", False) else weight(x)
+    """x weight^T. Instead of a matrix, `weight` may be a function of x and of `source`, the input of attention or MLP
+    as a whole (by default x): see `GPT.hidden`."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x, x if source is None else source)
 
 
 class SmearGate(nn.Module):
@@ -2155,7 +2159,7 @@ class WindowSmearGate(nn.Module):
 
     def __init__(self, window: int):
         super().__init__()
-        self.gate = CastedLinear(window, 1, bias=False)
+        self.gate = CastedLinear(window, 1)
         self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, ids: Tensor, distance: Tensor | None) -> Tensor:
@@ -2169,7 +2173,7 @@ class ProjectedEmbedding(nn.Module):
     def __init__(self, rows: int, dim: int, width: int, scale: float):
         super().__init__()
         self.embed = nn.Embedding(rows, dim)
-        self.proj = CastedLinear(dim, width, bias=False) if dim != width else None
+        self.proj = CastedLinear(dim, width) if dim != width else None
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, index: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -2200,9 +2204,9 @@ class Attention(nn.Module):
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         self.window, self.eps = cfg.attention_window, cfg.norm_eps
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)) if cfg.qk_norm else None
-        self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
-        sparse = CastedLinear(cfg.gate_window, cfg.num_heads, bias=False) if cfg.sparse_attn_gate else None
-        self.sparse_gate, self.sparse_scale = sparse, cfg.sparse_attn_gate_scale
+        self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads, bias=4.0) if cfg.gated_attention else None  # open
+        self.sparse_gate = CastedLinear(cfg.gate_window, cfg.num_heads) if cfg.sparse_attn_gate else None
+        self.sparse_scale = cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
     def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
@@ -2245,7 +2249,7 @@ class Block(nn.Module):
             self.attn_scale, self.mlp_scale = nn.Parameter(ones), nn.Parameter(ones.clone())
             self.resid_mix = nn.Parameter(torch.stack((ones, torch.zeros(cfg.model_dim))))
         self.mixes, self.joint = cfg.residual_mix, 0 < cfg.parallel_start_layer <= layer and not cfg.two_lanes
-        self.dtg_gate = CastedLinear(cfg.model_dim, 1) if cfg.dtg_enabled else None
+        self.dtg_gate = CastedLinear(cfg.model_dim, 1, bias=2.0) if cfg.dtg_enabled else None  # fairly open
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
     def forward(self, x, lane, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int,
@@ -2306,41 +2310,37 @@ class GPT(nn.Module):
         self.bigram = table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
         self.trigram = table(cfg.trigram_vocab_size, cfg.trigram_dim, dim, TRIGRAM_SCALE)
         self.looped = True  # as it is scored; training starts without
-        gate = {"off": lambda: None, "window": lambda: WindowSmearGate(cfg.gate_window)}
-        self.smear = gate.get(cfg.smear_gate, lambda: SmearGate(dim))()
+        if cfg.smear_gate != "off":
+            self.smear = WindowSmearGate(cfg.gate_window) if cfg.smear_gate == "window" else SmearGate(dim)
         self.skip_weights = nn.Parameter(torch.ones(len(cfg.visits(True)) // 2 if cfg.unet_skips else 0, dim))
         self.skip_gates = nn.Parameter(torch.zeros_like(self.skip_weights)) if cfg.skip_gates else None
         self.lane_keeps = nn.Parameter(torch.full((layers, 2), LANE_KEEPS)) if cfg.two_lanes else None
         self.lane_takes = nn.Parameter(torch.ones(layers, 2, 2)) if cfg.two_lanes else None
-        self.qo_bank = nn.Parameter(torch.empty(2 * layers, dim, dim))
-        self.kv_bank = nn.Parameter(torch.empty(2 * layers, kv_dim, dim))
-        self.mlp_up_bank = nn.Parameter(torch.empty(layers, cfg.mlp_dim, dim))
-        self.mlp_down_bank = nn.Parameter(torch.empty(layers, dim, cfg.mlp_dim))
+        self.qo_bank = nn.Parameter(torch.zeros(2 * layers, dim, dim))
+        self.kv_bank = nn.Parameter(torch.zeros(2 * layers, kv_dim, dim))
+        self.mlp_up_bank = nn.Parameter(torch.zeros(layers, cfg.mlp_dim, dim))
+        self.mlp_down_bank = nn.Parameter(torch.zeros(layers, dim, cfg.mlp_dim))
         self.blocks = nn.ModuleList(Block(cfg, layer, attend, kernels) for layer in range(layers))
         self.final_norm = RMSNorm(cfg)
         self.ve_shared = table(cfg.vocab_size if cfg.ve_layer_ids else 0, cfg.ve_dim, kv_dim, VALUE_SCALE)
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in cfg.ve_layer_ids)
-        self.lm_head = None if cfg.tie_embeddings else nn.Linear(dim, cfg.vocab_size, bias=False)
-        self.mtp_heads = nn.ModuleList(nn.Linear(dim, cfg.vocab_size, bias=False) for _ in range(cfg.mtp_num_heads))
+        self.lm_head = None if cfg.tie_embeddings else CastedLinear(dim, cfg.vocab_size)
+        self.mtp_heads = nn.ModuleList(CastedLinear(dim, cfg.vocab_size) for _ in range(cfg.mtp_num_heads))
         if not self.qo_bank.is_meta:
             self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Queries, keys, values, MLP-up, projections of tables   orthogonal (INIT=kaiming: these and the next two
-                                                               Kaiming-uniform, as nn.Linear's, and the token table)
-        attention-out, MLP-down, output heads, gates' weights     0
-        hashed tables; value table                                0; N(0, 0.01)
-        token table                                               N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
-        bias of attention gate; of block gate                     4 (open); 2 (fairly open)
-        Vectors are initialised where they are declared."""
+        """What is not initialised where it is declared, which is mostly with zeros:
+
+        queries, keys, values, MLP-up, projections of tables   orthogonal (INIT=kaiming: all banks and the token table
+                                                               Kaiming-uniform, as nn.Linear's)
+        token table                                            N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
+        hashed tables; value table                             0; N(0, 0.01)"""
         layers, plain = self.cfg.num_layers, self.cfg.init == "kaiming"
         fill = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)) if plain else nn.init.orthogonal_
         for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank):
             fill(matrix)
-        heads = [head for head in (*self.mtp_heads, self.lm_head) if head is not None]
-        for zeroed in (self.qo_bank[layers:], self.mlp_down_bank, *(head.weight for head in heads)):
-            zeroed.zero_()
         self.tok_emb.weight.normal_(std=self.cfg.tied_embed_init_std if self.cfg.tie_embeddings else 1.0)
         for matrix in (*self.qo_bank[layers:], *self.mlp_down_bank, self.tok_emb.weight) if plain else ():
             fill(matrix)
@@ -2349,14 +2349,6 @@ class GPT(nn.Module):
                 table.embed.weight.normal_(std=std)
                 if table.proj is not None:
                     nn.init.orthogonal_(table.proj.weight)
-        for block in self.blocks:
-            for gate, bias in ((block.attn.attn_gate, 4.0), (block.dtg_gate, 2.0), (block.attn.sparse_gate, 0.0)):
-                if gate is not None:
-                    gate.weight.zero_()
-                    if gate.bias is not None:
-                        gate.bias.fill_(bias)
-        if self.cfg.smear_gate == "window":
-            self.smear.gate.weight.zero_()
 
     @torch.no_grad()
     def refresh_scales(self, hardness: float = 1.0) -> None:
@@ -2431,17 +2423,16 @@ class GPT(nn.Module):
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
-        rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device, longest)
-        positions = Positions(*rope, documents)
+        positions = Positions(*rope_table(cfg, length, ids.device, longest), documents)
         shared = None if self.ve_shared is None else self.look_up("ve_shared", ids, qat)
         extra = {layer: shared * scale.to(self.dtype) for layer, scale in zip(cfg.ve_layer_ids, self.ve_layer_scales)}
         x = x0 = self.embed(ids, qat, hook, documents)
         skips, first_value, lane, order = [], None, None, cfg.visits(self.looped)
         for visit, (layer, weights) in enumerate(zip(order, self.layer_weights(qat, hook))):
-            place, lanes = visit - len(order) // 2, ()
-            if place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
-                lane, lanes = x if lane is None else lane, (self.lane_keeps[layer], self.lane_takes[layer])
-                lanes = [weight.to(x.dtype) for weight in lanes]
+            place = visit - len(order) // 2
+            if lane is None and place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
+                lane = x
+            lanes = () if lane is None else (self.lane_keeps[layer].to(x.dtype), self.lane_takes[layer].to(x.dtype))
             if place >= 0 and skips:
                 x = self.merge_skip(x, skips.pop(), place)
             kept = keep or length if visit == len(order) - 1 else length
@@ -3153,7 +3144,7 @@ class HessianSums:
     def __call__(self, kind: str, visit: int, weight: Tensor):
         place = kind, self.layer_of(visit)
 
-        def project_and_sum(x: Tensor) -> Tensor:
+        def project_and_sum(x: Tensor, source: Tensor) -> Tensor:
             rows = x.flatten(0, -2).float()
             self.sums[place].addmm_(rows.t(), rows)
             return F.linear(x, weight)
@@ -3827,7 +3818,7 @@ class LowRank:
     def __init__(self, matrix, a: Tensor, b: Tensor, scale: float, parallel: bool = False):
         self.matrix, self.a, self.b, self.scale, self.parallel = matrix, a, b, scale, parallel
 
-    def __call__(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, source: Tensor) -> Tensor:
         source = source if self.parallel else x
         return F.linear(x, self.matrix) + self.scale * (source @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
 

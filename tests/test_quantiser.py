@@ -281,7 +281,7 @@ def test_hessians_are_the_sums_of_outer_products_of_inputs(config, rt, tied, loo
     def keep(kind, visit, weight):
         if kind == "embed":
             return weight
-        def record(x):
+        def record(x, source):
             place = kind, -1 if visit < 0 else [0, *[1] * (1 + loops), 2][visit]
             seen[place] = torch.cat((seen.get(place, x[:0].flatten(0, -2)), x.flatten(0, -2)))
             return torch.nn.functional.linear(x, weight)
