@@ -4145,23 +4145,23 @@ class EvalClock:
         self.limit, self.rt, self.watch, self.pace = limit_s or math.inf, rt, Stopwatch(now=now), 0.0
         self.after = 0.0  # seconds of what follows the last evaluation
 
+    def seconds_of(self, work) -> float:
+        begun = self.watch.elapsed()
+        work()
+        self.rt.synchronize()
+        return self.watch.elapsed() - begun
+
     def measure_after(self, work, share: float) -> None:
         """Time `work()`, the given share of what follows the last evaluation."""
         if not math.isinf(self.limit):
-            begun = self.watch.elapsed()
-            work()
-            self.rt.synchronize()
-            self.after = self.rt.agree((self.watch.elapsed() - begun) / share)
+            self.after = self.rt.agree(self.seconds_of(work) / share)
 
     def measure_pace(self, batch, tokens: int, reads: int) -> None:
         """Time `batch()`, which reads `tokens` tokens; raise UserError if reading `reads` would take too long."""
         if math.isinf(self.limit):
             return
-        for _ in range(2):  # the first one may compile
-            begun = self.watch.elapsed()
-            batch()
-            self.rt.synchronize()
-        self.pace = (self.watch.elapsed() - begun) / tokens
+        self.seconds_of(batch)  # it may compile
+        self.pace = self.seconds_of(batch) / tokens
         needed = self.rt.agree(self.pace * reads) + self.after
         if needed > self.limit:
             raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
@@ -4313,28 +4313,15 @@ def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
     return rt.compiled(model.nll, grows=bool(adapter and adapter.rows))
 
 
-class Trace:
-    """All scores, and nats and bytes by place: along the text, and by distance from the start of the document."""
-
-    PIECES = 256  # of the text
-
-    def __init__(self, val: ValData):
-        self.val, device = val, val.tokens.device
-        self.starts = F.pad((val.tokens[1:-1] == val.bos_id).nonzero().flatten() + 1, (1, 0))
-        self.stream = torch.zeros(self.PIECES, 2, dtype=torch.float64, device=device)  # nats, bytes
-        self.position = torch.zeros(32, 2, dtype=torch.float64, device=device)  # row i: 2^i - 1 tokens in, and on
-        self.nll = torch.zeros(len(val.tokens) - 1, device=device)  # of each target; 0: another rank's
-
-    def __call__(self, numbers: Tensor, nll: Tensor) -> None:
-        pair = torch.stack((nll.double(), self.val.sizes[numbers + 1].double()), dim=1)
-        begun = self.starts[torch.searchsorted(self.starts, numbers, right=True) - 1]
-        self.stream.index_add_(0, numbers * self.PIECES // (len(self.val.tokens) - 1), pair)
-        self.position.index_add_(0, (numbers - begun + 1).double().log2().long(), pair)
-        self.nll[numbers] = nll.float()
-
-    def tables(self, rt: Runtime) -> dict[str, list]:
-        """Both over all ranks, as rows of [nats, bytes]."""
-        return {"stream": rt.sum_(self.stream).tolist(), "position": rt.sum_(self.position).tolist()}
+def score_tables(val: ValData, nll: Tensor) -> dict[str, list]:
+    """Rows of [nats, bytes] by place: along the text, in 256 pieces, and by the distance from the start of the
+    document, row i from 2^i - 1 tokens on. nll [targets]: of all ranks."""
+    number = torch.arange(len(nll), device=nll.device)
+    starts = F.pad((val.tokens[1:-1] == val.bos_id).nonzero().flatten() + 1, (1, 0))
+    distance = number - starts[torch.searchsorted(starts, number, right=True) - 1]
+    pair = torch.stack((nll.double(), val.sizes[1:].double()), dim=1)
+    places = {"stream": (256, number * 256 // len(nll)), "position": (32, (distance + 1).double().log2().long())}
+    return {name: pair.new_zeros(rows, 2).index_add_(0, row, pair).tolist() for name, (rows, row) in places.items()}
 
 
 class Occurrences:
@@ -4393,13 +4380,13 @@ def mixture_nll(tokens: Tensor, nll: Tensor, ngrams) -> Tensor:
     return -logp
 
 
-def mixed_result(name: str, trace: Trace, val: ValData, cfg: Hyperparameters, rt: Runtime) -> EvalResult:
-    """The score that the counts of NGRAM_ORDERS make of an evaluation's; nothing else learns from it.
+def mixed_result(name: str, nll: Tensor, val: ValData, cfg: Hyperparameters, rt: Runtime) -> EvalResult:
+    """The score that the counts of NGRAM_ORDERS make of an evaluation's, nll [targets]; nothing else learns from it.
 
     The order of decoding is that of the text: a score is made from what stands before it there - in its document, if
     documents adapt side by side, for each starts afresh. So no rank's share and no document's length has a say.
     """
-    start_s, nll, meter = time.perf_counter(), rt.sum_(trace.nll), BpbMeter(val.tokens.device)
+    start_s, meter = time.perf_counter(), BpbMeter(val.tokens.device)
     if rt.rank == 0:
         meter.add(mixture_nll(val.tokens, nll, cfg.ngrams), val.sizes[1:])
     return EvalResult(name, *meter.reduce(rt), time.perf_counter() - start_s)
@@ -4590,20 +4577,21 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
                            sum(chunk.reads for plan in plans.values() for chunk in plan))
     results, traces = {}, {"tokens": len(val.tokens) - 1}
     for key, plan in plans.items():
-        adapter, trace, label = None, Trace(val), labels[key]
+        adapter, label, nll = None, labels[key], torch.zeros(len(val.tokens) - 1, device=rt.device)
         if key == "ttt":
             adapter = adapter_for(model, cfg, rt)
             log_adaptation(cfg, rt, model, adapter, val)
             score_fn = scorer(model, rt, adapter)
-        r = results[key] = evaluate(label, score_fn, val, cfg, rt, plan, adapter, clock, trace)
+        r = results[key] = evaluate(label, score_fn, val, cfg, rt, plan, adapter, clock,
+                                    functools.partial(nll.index_copy_, 0))
         note = f" stride:{cfg.eval_stride}" if key == "sliding" else ""
         log_score(rt, label, r, note, exact=True)
         seconds = {what: [lap[0] for lap in laps] for what, laps in clock.laps.items()}
-        traces[key] = {**trace.tables(rt), "seconds": seconds}
+        traces[key] = {**score_tables(val, rt.sum_(nll)), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
     if cfg.ngrams:
-        without, r = r, mixed_result(f"{label}_ngram", trace, val, cfg, rt)
+        without, r = r, mixed_result(f"{label}_ngram", nll, val, cfg, rt)
         results["ngram"] = r
         log_score(rt, r.name, r, f" without:{without.bpb:.4f}", exact=True)
     rt.attempt(rt.log.write, "eval.json", json.dumps(traces))
