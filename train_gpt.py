@@ -3135,28 +3135,23 @@ class HessianSums:
 
     def __init__(self, model: GPT):
         cfg, device, self.layer_of = model.cfg, model.qo_bank.device, model.layer_of
-        widths = {"query": cfg.model_dim, "out": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
-        self.layers = range(cfg.num_layers)
         self.head = "tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"
-        self.sums = {(kind, i): torch.zeros(n, n, device=device) for kind, n in widths.items() for i in self.layers}
-        self.sums["head", -1] = torch.zeros(cfg.model_dim, cfg.model_dim, device=device)
+        widths = {"query": cfg.model_dim, "out": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
+        self.sums = {kind: torch.zeros(cfg.num_layers, n, n, device=device) for kind, n in widths.items()}
+        self.sums["head"] = torch.zeros(1, cfg.model_dim, cfg.model_dim, device=device)
 
     def __call__(self, kind: str, visit: int, weight: Tensor):
-        place = kind, self.layer_of(visit)
-
         def project_and_sum(x: Tensor, source: Tensor) -> Tensor:
             rows = x.flatten(0, -2).float()
-            self.sums[place].addmm_(rows.t(), rows)
+            self.sums[kind][self.layer_of(visit)].addmm_(rows.t(), rows)
             return F.linear(x, weight)
-        return project_and_sum if place in self.sums else weight
+        return project_and_sum if kind in self.sums else weight
 
     def by_parameter(self, rt: Runtime) -> dict[str, Tensor]:
         """Sums over all ranks, in the layout of the parameters.  # [matrices, columns, columns]"""
-        rt.sum_many_(list(self.sums.values()))
-        query, out, up, down = (torch.stack([self.sums[kind, i] for i in self.layers])
-                                for kind in ("query", "out", "up", "down"))
+        query, out, up, down, head = rt.sum_many_(list(self.sums.values()))
         return {"qo_bank": torch.cat((query, out)), "kv_bank": torch.cat((query, query)), "mlp_up_bank": up,
-                "mlp_down_bank": down, self.head: self.sums["head", -1][None]}
+                "mlp_down_bank": down, self.head: head}
 
 
 @torch.no_grad()
@@ -3201,8 +3196,8 @@ def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, st
         if watch.elapsed() > left_s / 1.5:  # the rest is for rounding
             break
     hessians = look.by_parameter(rt)
-    rt.log(f"GPTQ:collected {len(look.sums)} Hessians in {watch.elapsed():.1f}s from {tokens} tokens per rank "
-           f"({cfg.gptq_calibration})", "calibration", tokens=tokens, seconds=watch.elapsed())
+    rt.log(f"GPTQ:collected {sum(map(len, look.sums.values()))} Hessians in {watch.elapsed():.1f}s from {tokens} "
+           f"tokens per rank ({cfg.gptq_calibration})", "calibration", tokens=tokens, seconds=watch.elapsed())
     if watch.elapsed() > left_s:
         rt.log(f"warning: calibration took {watch.elapsed():.1f}s, {watch.elapsed() - left_s:.1f}s more than was left "
                "of MAX_WALLCLOCK_SECONDS; raise GPTQ_RESERVE_SECONDS or lower GPTQ_CALIBRATION_BATCHES")
@@ -3639,17 +3634,15 @@ def model_settings(cfg: Hyperparameters) -> dict[str, str]:
 
 def blank_parameters(cfg: Hyperparameters, precision: list, limit: int) -> list[Stored]:
     """The parameters of a header, still zero. Raises ValueError if they have more than `limit` weights in all."""
-    shapes = parameter_shapes(cfg)
-    count, stored = sum(map(math.prod, shapes.values())), []
+    shapes, stored, wide = parameter_shapes(cfg), [], WATER_BITS in precision  # all that is rounded, or nothing
+    count = sum(map(math.prod, shapes.values()))
     if count > limit:
         raise ValueError(f"{count:,} parameters in so small a file")
     for (name, shape), family, kind in zip(shapes.items(), route(cfg, shapes).values(), precision, strict=True):
         if kind in FLOAT_KINDS:
             stored.append(Stored(name, kind, 0, np.zeros(shape, FLOAT_KINDS[kind])))
-        elif family.bits and type(kind) is int and (2 <= kind <= 8 or kind == WATER_BITS):
-            wide, queries = kind == WATER_BITS, shared_columns(name, kind, stored)
-            if any(s.bits and (s.bits == WATER_BITS) != wide for s in stored):
-                raise ValueError(f"parameter {name} is rounded in another way than those before it")
+        elif family.bits and type(kind) is int and kind in ([WATER_BITS] if wide else range(2, 9)):
+            queries = shared_columns(name, kind, stored)
             count = math.prod(shape[:-1]) + (0 if queries else math.prod(shape) // shape[-2])
             scales = np.zeros((1, 1, count), "<i2") if wide else np.zeros((*shape[:-1], 1), "<f2")
             stored.append(Stored(name, family.name, kind, np.zeros(shape, "<i2" if wide else "i1"), scales, queries))
@@ -3663,13 +3656,11 @@ def streams_of(stored: list[Stored]) -> dict[str, Parts]:
     together."""
     streams = collections.defaultdict(list)
     for s in stored:
-        if s.bits == WATER_BITS:
-            streams["steps"].append((s.scales, s.bits))
-            streams[s.stream].append((s.values, s.bits, s.steps))
-        else:
-            streams[s.stream].append((s.values, s.bits))
-            streams["scales"] += [(s.scales, 0)] if s.bits else []
-    return {name: streams[name] for name in sorted(streams, key=lambda name: (name != "steps", name)) if streams[name]}
+        wide = s.bits == WATER_BITS
+        streams[s.stream].append((s.values, s.bits, s.steps) if wide else (s.values, s.bits))
+        if s.bits:
+            streams["steps" if wide else "scales"].append((s.scales, WATER_BITS if wide else 0))
+    return {name: streams[name] for name in sorted(streams, key=lambda name: (name != "steps", name))}
 
 
 def joined(parts: Parts) -> np.ndarray:
@@ -3703,7 +3694,7 @@ def pack_streams(wanted: str, streams: dict[str, Parts]) -> dict[str, tuple[str,
 
 
 def unpack_streams(streams: dict[str, Parts], rows: list, payload: bytes) -> None:
-    """The inverse of `pack_streams`: fills the arrays, given [codec, bytes, crc32] of each stream. Raises ValueError
+    """Fills the arrays from a payload, given [codec, bytes, crc32] of each stream. Raises ValueError
     unless the payload is exactly these streams, of values that can be in them."""
     if any(type(n) is not int or n < 0 for _, *numbers in rows for n in numbers) or len(rows) != len(streams) \
             or sum(size for _, size, _ in rows) != len(payload):
@@ -3810,19 +3801,6 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
 
 
 # ------------------------------------------------------------------------------------------------ ADAPTERS
-class LowRank:
-    """A matrix with a low-rank addition, as a function of its input: x W^T + scale (x a^T) b^T. a [rank, in] and
-    b [out, rank] are for all rows of x [rows, T, in], or with a leading dimension one pair per row. If `parallel`, the
-    addition reads `source` instead of x."""
-
-    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float, parallel: bool = False):
-        self.matrix, self.a, self.b, self.scale, self.parallel = matrix, a, b, scale, parallel
-
-    def __call__(self, x: Tensor, source: Tensor) -> Tensor:
-        source = source if self.parallel else x
-        return F.linear(x, self.matrix) + self.scale * (source @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
-
-
 def hash_pairs(ids: Tensor, buckets: int) -> Tensor:
     """Bucket of each (previous, current) pair as in PR 1460; the first token precedes itself.  # [rows, T]"""
     return (torch.cat((ids[:, :1], ids[:, :-1]), dim=1) * 2039 + ids) % buckets
@@ -3966,10 +3944,15 @@ class LoraAdapter(Adapter):
         super().__init__(model, cfg, rt, trained, cfg.lora_lr, cfg.ttt_lora_optimizer, rows)
 
     def hook(self, kind: str, visit: int, matrix: Tensor):
-        pair = self.pairs.get((kind, visit))
-        if pair is None:
+        """x W^T + scale (x a^T) b^T, with one pair a [rank, in], b [out, rank] for all rows of x, or a pair per row."""
+        if (kind, visit) not in self.pairs:
             return super().hook(kind, visit, matrix)
-        return LowRank(matrix, *pair, self.scale, kind in self.parallel)
+        a, b = self.pairs[kind, visit]
+
+        def adapted(x: Tensor, source: Tensor) -> Tensor:
+            read = source if kind in self.parallel else x
+            return F.linear(x, matrix) + self.scale * (read @ a.mT.to(x.dtype) @ b.mT.to(x.dtype))
+        return adapted
 
     @torch.no_grad()
     def reset(self, keep_a: bool = False) -> None:

@@ -426,7 +426,7 @@ def test_contexts_that_know_the_steps_save_bytes(config):
 def test_parameters_are_water_filled_together_or_not_at_all(tiny):
     precision = json.loads(tg.open_container(tiny)[0])["precision"]
     first = precision.index(6)
-    for kind, said in ((tg.WATER_BITS, "rounded in another way"), (12, "cannot be stored"), (16, "cannot be stored")):
+    for kind, said in ((tg.WATER_BITS, "cannot be stored as 6"), (12, "stored as 12"), (16, "stored as 16")):
         with pytest.raises(tg.UserError, match=said):
             tg.read_artifact(resealed(tiny, lambda header: header["precision"].__setitem__(first, kind)))
 
