@@ -42,9 +42,14 @@ class Run:
     traces: dict = field(default_factory=dict)                                  # eval.json
 
     @property
+    def last_phase(self) -> str:
+        """Of those that have a score."""
+        return next((phase for phase in reversed(PHASES) if phase in self.bpb), "")
+
+    @property
     def score(self) -> float | None:
         """Of the last phase that has one."""
-        return next((self.bpb[phase] for phase in reversed(PHASES) if phase in self.bpb), None)
+        return self.bpb.get(self.last_phase)
 
     @property
     def train_seconds(self) -> float:
