@@ -14,7 +14,7 @@ OTHERS = ("AOT", "CUBLAS", "CUDA", "CUDNN", "GLOO", "HF_", "INDUCTOR", "KMP", "L
           "MPL", "NCCL", "NUMEXPR", "NVIDIA", "OMP", "OPENBLAS", "PYTHON", "PYTORCH", "RANK", "TMPDIR", "TORCH", "TQDM",
           "TRITON", "WANDB", "WORLD_SIZE")
 # Variables that run.sh and tools/audit.py read.
-AUDIT = ["AUDIT", "AUDIT_OUT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
+AUDIT = ["AUDIT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
 RANKS = ["NNODES", "NODE_RANK", "RDZV_ENDPOINT", "NPROC_PER_NODE", "MAX_RESTARTS"]
 OF_RUN_SH = [*AUDIT, *RANKS, "SCALE", "TENSORBOARD"]  # all that its command line takes besides settings
 
