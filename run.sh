@@ -19,8 +19,8 @@ bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text tha
                                        AUDIT=1 bash run.sh ... does it after a run
 bash run.sh inspect ARTIFACT [--plot FILE.png] [KEY=VALUE...]     where its bytes are (tools/inspect_artifact.py)
 bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS] [KEY=VALUE...]   text from it (tools/sample.py)
-bash run.sh sweep PROFILE|FILE.toml KEY=a,b,c... [KEY=VALUE...]   runs with each combination of values (tools/sweep.py)
-bash run.sh sweep ARTIFACT KEY=a,b,c... [KEY=VALUE...]   settings of test-time training as a table (tools/ttt_bench.py)
+bash run.sh sweep PROFILE|FILE.toml|ARTIFACT KEY=a,b,c... [KEY=VALUE...]   a run, or a score of the artifact, with each
+                                       combination of values, as a table (tools/sweep.py)
 bash run.sh runs [KEY=VALUE...]        every run that is kept: settings, scores, state (tools/runs.py)
 bash run.sh report [RUN_ID|LOG]... [KEY=VALUE...]    runs and published logs as one HTML page (tools/report.py)
 bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
@@ -281,12 +281,7 @@ case $command in
     run "${@:3}" ;;
   inspect) shift; to_run; tool tools/inspect_artifact.py "$@" ;;
   sample) shift; artifact_tool tools/sample.py "$@" ;;
-  sweep)
-    shift
-    case ${1:-} in
-      *.ptz | *.pt) artifact_tool tools/ttt_bench.py "$@" ;;
-      *) to_run; need optuna; tool tools/sweep.py "$@" ;;
-    esac ;;
+  sweep) shift; to_run; need optuna; tool tools/sweep.py "$@" ;;
   settings) to_run; exec "$python" train_gpt.py --help ;;
   *) run "$@" ;;
 esac

@@ -121,8 +121,7 @@ class Hyperparameters:
     dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
     compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
     attention: str = env_field("auto", "attention kernel; auto: the best here", choices="auto fa4 fa3 cudnn flash math")
-    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far tested in Triton's "
-                             "interpreter only, never on a GPU; auto: torch for now", choices="auto torch triton")
+    kernels: str = env_field("auto", "of loss, MLP, Muon; triton: own, untried on a GPU", choices="auto torch triton")
     # Data
     data_path: str = env_field("./data/datasets/fineweb10B_sp1024", "folder with fineweb_{train,val}_*.bin; its "
                                "dataset.json, if there is one, names tokenizer and vocabulary size", section="Data")
@@ -179,8 +178,7 @@ class Hyperparameters:
     ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, comma-separated")
     ve_last_n: int = env_field(-1, "instead: the last n layers; -1: off", lo=-1, alias="VALUE_EMBED_LAYERS")
     gated_attention: bool = env_field(False, "a learned gate on each head's output")
-    sparse_attn_gate: bool = env_field(False, "another that reads GATE_WINDOW channels only (PR 1787), half open at "
-                                       "first", alias="SPARSE_ATTN_GATE_ENABLED")
+    sparse_attn_gate: bool = env_field(False, "another, from GATE_WINDOW channels", alias="SPARSE_ATTN_GATE_ENABLED")
     sparse_attn_gate_scale: float = env_field(1.0, "its steepness", lo=0, hi=1000)
     value_residual: bool = env_field(False, "mix the first layer's values into every later layer")
     dtg_enabled: bool = env_field(False, "a learned gate on each block's update")
@@ -219,13 +217,11 @@ class Hyperparameters:
     warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: off", lo=0, hi=1)
     warmdown_shape: str = env_field("linear", "how it falls", choices="linear cosine")
     min_lr: float = env_field(0.0, "with WARMDOWN_FRAC: lowest learning-rate scale", lo=0, hi=1)
-    enable_looping_at: float = env_field(0.35, "the model loops (NUM_LOOPS) from this fraction of the budget on", lo=0,
-                                         hi=0.99)
+    enable_looping_at: float = env_field(0.35, "NUM_LOOPS holds from this fraction of the budget on", lo=0, hi=0.99)
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
     val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
-    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. Validations and the last step "
-                                      "have one", lo=0)
+    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: only validations' and the last", lo=0)
     checkpoint_seconds: float = env_field(120.0, "seconds of training between them; 0: not by time", lo=0, hi=1e7)
     resume: bool = env_field(False, "continue from the last checkpoint of RUN_ID")
     # Averaging
@@ -275,12 +271,10 @@ class Hyperparameters:
                               "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
     artifact_limit_bytes: int = env_field(16_000_000, "code + artifact above this ends the run with an error", lo=1)
     code_bytes: int = env_field(0, "size of the submitted code; 0: of this file; run.sh gives the built file's", lo=0)
-    size_fit: bool = env_field(False, "instead of that error, round more coarsely until it fits; water-filling uses "
-                               "spare bytes, too")
+    size_fit: bool = env_field(False, "instead: round more coarsely until it fits (waterfill: or more finely)")
     # Evaluation
     eval_seq_len: int = env_field(2048, "tokens per evaluation window; 0: TRAIN_SEQ_LEN", lo=0, section="Evaluation")
-    eval_stride: int = env_field(64, "tokens each sliding window scores; 0: no sliding evaluation", lo=0,
-                                 alias="TTT_STRIDE")
+    eval_stride: int = env_field(64, "tokens each sliding window scores; 0: no such score", lo=0, alias="TTT_STRIDE")
     eval_batch_seqs: int = env_field(32, "windows per forward pass", lo=1)
     eval_artifact: str = env_field("", "score this artifact, with the model settings it holds, instead of training")
     eval_max_seconds: float = env_field(600.0, "for loading, compilation and all final scores together: cuts "
@@ -303,8 +297,7 @@ class Hyperparameters:
     ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, alias="LORA_RANK")
     ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0, hi=1e5)
     ttt_lora_targets: str = env_field("q,v,head", "matrices that get one: of q, k, v, o, mlp, head, comma-separated")
-    ttt_lora_parallel: bool = env_field(False, "additions of o and mlp go from the normalised input of attention and "
-                                        "MLP to their output (PR 1530)")
+    ttt_lora_parallel: bool = env_field(False, "those of o and mlp start at their block's normalised input (PR 1530)")
     ttt_lora_layers: str = env_field("", "in which layers (from 0), like 7-10 or 8,9,10; empty: all")
     ttt_lora_layer_rates: str = env_field("", "layers with another learning rate, relative to TTT_LORA_LR: 7:0.6,8:0.8")
     ttt_lora_optimizer: str = env_field("adam", "optimiser of the additions", choices="adam sgd")
@@ -320,10 +313,8 @@ class Hyperparameters:
                                       "2014): 256:8,2000:24", alias="TTT_SHORT_SCORE_FIRST_STEPS")
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
     ttt_eval_seq_len: int = env_field(0, "tokens of context inside a document; 0: EVAL_SEQ_LEN", lo=0)
-    ttt_warm_start_a: bool = env_field(False, "the next batch of documents goes on with the first factors, A, of the "
-                                       "additions (PR 1767)")
-    ttt_warm_chains: int = env_field(8, "in so many chains of batches, which ranks share: any number of them gives the "
-                                     "same scores", lo=1, hi=4096)
+    ttt_warm_start_a: bool = env_field(False, "the first factors, A, go on to the next batch of documents (PR 1767)")
+    ttt_warm_chains: int = env_field(8, "in this many chains of batches, whatever the number of ranks", lo=1, hi=4096)
     hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
     ngram_orders: str = env_field("", "context lengths at which counts of scored tokens join the last score's "
@@ -373,6 +364,11 @@ class Hyperparameters:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def stride(self) -> int:
+        """Tokens that a window scores while test-time training."""
+        return self.eval_stride or self.window
+
+    @property
     def doc_context(self) -> int:
         """Most tokens a document's token is scored with."""
         return self.ttt_eval_seq_len or self.window
@@ -380,14 +376,11 @@ class Hyperparameters:
     @property
     def doc_chunks(self) -> tuple[tuple[float, int], ...]:
         """(tokens of the longest document, tokens of its chunks), growing. Raises UserError."""
-        def parse(parts):
-            steps = [(int(limit), int(chunk)) for limit, chunk in (part.split(":") for part in parts)]
-            steps.append((math.inf, self.ttt_doc_chunk_tokens))
-            if min(steps)[1] < 1 or any(list(values) != sorted(set(values)) for values in zip(*steps)):
-                raise ValueError
-            return tuple(steps)
-        return parse_list("TTT_CHUNK_LADDER", self.ttt_chunk_ladder, "growing lengths of documents with growing chunks "
-                          f"below TTT_DOC_CHUNK_TOKENS={self.ttt_doc_chunk_tokens}, like 256:8,2000:24", parse)
+        last = math.inf, self.ttt_doc_chunk_tokens
+        return *parse_list("TTT_CHUNK_LADDER", self.ttt_chunk_ladder,
+                           "growing lengths of documents with growing chunks below "
+                           f"TTT_DOC_CHUNK_TOKENS={self.ttt_doc_chunk_tokens}, like 256:8,2000:24", pair(int, int),
+                           lambda steps: all(map(growing, zip((0, 0), *steps, last)))), last
 
     @property
     def lengths_known(self) -> bool:
@@ -407,14 +400,10 @@ class Hyperparameters:
     @property
     def seq_stages(self) -> tuple[tuple[int, float], ...]:
         """Training lengths, each with the share of the budget until which it is used. Raises UserError."""
-        def parse(parts):
-            stages = tuple((int(length), float(until)) for length, until in (part.split(":") for part in parts))
-            ends = [0.0, *(until for _, until in stages)]
-            if ends != sorted(set(ends)) or ends[-1] != 1 or min(stages)[0] < 2:
-                raise ValueError
-            return stages
-        return parse_list("TRAIN_SEQ_SCHEDULE", self.train_seq_schedule or f"{self.train_seq_len}:1",
-                          "lengths and growing shares of the budget, the last of them 1, like 1024:0.1,2048:1", parse)
+        return parse_list(
+            "TRAIN_SEQ_SCHEDULE", self.train_seq_schedule or f"{self.train_seq_len}:1",
+            "lengths and growing shares of the budget, the last of them 1, like 1024:0.1,2048:1", pair(int, float),
+            lambda stages: min(stages)[0] >= 2 and stages[-1][1] == 1 and growing([0, *(end for _, end in stages)]))
 
     @property
     def seq_unit(self) -> int:
@@ -424,51 +413,43 @@ class Hyperparameters:
     @property
     def ve_layer_ids(self) -> tuple[int, ...]:
         """Layers with the value embedding. Raises UserError, as the next three properties do."""
-        if self.ve_enabled and self.ve_last_n >= 0:
+        if not self.ve_enabled:
+            return ()
+        if self.ve_last_n >= 0:
             return tuple(range(self.num_layers))[self.num_layers - self.ve_last_n:]
-        return parse_list("VE_LAYERS", self.ve_layers if self.ve_enabled else "", "a list of layer numbers like 9,10",
-                          lambda parts: tuple(map(int, parts)))
+        return parse_list("VE_LAYERS", self.ve_layers, "a list of layer numbers like 9,10", int)
 
     @property
     def lora_kinds(self) -> tuple[str, ...]:
         """Which matrices LoRA adds to, by the names of LayerWeights."""
         kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "head": ["head"],
                  "mlp": ["down"] if self.ttt_lora_parallel else ["up", "down"]}
-        return parse_list("TTT_LORA_TARGETS", self.ttt_lora_targets, "some of q,k,v,o,mlp,head",
-                          lambda parts: tuple(kind for part in parts for kind in kinds[part]))
+        chosen = parse_list("TTT_LORA_TARGETS", self.ttt_lora_targets, "some of q,k,v,o,mlp,head", kinds.__getitem__)
+        return tuple(itertools.chain(*chosen))
 
     @property
     def lora_layer_ids(self) -> tuple[int, ...]:
         """Layers LoRA adds to, in order."""
         spans = parse_list("TTT_LORA_LAYERS", self.ttt_lora_layers, "layers like 7-10 or 8,9,10",
-                           lambda parts: [[int(end) for end in part.split("-", 1)] for part in parts])
+                           lambda part: [int(end) for end in part.split("-", 1)])
         chosen = {layer for span in spans for layer in range(min(span), max(span) + 1)}
         return tuple(sorted(chosen or range(self.num_layers)))
 
     @property
     def lora_layer_rates(self) -> dict[int, float]:
         """Layer -> its learning rate over TTT_LORA_LR, where that is not 1."""
-        return parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", lambda parts: {
-            int(layer): float(rate) for layer, rate in (part.split(":") for part in parts)})
+        return dict(parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", pair(int, float)))
 
     @property
     def ngrams(self) -> tuple[tuple[int, float], ...]:
         """Lengths of the contexts that are counted, growing, each with its concentration. Raises UserError."""
-        def growing(parts):
-            orders = [int(part) for part in parts]
-            if orders != sorted(set(orders)) or min(orders, default=1) < 1:
-                raise ValueError
-            return orders
-
-        def one_each(parts):
-            weights = [float(part) for part in parts] * (len(orders) if len(parts) == 1 else 1)
-            if len(weights) != len(orders) or not all(0 < weight < math.inf for weight in weights):  # NaN neither
-                raise ValueError
-            return weights
-        orders = parse_list("NGRAM_ORDERS", self.ngram_orders, "growing lengths of contexts, like 2,3,5", growing)
-        return tuple(zip(orders, parse_list(
+        orders = parse_list("NGRAM_ORDERS", self.ngram_orders, "growing lengths of contexts, like 2,3,5", int,
+                            lambda orders: growing([0, *orders]))
+        weights = parse_list(
             "NGRAM_CONCENTRATIONS", self.ngram_concentrations,
-            f"one positive number, or one for each of NGRAM_ORDERS={self.ngram_orders}", one_each)))
+            f"one positive number, or one for each of NGRAM_ORDERS={self.ngram_orders}", float,
+            lambda weights: len(weights) in (1, len(orders)) and all(0 < weight < math.inf for weight in weights))
+        return tuple(zip(orders, itertools.cycle(weights)))
 
     @classmethod
     def from_env(cls, environ) -> Hyperparameters:
@@ -528,12 +509,22 @@ def parse_value(name: str, f: dataclasses.Field, text: str):
     return value
 
 
-def parse_list(name: str, text: str, wanted: str, parse):
-    """`parse` of the parts of a comma-separated text. Raises UserError if they are not what is wanted."""
-    try:
-        return parse([part.strip() for part in text.split(",") if part.strip()])
-    except (ValueError, KeyError):
-        raise UserError(f"{name}={text!r} is not {wanted}") from None
+def parse_list(name: str, text: str, wanted: str, parse, fits=lambda values: True) -> tuple:
+    """`parse` of each part of a comma-separated text. Raises UserError unless they can be parsed and fit together."""
+    with contextlib.suppress(ValueError, LookupError):
+        values = tuple(parse(part.strip()) for part in text.split(",") if part.strip())
+        if fits(values):
+            return values
+    raise UserError(f"{name}={text!r} is not {wanted}")
+
+
+def pair(*parse):
+    """A parser of A:B, made of one for each."""
+    return lambda text: tuple(read(part) for read, part in zip(parse, text.split(":"), strict=True))
+
+
+def growing(values) -> bool:
+    return all(a < b for a, b in itertools.pairwise(values))
 
 
 def describe_range(f: dataclasses.Field) -> str:
@@ -564,7 +555,7 @@ def check_combinations(cfg: Hyperparameters) -> None:
     for holds, message in combination_rules(cfg):
         if not holds:
             raise UserError(message.format(**shown, head_dim=cfg.head_dim, window=cfg.window, last=cfg.num_layers - 1,
-                                           scored=cfg.eval_stride or cfg.window, context=cfg.doc_context))
+                                           scored=cfg.stride, context=cfg.doc_context))
 
 
 def combination_rules(cfg: Hyperparameters):
@@ -612,7 +603,7 @@ def adaptation_rules(cfg: Hyperparameters):
     """The rules of test-time training."""
     if cfg.ttt_reset == "stream":
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
-        yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
+        yield cfg.ttt_chunk_tokens >= cfg.stride, (
             "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
     else:
         yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
@@ -758,7 +749,6 @@ class RunLog:
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
         self.folder, self.base = folder / "runs" / run_id, folder / "logs" / run_id
         self.active, self.append, self.broken, self.held = active, append, False, None
-        self.fresh = {"log.txt", "events.jsonl"}  # not opened yet
 
     def link(self, name: str) -> None:
         """Show a file where this field's tools look for it, in logs/ by the name of its run."""
@@ -778,45 +768,45 @@ class RunLog:
             return
         if console:
             print(text, flush=True)
+        self.held = self.held or self.begin()
         self._append("log.txt", text)
         if event:
             self._append("events.jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
-    def hold(self):
-        """The log, locked until it is closed or this process ends, in whatever way. Raises UserError if another process
-        holds it."""
+    def begin(self):
+        """Create the files. Returns the log, locked until it is closed or this process ends, in whatever way. Raises
+        UserError if they cannot be written, or another process holds the log."""
         path = self.folder / "log.txt"
-        held = open(path, "a")
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = open(path, "a")
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
+            except OSError:
+                pass  # a file system without locks
             for spare in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
                 spare.unlink()
-        except BlockingIOError:
-            raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
-        except OSError:
-            pass  # a file system without locks
+            for name in ("log.txt", "events.jsonl"):
+                open(self.folder / name, "a" if self.append else "w").close()
+                self.link(name)
+        except OSError as error:
+            raise UserError(f"cannot write logs to {self.folder}: {error.strerror}") from None
         return held
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as f:
+                f.write(text + "\n")
+        except OSError as error:
+            if not self.broken:  # a full disk must not end the run: its model may be saved on another one
+                print(f"warning: log {self.folder / name} is incomplete: {error.strerror}", file=sys.stderr)
+            self.broken = True
 
     def close(self) -> None:
         if self.held:
             self.held.close()
-
-    def _append(self, name: str, text: str) -> None:
-        path, begins = self.folder / name, name in self.fresh
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.held = self.held or self.hold()
-            with open(path, "w" if begins and not self.append else "a", encoding="utf-8") as f:
-                f.write(text + "\n")
-            if begins:
-                self.link(name)
-        except OSError as error:
-            if begins:
-                raise UserError(f"cannot write logs to {path.parent}: {error.strerror}") from None
-            if not self.broken:  # a full disk must not end the run: its model may be saved on another one
-                print(f"warning: log {path} is incomplete: {error.strerror}", file=sys.stderr)
-            self.broken = True
-        self.fresh.discard(name)
 
 
 class Progress:
@@ -1196,7 +1186,7 @@ class Runtime:
     def attention_kernels(self, cfg: Hyperparameters) -> str:
         """The attention back end and, where PyTorch chooses another of its kernels instead, that one's name."""
         text, first = self.attention, getattr(self.attend, "keywords", {}).get("first")
-        lengths = {"training": [cfg.train_seq_len] * 2, "scoring": [cfg.eval_stride or cfg.window, cfg.window]}
+        lengths = {"training": [cfg.train_seq_len] * 2, "scoring": [cfg.stride, cfg.window]}
         for use, (queries, keys) in lengths.items() if first else ():
             shapes = (queries, cfg.num_heads), (keys, cfg.num_kv_heads), (keys, cfg.num_kv_heads)
             qkv = [torch.empty(1, *shape, cfg.head_dim, device=self.device, dtype=self.dtype,
@@ -1376,28 +1366,28 @@ class TrainData:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.rt.device, non_blocking=True) if self.rt.on_cuda else tensor
 
-    def span(self, step: int, units: range) -> Tensor:
-        """What `read` gives, on the device.  # int64 [len(units) * unit + 1]"""
-        return self.to_device(self.read(step, units)).long()
-
     def micro_batches(self, per_token: Tensor, seq_len: int = 0) -> Tensor:
         """One number per token of this rank, as its micro-batches.  # [tokens] -> [micro_steps, rows, seq_len]"""
         return per_token.view(self.micro_steps, -1, seq_len or self.seq_len)
 
-    def batch(self, step: int, seq_len: int = 0):
-        """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, seq_len] each"""
-        span = self.span(step, self.units())
-        yield from zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
+    def rows(self, ids: np.ndarray, seq_len: int):
+        """Inputs and targets of each micro-batch of this rank, whose tokens are `ids`.  # int64 [rows, seq_len] each"""
+        span = self.to_device(ids).long()
+        return zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
+
+    def batch(self, step: int):
+        """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, TRAIN_SEQ_LEN] each"""
+        return self.rows(self.read(step, self.units()), self.seq_len)
 
     def training_batch(self, step: int, seq_len: int):
         """Yields what `batch` does and nothing more or, with PACK=documents, in one row, and the documents in it."""
-        if self.bos_id < 0:
-            yield from ((inputs, targets, {}) for inputs, targets in self.batch(step, seq_len))
-            return
-        ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
-        for row, (inputs, targets) in zip(ids, self.batch(step)):
-            starts = self.to_device(document_starts(row, self.bos_id, seq_len or self.seq_len))
-            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len or self.seq_len)}
+        ids, seq_len = self.read(step, self.units()), seq_len or self.seq_len
+        for part, (inputs, targets) in zip(ids[:-1].reshape(self.micro_steps, -1), self.rows(ids, seq_len)):
+            if self.bos_id < 0:
+                yield inputs, targets, {}
+            else:
+                starts = self.to_device(document_starts(part, self.bos_id, seq_len))
+                yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
 
 
 def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
@@ -1516,23 +1506,22 @@ def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
     `tokenizer_sha256`: the tokenizer an artifact was made with, which is then the only one wanted.
     VOCAB_SIZE alone means FineWeb with that vocabulary, else any data set that has it; UserError if there is none."""
     found, default, usual = dict(environ), Hyperparameters.data_path, Hyperparameters.tokenizer_path
-    if "VOCAB_SIZE" in found:
-        size = Hyperparameters.from_env({"VOCAB_SIZE": found["VOCAB_SIZE"]}).vocab_size
-        default, usual = default.replace("1024", str(size)), usual.replace("1024", str(size))
-        if not (tokenizer_sha256 or "DATA_PATH" in found or os.path.isdir(default)):
-            root = Path(default).parent
-            default = next((str(path.parent) for path in sorted(root.glob("*/dataset.json"))
-                            if dataset_facts(path.parent).vocab_size == str(size)), "")
+    if size := found.get("VOCAB_SIZE", ""):
+        size = str(Hyperparameters.from_env({"VOCAB_SIZE": size}).vocab_size)
+        default, usual = default.replace("1024", size), usual.replace("1024", size)
+    if "DATA_PATH" not in found:
+        root = Path(default).parent
+        others = [str(path.parent) for path in sorted(root.glob("*/dataset.json"))]
+        if tokenizer_sha256:
+            fits = lambda folder: dataset_facts(folder).tokenizer_sha256 == tokenizer_sha256
+            default = next(filter(fits, [default, *others]), default)
+        elif size and not os.path.isdir(default):
+            default = next((folder for folder in others if dataset_facts(folder).vocab_size == size), "")
             if not default:
                 raise UserError(f"no data for VOCAB_SIZE={size} in {root}; `bash run.sh data fineweb --vocab-size "
                                 f"{size}` fetches it, `bash run.sh data text FILE --vocab-size {size}` uses your text")
-    facts = dataset_facts(found.get("DATA_PATH", default))
-    if tokenizer_sha256 and "DATA_PATH" not in found and facts.tokenizer_sha256 != tokenizer_sha256:
-        fitting = [path.parent for path in sorted(Path(default).parent.glob("*/dataset.json"))
-                   if dataset_facts(path.parent).tokenizer_sha256 == tokenizer_sha256]
-        if fitting:
-            found["DATA_PATH"], facts = str(fitting[0]), dataset_facts(fitting[0])
-    found.setdefault("DATA_PATH", default)
+        found["DATA_PATH"] = default
+    facts = dataset_facts(found["DATA_PATH"])
     if facts.vocab_size:
         found.setdefault("VOCAB_SIZE", facts.vocab_size)
     if "TOKENIZER_PATH" not in found:
@@ -2844,7 +2833,7 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span, mine = data.span(step, range(data.batch_tokens // data.unit)), data.units()
+        span, mine = data.to_device(data.read(step, range(data.batch_tokens // data.unit))).long(), data.units()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
         return data.micro_batches((weights / weights.mean())[mine.start * data.unit:mine.stop * data.unit])
@@ -2915,16 +2904,12 @@ def checkpoint_path(rt: Runtime, kind: str = "") -> Path:
     return rt.run_folder / f"checkpoint{kind}.pt"
 
 
-def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
-    """JSON of the settings a checkpoint must share with the run that resumes from it; `exported`: those an artifact
-    must share with it, too."""
-    free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
-            "checkpoint_seconds", "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens",
-            "profile"}
-    late = ("eval_", "ttt_", "hash_embed_", "ngram_")
-    if not exported:
-        free |= {"iterations", "max_wallclock_seconds", "code_bytes", "size_fit"}
-        late += "compress", "artifact_", "gptq_", "waterfill_"
+def resumable_settings(cfg: Hyperparameters) -> str:
+    """JSON of the settings a checkpoint must share with the run that resumes from it."""
+    free = {"resume", "run_id", "device", "compile", "attention", "kernels", "checkpoint_every", "checkpoint_seconds",
+            "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens", "profile", "iterations",
+            "max_wallclock_seconds", "code_bytes", "size_fit"}
+    late = "eval_", "ttt_", "hash_embed_", "ngram_", "compress", "artifact_", "gptq_", "waterfill_"
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
 
 
@@ -4286,9 +4271,8 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
 
 def final_evaluations(cfg: Hyperparameters) -> dict[str, int]:
     """The final scores in their order, each with the stride of its windows. "ttt" adapts, the others do not."""
-    stride = cfg.eval_stride or cfg.window
-    return {"roundtrip": cfg.window, **({"sliding": stride} if cfg.eval_stride else {}),
-            **({"ttt": stride} if cfg.ttt_enabled else {})}
+    return {"roundtrip": cfg.window, **({"sliding": cfg.stride} if cfg.eval_stride else {}),
+            **({"ttt": cfg.stride} if cfg.ttt_enabled else {})}
 
 
 def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
@@ -4492,7 +4476,8 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             rt.unwritten.append(f"{error}; the artifact is {path}")
             rt.log(f"warning: {error}; it goes to {path}")
             write_atomically(path, artifact.blob)
-        link_models(rt, path)
+        for file in filter(Path.exists, (path, path.with_suffix(".pt"))):  # where the published scripts have them
+            rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -4508,12 +4493,6 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
     return path
 
 
-def link_models(rt: Runtime, path: Path) -> None:
-    """Show the newest run's artifact and float model where the published scripts have them."""
-    for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
-        rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
-
-
 def precision_tag(cfg: Hyperparameters) -> str:
     mlp, attn = cfg.mlp_quant_bits, cfg.attn_qat_bits
     if cfg.clip_rule == "waterfill":
@@ -4523,7 +4502,7 @@ def precision_tag(cfg: Hyperparameters) -> str:
 
 def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapter, val: ValData) -> None:
     """What is about to adapt, in the lines that this field's log readers know."""
-    targets, lora, stride = len(val.tokens) - 1, cfg.ttt_mode == "lora", cfg.eval_stride or cfg.window
+    targets, lora, stride = len(val.tokens) - 1, cfg.ttt_mode == "lora", cfg.stride
     trained = sum(t.numel() for t in adapter.trained) // max(adapter.rows, 1)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if adapter.rows:
@@ -4551,7 +4530,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
     plans = {key: plan_evaluation(val, cfg, rt, stride, cfg.eval_batch_seqs, key == "ttt")
              for key, stride in final_evaluations(cfg).items()}
     nothing = torch.zeros(cfg.eval_batch_seqs, cfg.window, dtype=torch.int64, device=rt.device)
-    score_fn, fresh = scorer(model, rt), nothing[:, -(cfg.eval_stride or cfg.window):].contiguous()
+    score_fn, fresh = scorer(model, rt), nothing[:, -cfg.stride:].contiguous()
     if cfg.ngrams:
         some = torch.arange(min(len(val.tokens), 2 ** 17), device=rt.device)
         clock.measure_after(lambda: mixture_nll(some, some[1:], cfg.ngrams), len(some) / len(val.tokens))
@@ -4589,8 +4568,7 @@ def log_score(rt: Runtime, label: str, r: EvalResult, note: str = "", exact: boo
 
 
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
-    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary. What a run
-    to be resumed has finished is not done again: training, then the artifact; its scores start over."""
+    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
     watch, specs = Stopwatch(), quant_specs(cfg, parameter_shapes(cfg))
     codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
     if cfg.size_fit and not any(name.endswith("_bank") for name in specs):
@@ -4598,7 +4576,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
-    made = rt.from_first(lambda: rt.resumes and read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
+    made = make_artifact(cfg, rt, val, data, specs, watch)
     return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
 
 
@@ -4624,32 +4602,8 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainDa
     phase = Stopwatch()
     path = export(cfg, rt, model, val, hessians, factors)
     seconds["export"] = phase.elapsed()
-    made = {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
+    return {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
             "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
-    rt.finish_writing()
-    if rt.rank == 0:
-        rt.attempt(write_atomically, rt.run_folder / "export.json", export_record(cfg, rt, made))
-    return made
-
-
-def export_record(cfg: Hyperparameters, rt: Runtime, made: dict) -> bytes:
-    """What `make_artifact` returns, and what it belongs to: digests of artifact and newest checkpoint, and settings."""
-    files = filter(Path.exists, (Path(made["artifact_path"]), checkpoint_path(rt)))
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    settings = resumable_settings(cfg, exported=True)
-    return json.dumps({"made": made, "digests": digests, "settings": settings}).encode()
-
-
-def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
-    """What `make_artifact` returned before a run to be resumed was stopped, if that is still what it would make."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        record = (rt.run_folder / "export.json").read_bytes()
-        made = json.loads(record)["made"]
-        if record == export_record(cfg, rt, made):
-            link_models(rt, Path(made["artifact_path"]))
-            rt.log(f"resume:artifact {made['artifact_path']} of step {made['steps']} is finished; its scores start "
-                   "over", "resume", step=made["steps"])
-            return made
 
 
 def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
@@ -4712,7 +4666,7 @@ def print_error(message: str, rank: int, signals: Signals | None = None) -> None
 
 
 def log_failure(rt: Runtime | None, why: str) -> None:
-    if rt is not None and not rt.log.fresh:  # the log has begun
+    if rt is not None and rt.log.held:  # the log has begun
         rt.log(f"error: {why}", "failed", console=False, why=why)
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT, make_runtime, scrambled
 from hypothesis import given, settings, strategies as st
 
 sys.path.append(str(ROOT / "tools"))
-from quant_bench import using_rounded_weights  # noqa: E402
+from export_bench import using_rounded_weights  # noqa: E402
 
 shapes = st.lists(st.integers(1, 40), min_size=2, max_size=3)
 specs = st.builds(tg.QuantSpec, st.integers(2, 8), st.sampled_from(["percentile", "amax", "sdclip"]),

@@ -473,7 +473,7 @@ def test_commands_pass_their_arguments_on(project):
                             (("report", "x.eval.json"), "tools/report.py x.eval.json"),
                             (("inspect", "x.ptz", "--plot", "x.png"), "tools/inspect_artifact.py x.ptz --plot x.png"),
                             (("sample", "x.ptz", "two words"), "tools/sample.py x.ptz two words"),
-                            (("sweep", "x.ptz", "TTT_LR=0.1,0.2"), "tools/ttt_bench.py x.ptz TTT_LR=0.1,0.2"),
+                            (("sweep", "x.ptz", "TTT_LR=0.1,0.2"), "tools/sweep.py x.ptz TTT_LR=0.1,0.2"),
                             (("sweep", "--help"), "tools/sweep.py --help"),
                             (("sweep", "smoke", "SEED=1,2"), "tools/sweep.py smoke SEED=1,2"),
                             (("runs", "--last", "3"), "tools/runs.py --last 3"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import statistics
 import struct
 import subprocess
@@ -105,19 +106,26 @@ def prepare_data(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     return next((folder / "datasets").iterdir()), tokenizer
 
 
-def cut_validation(data: Path, folder: Path, tokens: int, window: int) -> Path:
-    """A data set with the same training shards and the first whole windows of the validation text: both sides
-    then score the same tokens, for the published scripts leave out what does not fill a window."""
-    body = b"".join(path.read_bytes()[SHARD_HEADER_BYTES:] for path in sorted(data.glob("fineweb_val_*.bin")))
-    windows = (min(tokens, len(body) // 2) - 1) // window
+def cut_validation(data: Path, folder: Path, tokens: int, window: int = 1, start: int = 0) -> Path:
+    """A data set with the same training shards and the first whole windows of the validation text from a token on: two
+    scripts then score the same tokens, for the published ones leave out what does not fill a window."""
+    kinds = {"": [], "bytes_": []}  # tokens; of transformed text, the bytes of each
+    for path in sorted(data.glob("fineweb_val_*.bin")):
+        kinds["bytes_" * path.name.startswith("fineweb_val_bytes_")].append(path.read_bytes()[SHARD_HEADER_BYTES:])
+    bodies = {kind: b"".join(parts)[2 * start:] for kind, parts in kinds.items() if parts}
+    windows = (min(tokens, len(bodies.get("", b"")) // 2) - 1) // window
     if windows < 1:
-        raise BenchError(f"{data} holds no window of {window} validation tokens (fineweb_val_*.bin)")
+        raise BenchError(f"{data} holds no window of {window} validation tokens from token {start} on "
+                         "(fineweb_val_*.bin)")
     folder.mkdir()
     for path in data.glob("fineweb_train_*.bin"):
         (folder / path.name).symlink_to(path.resolve())
+    if (data / "dataset.json").is_file():
+        shutil.copy(data / "dataset.json", folder)
     count = windows * window + 1
     header = struct.pack("<256i", 20240520, 1, count, *[0] * 253)
-    (folder / "fineweb_val_000000.bin").write_bytes(header + body[:2 * count])
+    for kind, body in bodies.items():
+        (folder / f"fineweb_val_{kind}000000.bin").write_bytes(header + body[:2 * count])
     return folder
 
 

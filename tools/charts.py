@@ -123,11 +123,11 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def overview(runs: list[Run]) -> str:
     number = lambda value, form: format(value, form) if value else "-"
-    return table(["run", "state", "steps", *TITLES.values(), "bytes", "training, s"], [
+    return table(["run", "state", "steps", *TITLES.values(), "bytes", "training, s", "audit"], [
         [html.escape(run.name), html.escape(f"{run.state} {run.why}"),
          f"{max((row[0] for row in [*run.steps, *run.validations]), default=0):,}",
          *(number(run.bpb.get(phase), ".4f") for phase in PHASES), number(run.total_bytes, ",d"),
-         number(run.train_seconds, ".1f")] for run in runs])
+         number(run.train_seconds, ".1f"), html.escape(run.audit or "-")] for run in runs])
 
 
 def page(runs: list[Run]) -> str:

@@ -40,11 +40,17 @@ class Run:
     artifact_bytes: int | None = None
     ledger: list[dict] = field(default_factory=list)                            # rows of train_gpt.LedgerRow
     traces: dict = field(default_factory=dict)                                  # eval.json
+    audit: str = ""                                                             # pass or FAIL
+
+    @property
+    def last_phase(self) -> str:
+        """Of those that have a score."""
+        return next((phase for phase in reversed(PHASES) if phase in self.bpb), "")
 
     @property
     def score(self) -> float | None:
         """Of the last phase that has one."""
-        return next((self.bpb[phase] for phase in reversed(PHASES) if phase in self.bpb), None)
+        return self.bpb.get(self.last_phase)
 
     @property
     def train_seconds(self) -> float:
@@ -65,10 +71,22 @@ def read(path: Path) -> Run:
     """A run by its folder, its log or its events. Raises UsageError if there is no run in them."""
     if path.is_dir():
         path = path / "events.jsonl"
-    events = path.with_name("events.jsonl") if path.name == "log.txt" else path.with_suffix(".jsonl")
+    events = beside(path, "events.jsonl")
     if events.is_file() and path.suffix in (".jsonl", ".txt"):
         return read_events(events.resolve())
     return read_published(path)
+
+
+def beside(log: Path, name: str) -> Path:
+    """A file of the run whose log or events these are: in runs/RUN_ID/, or a link in logs/ by the name of the run."""
+    if log.name in ("log.txt", "events.jsonl"):
+        return log.with_name(name)
+    return log.with_name(log.stem + {"log.txt": ".txt", "events.jsonl": ".jsonl"}.get(name, f".{name}"))
+
+
+def name_of(log: Path) -> str:
+    """The RUN_ID of a log, or of events."""
+    return log.parent.name if log.name in ("log.txt", "events.jsonl") else log.stem
 
 
 def find(name: str, folder: Path) -> Run:
@@ -109,9 +127,7 @@ PLACES = {"post_average": "pre_quant", "_roundtrip": "roundtrip", "_sliding_wind
 
 def read_events(path: Path) -> Run:
     """runs/RUN_ID/events.jsonl and what lies beside it (of an older version: logs/RUN_ID.jsonl)."""
-    own_folder = path.name == "events.jsonl"
-    run = Run(path.parent.name if own_folder else path.stem, path)
-    beside = lambda name: path.with_name(name if own_folder else f"{path.stem}.{name}")
+    run = Run(name_of(path), path)
     process, steps, lr_scales, validations = {}, {}, {}, {}
     for event in parse_lines(path):
         kind = event["event"]
@@ -136,10 +152,11 @@ def read_events(path: Path) -> Run:
             run.why = event["why"]
     run.steps, run.lr_scales, run.validations = ([rows[step] for step in sorted(rows)]
                                                  for rows in (steps, lr_scales, validations))
-    log = beside("log.txt") if own_folder else path.with_suffix(".txt")
-    run.state = state_of(run, process, log)
-    if beside("eval.json").is_file() and run.state == "done":
-        run.traces = json.loads(read_text(beside("eval.json")))
+    run.state = state_of(run, process, beside(path, "log.txt"))
+    if beside(path, "eval.json").is_file() and run.state == "done":
+        run.traces = json.loads(read_text(beside(path, "eval.json")))
+    if beside(path, "audit.json").is_file():
+        run.audit = json.loads(read_text(beside(path, "audit.json"))).get("verdict", "")
     return run
 
 

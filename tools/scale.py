@@ -84,7 +84,7 @@ def late_qat_threshold(was: Settings, now: Settings) -> float:
         return tg.plan_step(cfg, cfg.iterations - left, 0.0, 0.0).qat
     if not quantised(was, 1) or quantised(now, 2):
         return was.late_qat_threshold
-    return round(1.01 * tg.lr_scale(now, now.iterations - 2, 0.0, 0.0), 4)
+    return min(round(1.01 * tg.lr_scale(now, now.iterations - 2, 0.0, 0.0), 4), 1.0)
 
 
 def seq_schedule(was: Settings, now: Settings) -> str:
@@ -213,6 +213,13 @@ def tiny(profile: profiles.Profile, environ: Mapping[str, str]) -> list[tuple[st
     return lines
 
 
+def shrunk(word: str, profile: profiles.Profile, environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """What SCALE=word changes, as `tiny` has it. Raises UsageError, UserError."""
+    if word != "tiny":
+        raise shell.UsageError(f"SCALE={word} is not one of: tiny")
+    return tiny(profile, environ)
+
+
 def table(profile: profiles.Profile, lines: list[tuple[str, str, str]]) -> str:
     width = max((len(f"{key}={value}") for key, value, _ in lines), default=0)
     return "\n".join([f"# SCALE=tiny: what is smaller than in {profile.name}; every feature stays on",
@@ -225,10 +232,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("scale", help="tiny")
     parser.add_argument("profile")
     args = parser.parse_args(argv)
-    if args.scale != "tiny":
-        raise shell.UsageError(f"SCALE={args.scale} is not one of: tiny")
     profile = profiles.load(args.profile)
-    print(table(profile, tiny(profile, os.environ)))
+    print(table(profile, shrunk(args.scale, profile, os.environ)))
     return 0
 
 

@@ -14,8 +14,9 @@ OTHERS = ("AOT", "CUBLAS", "CUDA", "CUDNN", "GLOO", "HF_", "INDUCTOR", "KMP", "L
           "MPL", "NCCL", "NUMEXPR", "NVIDIA", "OMP", "OPENBLAS", "PYTHON", "PYTORCH", "RANK", "TMPDIR", "TORCH", "TQDM",
           "TRITON", "WANDB", "WORLD_SIZE")
 # Variables that run.sh and tools/audit.py read.
-AUDIT = ["AUDIT", "AUDIT_OUT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
+AUDIT = ["AUDIT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
 RANKS = ["NNODES", "NODE_RANK", "RDZV_ENDPOINT", "NPROC_PER_NODE", "MAX_RESTARTS"]
+OF_RUN_SH = [*AUDIT, *RANKS, "SCALE", "TENSORBOARD"]  # all that its command line takes besides settings
 
 
 class UsageError(Exception):
@@ -98,13 +99,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message} ({self.prog} --help says more)")
 
-    def split(self, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-        """(the tool's own arguments, the settings among them). Raises UsageError."""
+    def split(self, argv: list[str], more: Iterable[str] = ()) -> tuple[argparse.Namespace, dict[str, str]]:
+        """(the tool's own arguments, the settings and the variables in `more` among them). Raises UsageError."""
         import dataclasses
 
         import train_gpt as tg
         names = [name for f in dataclasses.fields(tg.Hyperparameters) for name in tg.env_names(f)]
-        settings, rest = take_settings(argv, names)
+        settings, rest = take_settings(argv, [*names, *more])
         return self.parse_intermixed_args(rest), settings
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
