@@ -52,7 +52,7 @@ def project(tmp_path):
     """A copy of the repository; `project(arguments, **environment)` runs run.sh there."""
     repo, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
     for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", "tools/requirements.txt", ".ci/run", "tools/shell.py",
-                 "tools/check_settings.py", "tools/scale.py", "tools/profiles.py", "tools/estimate.py",
+                 "tools/check_settings.py", "tools/scale.py", "tools/tiny.py", "tools/profiles.py", "tools/estimate.py",
                  *(f"profiles/{profile}.env" for profile in PROFILES)):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)

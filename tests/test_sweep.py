@@ -176,7 +176,8 @@ def test_jobs_share_the_gpus_out(fake, tmp_path, monkeypatch, jobs, shares):
 
 def test_a_run_sees_its_share_only(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "gpus_here", lambda: ["5", "7"])
-    wide = sweep.Plan("default", {"MATRIX_LR": "0.1"}, {"LEAKY_SLOPE": ["0.3"], "SEED": ["1", "2", "3"]}, "mine", jobs=2)
+    axes = {"LEAKY_SLOPE": ["0.3"], "SEED": ["1", "2", "3"]}
+    wide = sweep.Plan("default", {"MATRIX_LR": "0.1"}, axes, "mine", jobs=2)
     sweep.sweep(wide, tmp_path, fake)
     seen = [given(tmp_path, f"mine.0.3_{seed}")[0]["CUDA_VISIBLE_DEVICES"] for seed in "123"]
     assert set(seen) == {"5", "7"}

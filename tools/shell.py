@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import importlib
 import os
 import re
 import sys
@@ -21,6 +22,14 @@ OF_RUN_SH = [*AUDIT, *RANKS, "SCALE", "TENSORBOARD"]  # all that its command lin
 
 class UsageError(Exception):
     """The arguments are not what the tool takes. `one_line_errors` prints it as one line, exit code 2."""
+
+
+def optional(module: str, what: str, install: str = "-r tools/requirements.txt"):
+    """A module of a package that only `what` needs. Raises UsageError where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(f"{what} needs {module.partition('.')[0]}: pip install {install}") from None
 
 
 def did_you_mean(near: list[str]) -> str:
