@@ -1,10 +1,12 @@
 """Sweeps: what is refused before anything runs, retries, going on after a kill, tables."""
 import csv
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -206,6 +208,18 @@ def test_what_run_sh_takes_a_sweep_takes(monkeypatch):
     assert made.axes == {"SEED": ["1", "2"]} and made.settings == {
         "ITERATIONS": "5", **{key: value for key, value in words.items() if key != "SEED"}}
     assert made.configuration({"SEED": "1"}).model_dim == 32 and made.configuration({"SEED": "1"}).iterations == 5
+
+
+def test_a_run_that_outlives_its_sweep_is_waited_for(fake, tmp_path):
+    """Two of one name would be refused; it is not started before the other has let go of the log."""
+    path = tmp_path / "runs/mine.0.3/log.txt"
+    path.parent.mkdir(parents=True)
+    log, released = open(path, "w"), []
+    fcntl.flock(log, fcntl.LOCK_EX)
+    threading.Timer(0.5, lambda: (released.append(time.time()), log.close())).start()
+    made = sweep.sweep(sweep.Plan("smoke", {"SEED": "1"}, {"LEAKY_SLOPE": ["0.3"]}, "mine"), tmp_path, fake)
+    assert [t.state.name for t in made.study.trials_by_state()] == ["COMPLETE"]
+    assert (path.parent / "tries").stat().st_mtime >= released[0] - 0.01
 
 
 def test_hopeless_runs_end_early(fake, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Our script and a published one, side by side on this machine's CPU.
+"""Speed and memory of our script and a published one, side by side on this machine's CPU (--gpu: GPU).
 
     python tools/bench.py --peer PR_1092.py                          # embedded text, 3 pairs of runs
     python tools/bench.py --peer PR_1092.py --steps 100 --data FOLDER --tokenizer MODEL --out bench.json

@@ -62,13 +62,19 @@ def build_parser(description: str) -> Parser:
     add("--steps", type=int, default=60, metavar="N", help="optimiser steps (default: %(default)s)")
     add("--repeat", type=int, default=3, metavar="N", help="pairs of runs (default: %(default)s)")
     add("--threads", type=int, default=2, metavar="N", help="threads of each run on a CPU (default: %(default)s)")
+    add("--val-tokens", type=int, default=131_072, metavar="N", help="most validation tokens (%(default)s)")
+    add_files(parser)
+    add("settings", nargs="*", metavar="KEY=VALUE", help="settings for both sides")
+    return parser
+
+
+def add_files(parser: Parser) -> None:
+    """The options of `prepare_data`, and where the result goes."""
+    add = parser.add_argument
     add("--data", type=Path, metavar="FOLDER", help="folder with fineweb_{train,val}_*.bin")
     add("--text", action="append", metavar="FILE", help="instead: text to make shards of; may be given again")
     add("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model (default: a new one)")
-    add("--val-tokens", type=int, default=131_072, metavar="N", help="most validation tokens (%(default)s)")
     add("--out", type=Path, metavar="FILE", help="write all numbers there as JSON")
-    add("settings", nargs="*", metavar="KEY=VALUE", help="settings for both sides")
-    return parser
 
 
 def run_settings(args: argparse.Namespace, defaults: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Where the bytes of an artifact are.
+"""Where the bytes of an artifact are: by tensor and by stream.
 
     python tools/inspect_artifact.py final_model.ptz
     python tools/inspect_artifact.py final_model.ptz --plot bytes.png    # the same as a bar chart

@@ -92,13 +92,10 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--quality", action="store_true", help="this bench")
-    add("--data", type=Path, metavar="FOLDER", help="folder with fineweb_{train,val}_*.bin")
-    add("--text", action="append", metavar="FILE", help="instead: text to make shards of; may be given again")
-    add("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model (default: a new one)")
+    benchlib.add_files(parser)
     add("--seeds", default="7", metavar="N,N", help="a run each (default: %(default)s)")
     add("--log", action="append", default=[], metavar="NAME=FILE", help="a published script's log; again for a seed")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every system")
-    add("--out", type=Path, metavar="FILE", help="write all numbers there as JSON")
     add("systems", nargs="+", metavar="PROFILE[:KEY=VALUE,...]", help="what to train")
     return parser
 

@@ -1,4 +1,4 @@
-"""Makes what is submitted: the small train_gpt.py, and the folder of a run.
+"""What is submitted: the small train_gpt.py, the folder of some runs; and a check of anyone's folder.
 
     python tools/record.py build                                  # train_gpt.py -> build/train_gpt.py
     python tools/record.py build --source FILE --out FILE

@@ -1,4 +1,4 @@
-"""Runs as charts: one HTML page that needs nothing else, or a PNG of an evaluation.
+"""Runs and published logs as charts: one HTML page that needs nothing else, or a PNG of an evaluation.
 
     python tools/report.py                                    # the newest run; ARTIFACT_DIR= says where
     python tools/report.py RUN_ID other/train_seed42.log      # laid over each other: ours, and published logs

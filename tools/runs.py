@@ -1,4 +1,4 @@
-"""The runs of a folder as a table: when, profile and what differs from it, steps, bits per byte, bytes, state.
+"""Every run that is kept: when, profile and what differs from it, steps, bits per byte, bytes, state.
 
     bash run.sh runs
     python tools/runs.py

@@ -1,4 +1,4 @@
-"""Sweeps: settings and their values, as a table with means, differences and p-values, and a picture.
+"""Runs, or scores of an artifact, with each combination of some settings: a table with p-values, and a picture.
 
     bash run.sh sweep smoke LEAKY_SLOPE=0.3,0.5,0.75 SEED=1,2,3            # every combination (grid), a run each
     bash run.sh sweep smoke MATRIX_LR=0.01..0.1 --sampler tpe --trials 30  # what looks best so far is tried next
@@ -25,6 +25,7 @@ import argparse
 import csv
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import io
 import os
@@ -242,6 +243,8 @@ class Sweep:
         files = self.folder / "runs" / env["RUN_ID"]
         if (files / "checkpoint.pt").exists() and trial.user_attrs.get("attempt", 1) == 1:
             env["RESUME"] = "1"
+        while in_use(files / "log.txt") and not self.stop.wait(POLL_SECONDS):
+            pass  # a run that outlives a sweep which was killed ends soon, with a checkpoint
         found = runlog.read(files) if (files / "events.jsonl").exists() else None
         hopeless, code = False, 0
         if found is None or found.state != "done":
@@ -308,6 +311,16 @@ class Sweep:
         rows = table(rows_of(trials, self.plan.axes), [key for key in self.plan.axes if key != "SEED"])
         return "\n".join([f"# {self.place.name}", "", f"{of} `{self.plan.profile}`, all runs with: `{shared}`", "",
                           *rows, ""])
+
+
+def in_use(log: Path) -> bool:
+    """Is there a run that holds this log?"""
+    try:
+        with open(log) as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
 
 
 def last_error(path: Path) -> str:
