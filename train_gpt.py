@@ -1594,10 +1594,6 @@ class QuantSpec:
         """The largest code; codes are symmetric, so that rounding has no bias."""
         return 2 ** (self.bits - 1) - 1
 
-    @property
-    def code_type(self) -> torch.dtype:
-        return torch.int8 if self.bits <= 8 else torch.int16
-
 
 class Steps(NamedTuple):
     """The steps of water-filling, as a file holds them: 2**((row + column) / 4)."""
@@ -1628,38 +1624,38 @@ def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return (weight / scale).round_().clamp_(-spec.max_code, spec.max_code)
 
 
-def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """fp16-exact scale (the step) of each row.  # float32 [..., rows, 1]"""
-    return storable(rule_scales(weight, spec) * spec.widen)
-
-
 def storable(scale: Tensor) -> Tensor:
     """The scale as the export stores it: floored, in fp16 precision."""
     return scale.clamp(min=SCALE_FLOOR).half().float()
 
 
-def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Steps by the clip rule alone.  # [..., rows, 1]
+def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Scale (the step) of each row by the clip rule, exact in fp16.  # float32 [..., rows, 1]
 
     amax: the largest weight of a row gets the largest code. percentile (PR 1092): the one of five quantiles of a row's
     magnitudes that gets the largest code at the least squared error. sdclip (R1394): `sigmas` standard deviations get
     it, larger weights are clipped, and the entropy coder needs about log2(sigmas) bits fewer than `bits` per weight.
     """
     if spec.clip == "sdclip":
-        return spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.max_code
-    magnitudes = weight.abs()
-    if spec.clip == "amax":
-        return magnitudes.amax(-1, keepdim=True) / spec.max_code
-    scales = storable(upper_quantiles(magnitudes, PERCENTILES) / spec.max_code)
-    errors = [round_to(weight, scale, spec).mul_(scale).sub_(weight).square_().sum(-1, keepdim=True)
-              for scale in scales]
-    return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+        scale = spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.max_code
+    elif spec.clip == "amax":
+        scale = weight.abs().amax(-1, keepdim=True) / spec.max_code
+    else:
+        scales = storable(upper_quantiles(weight.abs(), PERCENTILES) / spec.max_code)
+        errors = [round_to(weight, scale, spec).mul_(scale).sub_(weight).square_().sum(-1, keepdim=True)
+                  for scale in scales]
+        scale = scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+    return storable(scale * spec.widen)
 
 
-def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None) -> tuple[Tensor, Tensor | Steps]:
-    """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight."""
-    scale = (steps or row_scales(weight.float(), spec)).float()
-    return round_to(weight.float(), scale, spec).to(spec.code_type), steps or scale.half()
+def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None, hessian: Tensor | None = None,
+             names: list[str] = ()) -> tuple[Tensor, Tensor | Steps]:
+    """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight: to the
+    nearest or, with a `hessian`, by `gptq`."""
+    weight = weight.float()
+    scale = (steps or row_scales(weight, spec)).float()
+    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, names)
+    return codes.to(torch.int8 if spec.bits <= 8 else torch.int16), steps or scale.half()
 
 
 def dequantise(codes: Tensor, scales: Tensor | Steps) -> Tensor:
@@ -1700,21 +1696,19 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
     return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
-def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str],
-         steps: Steps | None = None) -> tuple[Tensor, Tensor | Steps]:
-    """`quantise`, but the columns still to be rounded compensate the error of those already rounded.
+def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> Tensor:
+    """Codes, as floats, where the columns still to be rounded compensate the error of those already rounded.
 
     Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
-    without input become 0. The scales are `row_scales`, those late QAT trained on, if no `steps` are given. Source:
-    GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be used.
+    without input become 0. `scale`: of the rows as they are, on which late QAT trained, not as they are compensated.
+    Source: GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be
+    used.
     """
-    weight = weight.float()
     dead, order, factor = column_order(hessian, names)
-    scale = (steps or row_scales(weight, spec)).float()  # of the rows as they are, not as they are compensated
     weight, grid = weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale.expand_as(weight)
     codes = round_columns(weight, grid.take_along_dim(order, -1), factor, spec)
-    return codes.take_along_dim(order.argsort(dim=-1), -1).to(spec.code_type), steps or scale.half()
+    return codes.take_along_dim(order.argsort(dim=-1), -1)
 
 
 def column_order(hessian: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -1802,6 +1796,7 @@ def water_fill(factors: dict[str, tuple[Tensor, Tensor]], nats: float, exponent:
 # ------------------------------------------------------------------------------------------------ KERNELS
 CE_CHUNK_ROWS = 1024  # rows of logits in memory at a time: large enough for fast products, small enough for the cache
 CE_CHUNK_LOGITS_CUDA = 2 ** 24  # a GPU has no such cache but needs large products, and a compiled graph few chunks
+MOST_BLOCKS = 264  # of a Triton grid: two for each of an H100's streaming multiprocessors
 LARGEST_CAP = 40.0  # of logits in the Triton kernel: exp(-2 * 40) is a number of fp32 with all its digits
 
 
@@ -1900,11 +1895,6 @@ def load_kernels() -> None:
         torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
                                 schema=schema.removeprefix(name)).register_fake(allocate)
 
-    def blocks(x: Tensor, tiles: int) -> tuple:
-        """The grid: two blocks an SM; few in the interpreter, so that each does several tiles there too."""
-        most = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-        return min(tiles, most),
-
     def tiled(x: Tensor, *block: int):
         return TensorDescriptor.from_tensor(x.contiguous(), list(block))
 
@@ -1913,14 +1903,14 @@ def load_kernels() -> None:
 
     def mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
         down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
-        mlp_tiles[blocks(a, down * across)](
+        mlp_tiles[min(down * across, MOST_BLOCKS),](
             tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
             tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
             FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
 
     def symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
         across = triton.cdiv(x.size(1), side)
-        symmetric_tiles[blocks(x, len(x) * across * (across + 1) // 2)](
+        symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
             tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
             len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
             num_stages=3)
@@ -2045,15 +2035,21 @@ LANE_KEEPS = 1.1  # PR 1855: what a lane keeps of itself at first
 
 
 class CastedLinear(nn.Linear):
-    """A linear layer with fp32 parameters that computes in the dtype of its input."""
+    """A linear layer with fp32 parameters that computes in the dtype of its input. Its weights start at 0, and its
+    bias, if it has one, at the value given."""
+
+    def __init__(self, inputs: int, outputs: int, bias: float | None = None):
+        super().__init__(inputs, outputs, bias is not None)
+        nn.init.zeros_(self.weight)
+        if bias is not None:
+            nn.init.constant_(self.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def norm(x: Tensor, scale: float = 1.0, eps: float = 0.0) -> Tensor:
-    """scale * RMS norm over the last dimension; eps 0: the machine epsilon. For half precision PyTorch has a fused
-    kernel."""
+    """scale * RMS norm over the last dimension; eps 0: the machine epsilon. PyTorch fuses it for half precision."""
     if x.dtype == torch.float32:
         return ScaledNorm.apply(x, scale, eps or torch.finfo(x.dtype).eps)
     return F.rms_norm(x, (x.size(-1),), eps=eps or None) * scale
@@ -2072,15 +2068,15 @@ class RMSNorm(nn.Module):
         return x if self.weight is None else x * self.weight.to(x.dtype)
 
 
-def rope_table(length: int, dims: int, cfg: Hyperparameters, device, longest: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, in fp32.  # [length, dims/2] each
+def rope_table(cfg: Hyperparameters, length: int, device, longest: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, in fp32.  # [length, rotated dimensions / 2] each
 
     NTK scaling: the base grows with the longer of training length and window, from ROPE_TRAIN_SEQ_LEN on. (PR 1092
     counts from 1024 while it trains on 2048, which stretches its base to 22,082; ROPE_TRAIN_SEQ_LEN=1024 keeps that.)
     In a flat stream the window is its `longest` document, and positions count on (PR 1530): only differences matter.
     """
     # sym_max instead of max: one compiled graph serves every length
-    reach = torch.sym_max(longest or length, cfg.train_seq_len)
+    reach, dims = torch.sym_max(longest or length, cfg.train_seq_len), cfg.rope_dims or cfg.head_dim
     stretch = torch.sym_max(reach / cfg.rope_train_seq_len, 1.0) if cfg.rope_train_seq_len else 1.0
     base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
@@ -2121,11 +2117,9 @@ def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
 
 
 def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
-    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one, and of `source`, the input
-    of attention or MLP as a whole, if it has the attribute `parallel`: see `GPT.hidden`."""
-    if isinstance(weight, Tensor):
-        return F.linear(x, weight)
-    return weight(x, source) if getattr(weight, "parallel", False) else weight(x)
+    """x weight^T. Instead of a matrix, `weight` may be a function of x and of `source`, the input of attention or MLP
+    as a whole (by default x): see `GPT.hidden`."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x, x if source is None else source)
 
 
 class SmearGate(nn.Module):
@@ -2148,7 +2142,7 @@ class WindowSmearGate(nn.Module):
 
     def __init__(self, window: int):
         super().__init__()
-        self.gate = CastedLinear(window, 1, bias=False)
+        self.gate = CastedLinear(window, 1)
         self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, ids: Tensor, distance: Tensor | None) -> Tensor:
@@ -2162,7 +2156,7 @@ class ProjectedEmbedding(nn.Module):
     def __init__(self, rows: int, dim: int, width: int, scale: float):
         super().__init__()
         self.embed = nn.Embedding(rows, dim)
-        self.proj = CastedLinear(dim, width, bias=False) if dim != width else None
+        self.proj = CastedLinear(dim, width) if dim != width else None
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, index: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -2193,9 +2187,9 @@ class Attention(nn.Module):
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         self.window, self.eps = cfg.attention_window, cfg.norm_eps
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)) if cfg.qk_norm else None
-        self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
-        sparse = CastedLinear(cfg.gate_window, cfg.num_heads, bias=False) if cfg.sparse_attn_gate else None
-        self.sparse_gate, self.sparse_scale = sparse, cfg.sparse_attn_gate_scale
+        self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads, bias=4.0) if cfg.gated_attention else None  # open
+        self.sparse_gate = CastedLinear(cfg.gate_window, cfg.num_heads) if cfg.sparse_attn_gate else None
+        self.sparse_scale = cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
     def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
@@ -2238,7 +2232,7 @@ class Block(nn.Module):
             self.attn_scale, self.mlp_scale = nn.Parameter(ones), nn.Parameter(ones.clone())
             self.resid_mix = nn.Parameter(torch.stack((ones, torch.zeros(cfg.model_dim))))
         self.mixes, self.joint = cfg.residual_mix, 0 < cfg.parallel_start_layer <= layer and not cfg.two_lanes
-        self.dtg_gate = CastedLinear(cfg.model_dim, 1) if cfg.dtg_enabled else None
+        self.dtg_gate = CastedLinear(cfg.model_dim, 1, bias=2.0) if cfg.dtg_enabled else None  # fairly open
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
     def forward(self, x, lane, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int,
@@ -2299,41 +2293,37 @@ class GPT(nn.Module):
         self.bigram = table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
         self.trigram = table(cfg.trigram_vocab_size, cfg.trigram_dim, dim, TRIGRAM_SCALE)
         self.looped = True  # as it is scored; training starts without
-        gate = {"off": lambda: None, "window": lambda: WindowSmearGate(cfg.gate_window)}
-        self.smear = gate.get(cfg.smear_gate, lambda: SmearGate(dim))()
+        if cfg.smear_gate != "off":
+            self.smear = WindowSmearGate(cfg.gate_window) if cfg.smear_gate == "window" else SmearGate(dim)
         self.skip_weights = nn.Parameter(torch.ones(len(cfg.visits(True)) // 2 if cfg.unet_skips else 0, dim))
         self.skip_gates = nn.Parameter(torch.zeros_like(self.skip_weights)) if cfg.skip_gates else None
         self.lane_keeps = nn.Parameter(torch.full((layers, 2), LANE_KEEPS)) if cfg.two_lanes else None
         self.lane_takes = nn.Parameter(torch.ones(layers, 2, 2)) if cfg.two_lanes else None
-        self.qo_bank = nn.Parameter(torch.empty(2 * layers, dim, dim))
-        self.kv_bank = nn.Parameter(torch.empty(2 * layers, kv_dim, dim))
-        self.mlp_up_bank = nn.Parameter(torch.empty(layers, cfg.mlp_dim, dim))
-        self.mlp_down_bank = nn.Parameter(torch.empty(layers, dim, cfg.mlp_dim))
+        self.qo_bank = nn.Parameter(torch.zeros(2 * layers, dim, dim))
+        self.kv_bank = nn.Parameter(torch.zeros(2 * layers, kv_dim, dim))
+        self.mlp_up_bank = nn.Parameter(torch.zeros(layers, cfg.mlp_dim, dim))
+        self.mlp_down_bank = nn.Parameter(torch.zeros(layers, dim, cfg.mlp_dim))
         self.blocks = nn.ModuleList(Block(cfg, layer, attend, kernels) for layer in range(layers))
         self.final_norm = RMSNorm(cfg)
         self.ve_shared = table(cfg.vocab_size if cfg.ve_layer_ids else 0, cfg.ve_dim, kv_dim, VALUE_SCALE)
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in cfg.ve_layer_ids)
-        self.lm_head = None if cfg.tie_embeddings else nn.Linear(dim, cfg.vocab_size, bias=False)
-        self.mtp_heads = nn.ModuleList(nn.Linear(dim, cfg.vocab_size, bias=False) for _ in range(cfg.mtp_num_heads))
+        self.lm_head = None if cfg.tie_embeddings else CastedLinear(dim, cfg.vocab_size)
+        self.mtp_heads = nn.ModuleList(CastedLinear(dim, cfg.vocab_size) for _ in range(cfg.mtp_num_heads))
         if not self.qo_bank.is_meta:
             self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Queries, keys, values, MLP-up, projections of tables   orthogonal (INIT=kaiming: these and the next two
-                                                               Kaiming-uniform, as nn.Linear's, and the token table)
-        attention-out, MLP-down, output heads, gates' weights     0
-        hashed tables; value table                                0; N(0, 0.01)
-        token table                                               N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
-        bias of attention gate; of block gate                     4 (open); 2 (fairly open)
-        Vectors are initialised where they are declared."""
+        """What is not initialised where it is declared, which is mostly with zeros:
+
+        queries, keys, values, MLP-up, projections of tables   orthogonal (INIT=kaiming: all banks and the token table
+                                                               Kaiming-uniform, as nn.Linear's)
+        token table                                            N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
+        hashed tables; value table                             0; N(0, 0.01)"""
         layers, plain = self.cfg.num_layers, self.cfg.init == "kaiming"
         fill = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)) if plain else nn.init.orthogonal_
         for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank):
             fill(matrix)
-        heads = [head for head in (*self.mtp_heads, self.lm_head) if head is not None]
-        for zeroed in (self.qo_bank[layers:], self.mlp_down_bank, *(head.weight for head in heads)):
-            zeroed.zero_()
         self.tok_emb.weight.normal_(std=self.cfg.tied_embed_init_std if self.cfg.tie_embeddings else 1.0)
         for matrix in (*self.qo_bank[layers:], *self.mlp_down_bank, self.tok_emb.weight) if plain else ():
             fill(matrix)
@@ -2342,14 +2332,6 @@ class GPT(nn.Module):
                 table.embed.weight.normal_(std=std)
                 if table.proj is not None:
                     nn.init.orthogonal_(table.proj.weight)
-        for block in self.blocks:
-            for gate, bias in ((block.attn.attn_gate, 4.0), (block.dtg_gate, 2.0), (block.attn.sparse_gate, 0.0)):
-                if gate is not None:
-                    gate.weight.zero_()
-                    if gate.bias is not None:
-                        gate.bias.fill_(bias)
-        if self.cfg.smear_gate == "window":
-            self.smear.gate.weight.zero_()
 
     @torch.no_grad()
     def refresh_scales(self, hardness: float = 1.0) -> None:
@@ -2424,17 +2406,16 @@ class GPT(nn.Module):
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
-        rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device, longest)
-        positions = Positions(*rope, documents)
+        positions = Positions(*rope_table(cfg, length, ids.device, longest), documents)
         shared = None if self.ve_shared is None else self.look_up("ve_shared", ids, qat)
         extra = {layer: shared * scale.to(self.dtype) for layer, scale in zip(cfg.ve_layer_ids, self.ve_layer_scales)}
         x = x0 = self.embed(ids, qat, hook, documents)
         skips, first_value, lane, order = [], None, None, cfg.visits(self.looped)
         for visit, (layer, weights) in enumerate(zip(order, self.layer_weights(qat, hook))):
-            place, lanes = visit - len(order) // 2, ()
-            if place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
-                lane, lanes = x if lane is None else lane, (self.lane_keeps[layer], self.lane_takes[layer])
-                lanes = [weight.to(x.dtype) for weight in lanes]
+            place = visit - len(order) // 2
+            if lane is None and place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
+                lane = x
+            lanes = () if lane is None else (self.lane_keeps[layer].to(x.dtype), self.lane_takes[layer].to(x.dtype))
             if place >= 0 and skips:
                 x = self.merge_skip(x, skips.pop(), place)
             kept = keep or length if visit == len(order) - 1 else length
@@ -3122,28 +3103,23 @@ class HessianSums:
 
     def __init__(self, model: GPT):
         cfg, device, self.layer_of = model.cfg, model.qo_bank.device, model.layer_of
-        widths = {"query": cfg.model_dim, "out": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
-        self.layers = range(cfg.num_layers)
         self.head = "tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"
-        self.sums = {(kind, i): torch.zeros(n, n, device=device) for kind, n in widths.items() for i in self.layers}
-        self.sums["head", -1] = torch.zeros(cfg.model_dim, cfg.model_dim, device=device)
+        widths = {"query": cfg.model_dim, "out": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
+        self.sums = {kind: torch.zeros(cfg.num_layers, n, n, device=device) for kind, n in widths.items()}
+        self.sums["head"] = torch.zeros(1, cfg.model_dim, cfg.model_dim, device=device)
 
     def __call__(self, kind: str, visit: int, weight: Tensor):
-        place = kind, self.layer_of(visit)
-
-        def project_and_sum(x: Tensor) -> Tensor:
+        def project_and_sum(x: Tensor, source: Tensor) -> Tensor:
             rows = x.flatten(0, -2).float()
-            self.sums[place].addmm_(rows.t(), rows)
+            self.sums[kind][self.layer_of(visit)].addmm_(rows.t(), rows)
             return F.linear(x, weight)
-        return project_and_sum if place in self.sums else weight
+        return project_and_sum if kind in self.sums else weight
 
     def by_parameter(self, rt: Runtime) -> dict[str, Tensor]:
         """Sums over all ranks, in the layout of the parameters.  # [matrices, columns, columns]"""
-        rt.sum_many_(list(self.sums.values()))
-        query, out, up, down = (torch.stack([self.sums[kind, i] for i in self.layers])
-                                for kind in ("query", "out", "up", "down"))
+        query, out, up, down, head = rt.sum_many_(list(self.sums.values()))
         return {"qo_bank": torch.cat((query, out)), "kv_bank": torch.cat((query, query)), "mlp_up_bank": up,
-                "mlp_down_bank": down, self.head: self.sums["head", -1][None]}
+                "mlp_down_bank": down, self.head: head}
 
 
 @torch.no_grad()
@@ -3188,8 +3164,8 @@ def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, st
         if watch.elapsed() > left_s / 1.5:  # the rest is for rounding
             break
     hessians = look.by_parameter(rt)
-    rt.log(f"GPTQ:collected {len(look.sums)} Hessians in {watch.elapsed():.1f}s from {tokens} tokens per rank "
-           f"({cfg.gptq_calibration})", "calibration", tokens=tokens, seconds=watch.elapsed())
+    rt.log(f"GPTQ:collected {sum(map(len, look.sums.values()))} Hessians in {watch.elapsed():.1f}s from {tokens} "
+           f"tokens per rank ({cfg.gptq_calibration})", "calibration", tokens=tokens, seconds=watch.elapsed())
     if watch.elapsed() > left_s:
         rt.log(f"warning: calibration took {watch.elapsed():.1f}s, {watch.elapsed() - left_s:.1f}s more than was left "
                "of MAX_WALLCLOCK_SECONDS; raise GPTQ_RESERVE_SECONDS or lower GPTQ_CALIBRATION_BATCHES")
@@ -3242,8 +3218,7 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
     for name, spec in quant_specs(cfg, params).items():
         weight = prune(params[name].detach().float(), cfg.prune_frac)
         matrices, steps = weight.view(-1, *weight.shape[-2:]), filled.get(name)
-        codes, scales = gptq(matrices, hessians[name], spec, labels(name, weight), steps) if name in hessians else \
-            quantise(matrices, spec, steps)
+        codes, scales = quantise(matrices, spec, steps, hessians.get(name), labels(name, weight))
         rounded[name] = codes.view_as(weight), steps or scales.view(*weight.shape[:-1], 1)
     return rounded
 
@@ -3627,17 +3602,15 @@ def model_settings(cfg: Hyperparameters) -> dict[str, str]:
 
 def blank_parameters(cfg: Hyperparameters, precision: list, limit: int) -> list[Stored]:
     """The parameters of a header, still zero. Raises ValueError if they have more than `limit` weights in all."""
-    shapes = parameter_shapes(cfg)
-    count, stored = sum(map(math.prod, shapes.values())), []
+    shapes, stored, wide = parameter_shapes(cfg), [], WATER_BITS in precision  # all that is rounded, or nothing
+    count = sum(map(math.prod, shapes.values()))
     if count > limit:
         raise ValueError(f"{count:,} parameters in so small a file")
     for (name, shape), family, kind in zip(shapes.items(), route(cfg, shapes).values(), precision, strict=True):
         if kind in FLOAT_KINDS:
             stored.append(Stored(name, kind, 0, np.zeros(shape, FLOAT_KINDS[kind])))
-        elif family.bits and type(kind) is int and (2 <= kind <= 8 or kind == WATER_BITS):
-            wide, queries = kind == WATER_BITS, shared_columns(name, kind, stored)
-            if any(s.bits and (s.bits == WATER_BITS) != wide for s in stored):
-                raise ValueError(f"parameter {name} is rounded in another way than those before it")
+        elif family.bits and type(kind) is int and kind in ([WATER_BITS] if wide else range(2, 9)):
+            queries = shared_columns(name, kind, stored)
             count = math.prod(shape[:-1]) + (0 if queries else math.prod(shape) // shape[-2])
             scales = np.zeros((1, 1, count), "<i2") if wide else np.zeros((*shape[:-1], 1), "<f2")
             stored.append(Stored(name, family.name, kind, np.zeros(shape, "<i2" if wide else "i1"), scales, queries))
@@ -3651,13 +3624,11 @@ def streams_of(stored: list[Stored]) -> dict[str, Parts]:
     together."""
     streams = collections.defaultdict(list)
     for s in stored:
-        if s.bits == WATER_BITS:
-            streams["steps"].append((s.scales, s.bits))
-            streams[s.stream].append((s.values, s.bits, s.steps))
-        else:
-            streams[s.stream].append((s.values, s.bits))
-            streams["scales"] += [(s.scales, 0)] if s.bits else []
-    return {name: streams[name] for name in sorted(streams, key=lambda name: (name != "steps", name)) if streams[name]}
+        wide = s.bits == WATER_BITS
+        streams[s.stream].append((s.values, s.bits, s.steps) if wide else (s.values, s.bits))
+        if s.bits:
+            streams["steps" if wide else "scales"].append((s.scales, WATER_BITS if wide else 0))
+    return {name: streams[name] for name in sorted(streams, key=lambda name: (name != "steps", name))}
 
 
 def joined(parts: Parts) -> np.ndarray:
@@ -3691,7 +3662,7 @@ def pack_streams(wanted: str, streams: dict[str, Parts]) -> dict[str, tuple[str,
 
 
 def unpack_streams(streams: dict[str, Parts], rows: list, payload: bytes) -> None:
-    """The inverse of `pack_streams`: fills the arrays, given [codec, bytes, crc32] of each stream. Raises ValueError
+    """Fills the arrays from a payload, given [codec, bytes, crc32] of each stream. Raises ValueError
     unless the payload is exactly these streams, of values that can be in them."""
     if any(type(n) is not int or n < 0 for _, *numbers in rows for n in numbers) or len(rows) != len(streams) \
             or sum(size for _, size, _ in rows) != len(payload):
@@ -3798,19 +3769,6 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
 
 
 # ------------------------------------------------------------------------------------------------ ADAPTERS
-class LowRank:
-    """A matrix with a low-rank addition, as a function of its input: x W^T + scale (x a^T) b^T. a [rank, in] and
-    b [out, rank] are for all rows of x [rows, T, in], or with a leading dimension one pair per row. If `parallel`, the
-    addition reads `source` instead of x."""
-
-    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float, parallel: bool = False):
-        self.matrix, self.a, self.b, self.scale, self.parallel = matrix, a, b, scale, parallel
-
-    def __call__(self, x: Tensor, source: Tensor | None = None) -> Tensor:
-        source = source if self.parallel else x
-        return F.linear(x, self.matrix) + self.scale * (source @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
-
-
 def hash_pairs(ids: Tensor, buckets: int) -> Tensor:
     """Bucket of each (previous, current) pair as in PR 1460; the first token precedes itself.  # [rows, T]"""
     return (torch.cat((ids[:, :1], ids[:, :-1]), dim=1) * 2039 + ids) % buckets
@@ -3954,10 +3912,15 @@ class LoraAdapter(Adapter):
         super().__init__(model, cfg, rt, trained, cfg.lora_lr, cfg.ttt_lora_optimizer, rows)
 
     def hook(self, kind: str, visit: int, matrix: Tensor):
-        pair = self.pairs.get((kind, visit))
-        if pair is None:
+        """x W^T + scale (x a^T) b^T, with one pair a [rank, in], b [out, rank] for all rows of x, or a pair per row."""
+        if (kind, visit) not in self.pairs:
             return super().hook(kind, visit, matrix)
-        return LowRank(matrix, *pair, self.scale, kind in self.parallel)
+        a, b = self.pairs[kind, visit]
+
+        def adapted(x: Tensor, source: Tensor) -> Tensor:
+            read = source if kind in self.parallel else x
+            return F.linear(x, matrix) + self.scale * (read @ a.mT.to(x.dtype) @ b.mT.to(x.dtype))
+        return adapted
 
     @torch.no_grad()
     def reset(self, keep_a: bool = False) -> None:
@@ -4133,23 +4096,23 @@ class EvalClock:
         self.limit, self.rt, self.watch, self.pace = limit_s or math.inf, rt, Stopwatch(now=now), 0.0
         self.after = 0.0  # seconds of what follows the last evaluation
 
+    def seconds_of(self, work) -> float:
+        begun = self.watch.elapsed()
+        work()
+        self.rt.synchronize()
+        return self.watch.elapsed() - begun
+
     def measure_after(self, work, share: float) -> None:
         """Time `work()`, the given share of what follows the last evaluation."""
         if not math.isinf(self.limit):
-            begun = self.watch.elapsed()
-            work()
-            self.rt.synchronize()
-            self.after = self.rt.agree((self.watch.elapsed() - begun) / share)
+            self.after = self.rt.agree(self.seconds_of(work) / share)
 
     def measure_pace(self, batch, tokens: int, reads: int) -> None:
         """Time `batch()`, which reads `tokens` tokens; raise UserError if reading `reads` would take too long."""
         if math.isinf(self.limit):
             return
-        for _ in range(2):  # the first one may compile
-            begun = self.watch.elapsed()
-            batch()
-            self.rt.synchronize()
-        self.pace = (self.watch.elapsed() - begun) / tokens
+        self.seconds_of(batch)  # it may compile
+        self.pace = self.seconds_of(batch) / tokens
         needed = self.rt.agree(self.pace * reads) + self.after
         if needed > self.limit:
             raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
@@ -4300,28 +4263,15 @@ def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
     return rt.compiled(model.nll, grows=bool(adapter and adapter.rows))
 
 
-class Trace:
-    """All scores, and nats and bytes by place: along the text, and by distance from the start of the document."""
-
-    PIECES = 256  # of the text
-
-    def __init__(self, val: ValData):
-        self.val, device = val, val.tokens.device
-        self.starts = F.pad((val.tokens[1:-1] == val.bos_id).nonzero().flatten() + 1, (1, 0))
-        self.stream = torch.zeros(self.PIECES, 2, dtype=torch.float64, device=device)  # nats, bytes
-        self.position = torch.zeros(32, 2, dtype=torch.float64, device=device)  # row i: 2^i - 1 tokens in, and on
-        self.nll = torch.zeros(len(val.tokens) - 1, device=device)  # of each target; 0: another rank's
-
-    def __call__(self, numbers: Tensor, nll: Tensor) -> None:
-        pair = torch.stack((nll.double(), self.val.sizes[numbers + 1].double()), dim=1)
-        begun = self.starts[torch.searchsorted(self.starts, numbers, right=True) - 1]
-        self.stream.index_add_(0, numbers * self.PIECES // (len(self.val.tokens) - 1), pair)
-        self.position.index_add_(0, (numbers - begun + 1).double().log2().long(), pair)
-        self.nll[numbers] = nll.float()
-
-    def tables(self, rt: Runtime) -> dict[str, list]:
-        """Both over all ranks, as rows of [nats, bytes]."""
-        return {"stream": rt.sum_(self.stream).tolist(), "position": rt.sum_(self.position).tolist()}
+def score_tables(val: ValData, nll: Tensor) -> dict[str, list]:
+    """Rows of [nats, bytes] by place: along the text, in 256 pieces, and by the distance from the start of the
+    document, row i from 2^i - 1 tokens on. nll [targets]: of all ranks."""
+    number = torch.arange(len(nll), device=nll.device)
+    starts = F.pad((val.tokens[1:-1] == val.bos_id).nonzero().flatten() + 1, (1, 0))
+    distance = number - starts[torch.searchsorted(starts, number, right=True) - 1]
+    pair = torch.stack((nll.double(), val.sizes[1:].double()), dim=1)
+    places = {"stream": (256, number * 256 // len(nll)), "position": (32, (distance + 1).double().log2().long())}
+    return {name: pair.new_zeros(rows, 2).index_add_(0, row, pair).tolist() for name, (rows, row) in places.items()}
 
 
 class Occurrences:
@@ -4380,13 +4330,13 @@ def mixture_nll(tokens: Tensor, nll: Tensor, ngrams) -> Tensor:
     return -logp
 
 
-def mixed_result(name: str, trace: Trace, val: ValData, cfg: Hyperparameters, rt: Runtime) -> EvalResult:
-    """The score that the counts of NGRAM_ORDERS make of an evaluation's; nothing else learns from it.
+def mixed_result(name: str, nll: Tensor, val: ValData, cfg: Hyperparameters, rt: Runtime) -> EvalResult:
+    """The score that the counts of NGRAM_ORDERS make of an evaluation's, nll [targets]; nothing else learns from it.
 
     The order of decoding is that of the text: a score is made from what stands before it there - in its document, if
     documents adapt side by side, for each starts afresh. So no rank's share and no document's length has a say.
     """
-    start_s, nll, meter = time.perf_counter(), rt.sum_(trace.nll), BpbMeter(val.tokens.device)
+    start_s, meter = time.perf_counter(), BpbMeter(val.tokens.device)
     if rt.rank == 0:
         meter.add(mixture_nll(val.tokens, nll, cfg.ngrams), val.sizes[1:])
     return EvalResult(name, *meter.reduce(rt), time.perf_counter() - start_s)
@@ -4572,20 +4522,21 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
                            sum(chunk.reads for plan in plans.values() for chunk in plan))
     results, traces = {}, {"tokens": len(val.tokens) - 1}
     for key, plan in plans.items():
-        adapter, trace, label = None, Trace(val), labels[key]
+        adapter, label, nll = None, labels[key], torch.zeros(len(val.tokens) - 1, device=rt.device)
         if key == "ttt":
             adapter = adapter_for(model, cfg, rt)
             log_adaptation(cfg, rt, model, adapter, val)
             score_fn = scorer(model, rt, adapter)
-        r = results[key] = evaluate(label, score_fn, val, cfg, rt, plan, adapter, clock, trace)
+        r = results[key] = evaluate(label, score_fn, val, cfg, rt, plan, adapter, clock,
+                                    functools.partial(nll.index_copy_, 0))
         note = f" stride:{cfg.eval_stride}" if key == "sliding" else ""
         log_score(rt, label, r, note, exact=True)
         seconds = {what: [lap[0] for lap in laps] for what, laps in clock.laps.items()}
-        traces[key] = {**trace.tables(rt), "seconds": seconds}
+        traces[key] = {**score_tables(val, rt.sum_(nll)), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
     if cfg.ngrams:
-        without, r = r, mixed_result(f"{label}_ngram", trace, val, cfg, rt)
+        without, r = r, mixed_result(f"{label}_ngram", nll, val, cfg, rt)
         results["ngram"] = r
         log_score(rt, r.name, r, f" without:{without.bpb:.4f}", exact=True)
     rt.attempt(rt.log.write, "eval.json", json.dumps(traces))
