@@ -1255,11 +1255,11 @@ class Shard:
     memory-mapped file that is cut off meanwhile, the system would end the process without a word. Raises UserError."""
 
     def __init__(self, path: str):
-        self.path = path
+        self.path, self.file = path, None
         header = self.read("<i4", 0, 256)
         if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
             raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
-        self.count, size = int(header[2]), os.path.getsize(path)
+        self.count, size = int(header[2]), os.fstat(self.file.fileno()).st_size
         if self.count <= 0 or size != SHARD_HEADER_BYTES + 2 * self.count:
             raise UserError(f"{path} is damaged: {self.count:,} tokens by its header, "
                             f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
@@ -1267,7 +1267,9 @@ class Shard:
     def read(self, dtype: str, start: int, count: int) -> np.ndarray:
         """`count` numbers from byte `start`, or those there are."""
         try:
-            return np.fromfile(self.path, dtype, count, offset=start)
+            self.file = self.file or open(self.path, "rb", buffering=0)
+            self.file.seek(start)
+            return np.fromfile(self.file, dtype, count)
         except OSError as error:
             raise UserError(f"cannot read shard {self.path}: {error.strerror}") from None
 
@@ -4600,7 +4602,7 @@ def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, second
     """Read an artifact from disk, evaluate it and sum up; `seconds`: of the phases before. A score that was not asked
     for is None in the summary."""
     clock = EvalClock(cfg.eval_max_seconds, rt)
-    blob = rt.broadcast_object(read_file(path) if rt.rank == 0 else None)
+    blob = rt.from_first(lambda: read_file(path))
     model = load_model(blob, rt, val.tokenizer_sha256)
     rt.log(f"artifact:{path} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}")
     if cfg.eval_artifact:
