@@ -24,7 +24,7 @@ read back -> evaluate -> report.
     ARTIFACT    pack, load_model: range coder, container, checks of what is read
     ADAPTERS    what test-time training changes: all weights, LoRA, a hashed embedding
     EVALUATION  evaluate: plan -> score -> commit -> train an adapter; Scored decides what makes a score illegal
-    MAIN        run: one training run; run_evaluation: an artifact alone
+    MAIN        run: one training run, or its end alone for an artifact made before
 
 Where a technique lives:
 
@@ -4552,21 +4552,14 @@ def log_score(rt: Runtime, label: str, r: EvalResult, note: str = "", exact: boo
         rt.log(f"{label}_exact val_loss:{r.loss:.8f} val_bpb:{r.bpb:.8f}")
 
 
-def run(cfg: Hyperparameters, rt: Runtime) -> dict:
-    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
-    watch, specs = Stopwatch(), quant_specs(cfg, parameter_shapes(cfg))
-    codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
+def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, watch: Stopwatch) -> tuple[dict, dict[str, float]]:
+    """Train, average, quantise and write. Returns what the summary says of it, and the seconds of each phase."""
+    specs, codec, data = quant_specs(cfg, parameter_shapes(cfg)), pick_codec(cfg.compress), TrainData.open(cfg, rt)
     if cfg.size_fit and not any(name.endswith("_bank") for name in specs):
         raise UserError("SIZE_FIT=1 has nothing to round more coarsely: all banks are kept as floats")
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
-    made = make_artifact(cfg, rt, val, data, specs, watch)
-    return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
-
-
-def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainData, specs, watch: Stopwatch) -> dict:
-    """Train, quantise and write. Returns what the summary says of it."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.attend, rt.dtype, specs, rt.kernels).to(rt.device)
     rt.copy_first(model.parameters())
@@ -4588,33 +4581,32 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainDa
     path = export(cfg, rt, model, val, hessians, factors)
     seconds["export"] = phase.elapsed()
     return {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
-            "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
+            "tokens": state.step * cfg.train_batch_tokens}, seconds
 
 
-def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
-    """The end of `run` alone, for an artifact made before. Returns the same summary."""
+def run(cfg: Hyperparameters, rt: Runtime) -> dict:
+    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate; with EVAL_ARTIFACT what follows
+    writing. Returns the summary, in which a score that was not asked for is None."""
     watch, val = Stopwatch(), ValData.open(cfg, rt)
-    log_settings(cfg, rt)
-    return score_artifact(cfg, rt, val, cfg.eval_artifact, {"setup": watch.elapsed()}, watch)
-
-
-def score_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, path, seconds: dict, watch: Stopwatch) -> dict:
-    """Read an artifact from disk, evaluate it and sum up; `seconds`: of the phases before. A score that was not asked
-    for is None in the summary."""
-    clock = EvalClock(cfg.eval_max_seconds, rt)
+    if cfg.eval_artifact:
+        log_settings(cfg, rt)
+        made = {"artifact_path": cfg.eval_artifact, "val_bpb_pre_quant": None, "steps": 0, "tokens": 0}
+        seconds = {"setup": watch.elapsed()}
+    else:
+        made, seconds = make_artifact(cfg, rt, val, watch)
+    path, clock = made["artifact_path"], EvalClock(cfg.eval_max_seconds, rt)
     blob = rt.from_first(lambda: read_file(path))
     model = load_model(blob, rt, val.tokenizer_sha256)
     rt.log(f"artifact:{path} bytes:{len(blob)} sha256:{hashlib.sha256(blob).hexdigest()}")
     if cfg.eval_artifact:
         log_preamble(cfg, rt, model, val)
     results, code_bytes = final_scores(cfg, rt, model, val, clock), submitted_code_bytes(cfg)
-    seconds |= {key: r.seconds for key, r in results.items()} | {"evaluate": clock.watch.elapsed(),
-                                                                  "total": watch.elapsed()}
     bpb = {f"val_bpb_{key}": results[key].bpb if key in results else None
            for key in ("roundtrip", "sliding", "ttt", "ngram")}
-    return {"run_id": rt.run_id, "val_bpb_pre_quant": None, **bpb, "artifact_path": str(path),
-            "artifact_bytes": len(blob), "code_bytes": code_bytes, "total_bytes": len(blob) + code_bytes,
-            "artifact_limit_bytes": cfg.artifact_limit_bytes, "steps": 0, "tokens": 0,
+    seconds |= {key: r.seconds for key, r in results.items()}
+    seconds |= {"evaluate": clock.watch.elapsed(), "total": watch.elapsed()}
+    return {"run_id": rt.run_id, **made, **bpb, "artifact_bytes": len(blob), "code_bytes": code_bytes,
+            "total_bytes": len(blob) + code_bytes, "artifact_limit_bytes": cfg.artifact_limit_bytes,
             "seconds": {k: round(v, 3) for k, v in seconds.items()}, "peak_rss_bytes": peak_rss_bytes()}
 
 
@@ -4687,7 +4679,7 @@ def start(signals: Signals) -> int:
             rank = read_ranks(process_environment())[0]
             cfg = settings_from(process_environment())
             rt = Runtime.open(cfg, signals)
-            summary = (run_evaluation if cfg.eval_artifact else run)(cfg, rt)
+            summary = run(cfg, rt)
             report(rt, summary)
             spent = summary["seconds"]["evaluate"]
             if cfg.eval_max_seconds and spent > cfg.eval_max_seconds:
