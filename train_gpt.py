@@ -1607,8 +1607,7 @@ class Steps(NamedTuple):
     rows: Tensor     # int16 [..., rows, 1]
     columns: Tensor  # int16 [..., 1, columns]
 
-    def float(self) -> Tensor:
-        """The steps.  # float32 [..., rows, columns]"""
+    def float(self) -> Tensor:  # [..., rows, columns]
         sizes = [2.0 ** (k / STEPS_PER_OCTAVE) for k in range(-2 * STEP_LIMIT, 2 * STEP_LIMIT + 1)]
         return torch.tensor(sizes, device=self.rows.device)[self.rows.int() + self.columns.int() + 2 * STEP_LIMIT]
 
@@ -1655,12 +1654,12 @@ def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None, hessian: Tensor | None = None,
-             names: list[str] = ()) -> tuple[Tensor, Tensor | Steps]:
+             name: str = "") -> tuple[Tensor, Tensor | Steps]:
     """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight: to the
     nearest or, with a `hessian`, by `gptq`."""
     weight = weight.float()
     scale = (steps or row_scales(weight, spec)).float()
-    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, names)
+    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, name)
     return codes.to(torch.int8 if spec.bits <= 8 else torch.int16), steps or scale.half()
 
 
@@ -1702,29 +1701,28 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
     return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
-def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> Tensor:
+def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, name: str) -> Tensor:
     """Codes, as floats, where the columns still to be rounded compensate the error of those already rounded.
 
     Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
     without input become 0. `scale`: of the rows as they are, on which late QAT trained, not as they are compensated.
-    Source: GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be
-    used.
+    Source: GPTQ, arXiv 2210.17323. Raises UserError for a Hessian that cannot be used.
     """
-    dead, order, factor = column_order(hessian, names)
+    dead, order, factor = column_order(hessian, name)
     weight, grid = weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale.expand_as(weight)
     codes = round_columns(weight, grid.take_along_dim(order, -1), factor, spec)
     return codes.take_along_dim(order.argsort(dim=-1), -1)
 
 
-def column_order(hessian: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+def column_order(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Which columns have no input [n, columns], the order of rounding [n, 1, columns] and `inverse_factor` in it."""
     hessian = hessian.float()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]
     hessian = (hessian + torch.diag_embed(dead.float())).take_along_dim(order, -1).take_along_dim(order.mT, -2)
-    return dead, order, inverse_factor(hessian.double(), names)
+    return dead, order, inverse_factor(hessian.double(), name)
 
 
 def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
@@ -1743,7 +1741,7 @@ def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec
     return codes
 
 
-def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
+def inverse_factor(hessian: Tensor, name: str) -> Tensor:
     """Upper-triangular U with U^T U = (hessian + damping)^-1: row j says how the columns after j best compensate an
     error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
     identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
@@ -1755,11 +1753,11 @@ def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
         if not failed.any():  # flipped back: hessian + damping = R R^T with R upper-triangular
             return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True).float()
         damping = torch.where(failed[:, None, None], 10 * damping, damping)
-    raise UserError(f"GPTQ: the Hessian of {names[int(failed.nonzero()[0])]} is singular or not finite, even damped; "
+    raise UserError(f"GPTQ: the Hessian of {name}[{int(failed.nonzero()[0])}] is singular or not finite, even damped; "
                     "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
 
 
-def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tuple[Tensor, Tensor]:
+def curvature(squares: Tensor, hessian: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
     """Second derivative of the loss by each weight once GPTQ has made up for its error: a factor of its row times one
     of its column, whose geometric mean in a matrix is 1.  # [n, rows, 1], [n, 1, columns]
 
@@ -1770,10 +1768,10 @@ def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tupl
     mean = squares.mean((-2, -1))
     bad = ~mean.isfinite() | (mean <= 0)
     if bad.any():
-        raise UserError(f"CLIP_RULE=waterfill: the gradient of {names[int(bad.nonzero()[0])]} is zero or not finite")
+        raise UserError(f"CLIP_RULE=waterfill: the gradient of {name}[{int(bad.nonzero()[0])}] is zero or not finite")
     columns = squares.new_ones(*squares.shape[:-2], 1, squares.size(-1))
     if hessian is not None:
-        dead, order, factor = column_order(hessian, names)
+        dead, order, factor = column_order(hessian, name)
         squares = squares.div(hessian.diagonal(dim1=-2, dim2=-1)[:, None]).masked_fill(dead[:, None], 0)
         columns = factor.diagonal(dim1=-2, dim2=-1)[:, None].pow(-2).take_along_dim(order.argsort(dim=-1), -1)
         columns = columns.masked_fill(dead[:, None], columns.mean())
@@ -3146,13 +3144,11 @@ def self_generated_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
     The first token is uniform, each next one is drawn at temperature 0.8. Batch i depends on SEED and i alone.
     """
     for i in range(rt.rank, cfg.gptq_calibration_batches, rt.world_size):
-        dice = torch.rand(SELF_TEXT_ROWS, cfg.train_seq_len + 1, generator=torch.Generator().manual_seed(cfg.seed + i))
-        dice = dice.to(rt.device)
-        text = (dice[:, :1] * cfg.vocab_size).long()
-        for drawn in dice[:, 1:].split(1, dim=1):
+        dice = torch.Generator(rt.device).manual_seed(cfg.seed + i)
+        text = torch.randint(cfg.vocab_size, (SELF_TEXT_ROWS, 1), generator=dice, device=rt.device)
+        while text.size(1) <= cfg.train_seq_len:
             logits = model.logits(model.hidden(text, keep=1)[:, 0]) / SELF_TEXT_TEMPERATURE
-            token = torch.searchsorted(logits.softmax(-1).cumsum(-1), drawn.contiguous()).clamp(max=cfg.vocab_size - 1)
-            text = torch.cat((text, token), dim=1)
+            text = torch.cat((text, torch.multinomial(logits.softmax(-1), 1, generator=dice)), dim=1)
         yield text[:, :-1], text[:, 1:]
 
 
@@ -3215,14 +3211,9 @@ def loss_curvature(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainDat
     rt.log(f"waterfill:gradients of {int(tokens)} tokens in {watch.elapsed():.1f}s")
     factors = {}
     for name, square in squares.items():
-        parts = curvature(square.view(-1, *square.shape[-2:]) / tokens, hessians.get(name), labels(name, square))
+        parts = curvature(square.view(-1, *square.shape[-2:]) / tokens, hessians.get(name), name)
         factors[name] = tuple(part.view(*square.shape[:-2], *part.shape[-2:]) for part in parts)
     return factors
-
-
-def labels(name: str, weight: Tensor) -> list[str]:
-    """A name for each matrix of a parameter."""
-    return [f"{name}[{i}]" for i in range(len(weight))] if weight.ndim == 3 else [name]
 
 
 @torch.no_grad()
@@ -3235,7 +3226,7 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
     for name, spec in quant_specs(cfg, params).items():
         weight = prune(params[name].detach().float(), cfg.prune_frac)
         matrices, steps = weight.view(-1, *weight.shape[-2:]), filled.get(name)
-        codes, scales = quantise(matrices, spec, steps, hessians.get(name), labels(name, weight))
+        codes, scales = quantise(matrices, spec, steps, hessians.get(name), name)
         rounded[name] = codes.view_as(weight), steps or scales.view(*weight.shape[:-1], 1)
     return rounded
 
@@ -3329,14 +3320,12 @@ def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[S
             codes, scales = rounded.get(name) or quantise(weight, specs[name])
             queries = shared_columns(name, specs[name].bits, stored)
             scales = store_steps(scales, not queries) if isinstance(scales, Steps) else scales.cpu().numpy()
-            finite = weight.isfinite().all() and np.isfinite(scales).all()
             stored.append(Stored(name, families[name].name, specs[name].bits, codes.cpu().numpy(), scales, queries))
         else:
             kind = "float" if named_in(cfg.int8_keep_float_fp32_name_patterns, name) else "half"
-            values = weight if kind == "float" else weight.half()
-            finite = values.isfinite().all()
-            stored.append(Stored(name, kind, 0, values.numpy()))
-        if not finite:
+            stored.append(Stored(name, kind, 0, (weight if kind == "float" else weight.half()).numpy()))
+        held = stored[-1]
+        if not (weight.isfinite().all() and np.isfinite(held.scales if held.bits else held.values).all()):
             raise UserError(f"parameter {name} is not finite{' in fp16' * bool(weight.isfinite().all())}: "
                             "the training diverged, or it belongs into INT8_KEEP_FLOAT_FP32_NAME_PATTERNS")
     return stored
