@@ -1704,15 +1704,16 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
 def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, name: str) -> Tensor:
     """Codes, as floats, where the columns still to be rounded compensate the error of those already rounded.
 
-    Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
+    Lowers trace(error hessian error^T), the squared change of the outputs of weight [(n,) rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
     without input become 0. `scale`: of the rows as they are, on which late QAT trained, not as they are compensated.
     Source: GPTQ, arXiv 2210.17323. Raises UserError for a Hessian that cannot be used.
     """
     dead, order, factor = column_order(hessian, name)
-    weight, grid = weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale.expand_as(weight)
-    codes = round_columns(weight, grid.take_along_dim(order, -1), factor, spec)
-    return codes.take_along_dim(order.argsort(dim=-1), -1)
+    matrices, grid = (t.reshape(-1, *weight.shape[-2:]) for t in (weight, scale.expand_as(weight)))
+    matrices = matrices.masked_fill(dead[:, None], 0).take_along_dim(order, -1)
+    codes = round_columns(matrices, grid.take_along_dim(order, -1), factor, spec)
+    return codes.take_along_dim(order.argsort(dim=-1), -1).view_as(weight)
 
 
 def column_order(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -3221,14 +3222,10 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
                 factors: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, tuple[Tensor, Tensor | Steps]]:
     """(codes, scales) of each parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest.
     `factors`: what `loss_curvature` returned."""
-    params, rounded = dict(model.named_parameters()), {}
-    filled = water_fill(factors, cfg.waterfill_nats, cfg.waterfill_exponent) if factors else {}
-    for name, spec in quant_specs(cfg, params).items():
-        weight = prune(params[name].detach().float(), cfg.prune_frac)
-        matrices, steps = weight.view(-1, *weight.shape[-2:]), filled.get(name)
-        codes, scales = quantise(matrices, spec, steps, hessians.get(name), name)
-        rounded[name] = codes.view_as(weight), steps or scales.view(*weight.shape[:-1], 1)
-    return rounded
+    params = dict(model.named_parameters())
+    steps = water_fill(factors, cfg.waterfill_nats, cfg.waterfill_exponent) if factors else {}
+    return {name: quantise(prune(params[name].detach().float(), cfg.prune_frac), spec, steps.get(name),
+                           hessians.get(name), name) for name, spec in quant_specs(cfg, params).items()}
 
 
 def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, code_bytes: int):
@@ -3282,20 +3279,18 @@ class Stored:
 
     def weight(self) -> Tensor:
         values = torch.from_numpy(self.values)
-        if self.bits == WATER_BITS:
-            steps = self.steps()
-            return dequantise(values.view(len(steps.rows), *values.shape[-2:]), steps).view_as(values)
-        return dequantise(values, torch.from_numpy(self.scales)) if self.bits else values.float()
+        if not self.bits:
+            return values.float()
+        return dequantise(values, self.steps() if self.bits == WATER_BITS else torch.from_numpy(self.scales))
 
     def steps(self) -> Steps:
         """What `store_steps` stored; whatever a file holds is brought into the range that it stores."""
         exponents = torch.from_numpy(self.scales.ravel().cumsum(dtype=np.int64).clip(-STEP_LIMIT, STEP_LIMIT)).short()
-        count = math.prod(self.values.shape[:-1])
-        rows = exponents[:count].view(-1, self.values.shape[-2], 1)
+        shape, count = self.values.shape, math.prod(self.values.shape[:-1])
+        rows = exponents[:count].view(*shape[:-1], 1)
         if not self.queries:
-            return Steps(rows, exponents[count:].view(-1, 1, self.values.shape[-1]))
-        half = len(rows) // 2
-        return Steps(rows, self.queries.steps().columns[:half].repeat(2, 1, 1))
+            return Steps(rows, exponents[count:].view(*shape[:-2], 1, shape[-1]))
+        return Steps(rows, self.queries.steps().columns[:len(rows) // 2].repeat(2, 1, 1))
 
 
 def store_steps(steps: Steps, with_columns: bool) -> np.ndarray:
@@ -3528,7 +3523,8 @@ def finer_sixteenths(steps: Steps | None, codes: np.ndarray):
         yield from itertools.repeat(np.zeros(codes.shape[-2:], np.int64))
     rows, columns = (t.numpy().astype(np.int64) for t in steps)
     mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
-    yield from ((16 // STEPS_PER_OCTAVE * (mean - row - column)).clip(-96, 96) for row, column in zip(rows, columns))
+    for row, column in zip(rows.reshape(-1, codes.shape[-2], 1), columns.reshape(-1, 1, codes.shape[-1])):
+        yield (16 // STEPS_PER_OCTAVE * (mean - row - column)).clip(-96, 96)
 
 
 def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column,
