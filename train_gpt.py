@@ -1811,84 +1811,108 @@ def suits_triton(kernels: str, dtype: torch.dtype, *sizes: int) -> bool:
     return kernels == "triton" and dtype.itemsize == 2 and not any(size % 8 for size in sizes)
 
 
+# The Triton kernels of torch.ops.golf.*, which torch.compile takes as they are; each has its reference, in plain
+# operations, where it is used. `load_kernels` compiles them: importing this file must not need Triton. The products are
+# for Hopper: blocks stay on their SM and take tile after tile, TMA moves the tiles and cuts them off at the edges.
+# tests/test_sm90.py compiles all kernels for it; tile sizes are not tuned.
+def capped_row(logits, targets, losses, vocab, cap, scale, BLOCK: tl.constexpr):
+    """A row of logits -> its loss, and in its place the gradient times `scale`.
+
+    With q = 1 / (exp(2 logit / cap) + 1) the capped logit is cap - 2 cap q: softmax needs no largest logit, as
+    exp(-2 cap q) cannot vanish while cap <= LARGEST_CAP, and the derivative of the cap is 4 q (1 - q)."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    logits += row * vocab
+    target, partition = tl.load(targets + row), tl.zeros((BLOCK,), tl.float32)
+    reached = tl.load(logits + target).to(tl.float32)  # before the sum, at which all threads wait, and the stores
+    for start in range(0, vocab, BLOCK):
+        logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+        exps = tl.exp(-2 * cap / (tl.exp(2 / cap * logit) + 1))
+        partition += tl.where(start + at < vocab, exps, 0.0)
+    total = tl.sum(partition, axis=0)
+    tl.store(losses + row, tl.log(total) + 2 * cap / (tl.exp(2 / cap * reached) + 1))
+    for start in range(0, vocab, BLOCK):
+        logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+        q = 1 / (tl.exp(2 / cap * logit) + 1)
+        grad = tl.exp(-2 * cap * q) / total - (start + at == target).to(tl.float32)
+        tl.store(logits + start + at, (grad * 4 * q * (1 - q) * scale).to(logits.dtype.element_ty),
+                 mask=start + at < vocab)
+
+
+def mlp_tiles(a, b, leaky, out, tiles, across, depth, slope, FORWARD: tl.constexpr, SIDE: tl.constexpr,
+              DEPTH: tl.constexpr):
+    """LeakyReLU²(a b^T) and half its derivative, `leaky`, in the forward pass; 2 leaky (a b) in the backward."""
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FORWARD):
+        r, c = tile // across * SIDE, tile % across * SIDE  # b, the weight, stays in the cache
+        product = tl.zeros((SIDE, SIDE), tl.float32)
+        for k in range(0, depth, DEPTH):
+            product = tl.dot(a.load([r, k]), b.load([c, k]).T if FORWARD else b.load([k, c]), product)
+        halves = product.reshape(SIDE, 2, SIDE // 2).permute(0, 2, 1).split()
+        for half in tl.static_range(2):  # half a tile waits in shared memory, so that two blocks fit on an SM
+            x, column = halves[half], c + half * (SIDE // 2)
+            if FORWARD:
+                t = tl.where(x > 0, x, x * slope * slope)
+                leaky.store([r, column], t.to(leaky.dtype))
+                x = x * t
+            else:
+                x = 2 * x * leaky.load([r, column]).to(tl.float32)
+            out.store([r, column], x.to(out.dtype))
+
+
+def symmetric_tiles(x, add, out, batch, across, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
+                    DEPTH: tl.constexpr):
+    """Tiles of alpha x x^T + beta add on and above the diagonal, and their mirror images below."""
+    above = across * (across + 1) // 2
+    for tile in tl.range(tl.program_id(0), batch * above, tl.num_programs(0), flatten=True):
+        n, t = tile // above, tile % above
+        j = ((tl.sqrt_rn(8.0 * t + 1) - 1) / 2).to(tl.int32)  # tile t, column by column: (0,0) (0,1) (1,1) (0,2)
+        i = t - j * (j + 1) // 2
+        product = tl.zeros((SIDE, SIDE), tl.float32)
+        for k in range(0, depth, DEPTH):
+            left, right = x.load([n, i * SIDE, k]), x.load([n, j * SIDE, k])
+            product = tl.dot(left.reshape(SIDE, DEPTH), right.reshape(SIDE, DEPTH).T, product)
+        product = alpha * product
+        if ADDS:
+            product += beta * add.load([n, i * SIDE, j * SIDE]).reshape(SIDE, SIDE).to(tl.float32)
+        half, r = product.to(out.dtype), tl.arange(0, SIDE)
+        if i == j:  # exactly symmetric, in whatever order the tensor cores add
+            half = tl.where(r[:, None] <= r[None, :], half, half.T)
+        else:
+            out.store([n, j * SIDE, i * SIDE], half.T.reshape(1, SIDE, SIDE))
+        out.store([n, i * SIDE, j * SIDE], half.reshape(1, SIDE, SIDE))
+
+
+def tiled(x: Tensor, *block: int):
+    return TensorDescriptor.from_tensor(x.contiguous(), list(block))
+
+
+def launch_capped_rows(losses, logits, targets, cap, scale):
+    capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=1024, num_warps=4)
+
+
+def launch_mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
+    down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
+    mlp_tiles[min(down * across, MOST_BLOCKS),](
+        tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
+        tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
+        FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
+
+
+def launch_symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
+    across = triton.cdiv(x.size(1), side)
+    symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
+        tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
+        len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
+        num_stages=3)
+
+
 @functools.cache
 def load_kernels() -> None:
-    """Define the Triton kernels and register them as torch.ops.golf.*, which torch.compile takes as they are.
-
-    Each has its reference, in plain operations, where it is used. They are defined in here because importing this file
-    must not need Triton. The products are for Hopper: blocks stay on their SM and take tile after tile, TMA moves the
-    tiles and cuts them off at the edges. tests/test_sm90.py compiles all kernels for it; tile sizes are not tuned.
-    """
-    global triton, tl  # Triton looks up what a kernel calls among the module's globals
+    """Make the functions above Triton's, and operators of their launchers."""
+    global triton, tl, TensorDescriptor, capped_row, mlp_tiles, symmetric_tiles  # among which kernels look names up
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-
-    @triton.jit
-    def capped_row(logits, targets, losses, vocab, cap, scale, BLOCK: tl.constexpr):
-        """A row of logits -> its loss, and in its place the gradient times `scale`.
-
-        With q = 1 / (exp(2 logit / cap) + 1) the capped logit is cap - 2 cap q: softmax needs no largest logit, as
-        exp(-2 cap q) cannot vanish while cap <= LARGEST_CAP, and the derivative of the cap is 4 q (1 - q)."""
-        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        logits += row * vocab
-        target, partition = tl.load(targets + row), tl.zeros((BLOCK,), tl.float32)
-        reached = tl.load(logits + target).to(tl.float32)  # before the sum, at which all threads wait, and the stores
-        for start in range(0, vocab, BLOCK):
-            logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
-            exps = tl.exp(-2 * cap / (tl.exp(2 / cap * logit) + 1))
-            partition += tl.where(start + at < vocab, exps, 0.0)
-        total = tl.sum(partition, axis=0)
-        tl.store(losses + row, tl.log(total) + 2 * cap / (tl.exp(2 / cap * reached) + 1))
-        for start in range(0, vocab, BLOCK):
-            logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
-            q = 1 / (tl.exp(2 / cap * logit) + 1)
-            grad = tl.exp(-2 * cap * q) / total - (start + at == target).to(tl.float32)
-            tl.store(logits + start + at, (grad * 4 * q * (1 - q) * scale).to(logits.dtype.element_ty),
-                     mask=start + at < vocab)
-
-    @triton.jit
-    def mlp_tiles(a, b, leaky, out, tiles, across, depth, slope, FORWARD: tl.constexpr, SIDE: tl.constexpr,
-                  DEPTH: tl.constexpr):
-        """LeakyReLU²(a b^T) and half its derivative, `leaky`, in the forward pass; 2 leaky (a b) in the backward."""
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FORWARD):
-            r, c = tile // across * SIDE, tile % across * SIDE  # b, the weight, stays in the cache
-            product = tl.zeros((SIDE, SIDE), tl.float32)
-            for k in range(0, depth, DEPTH):
-                product = tl.dot(a.load([r, k]), b.load([c, k]).T if FORWARD else b.load([k, c]), product)
-            halves = product.reshape(SIDE, 2, SIDE // 2).permute(0, 2, 1).split()
-            for half in tl.static_range(2):  # half a tile waits in shared memory, so that two blocks fit on an SM
-                x, column = halves[half], c + half * (SIDE // 2)
-                if FORWARD:
-                    t = tl.where(x > 0, x, x * slope * slope)
-                    leaky.store([r, column], t.to(leaky.dtype))
-                    x = x * t
-                else:
-                    x = 2 * x * leaky.load([r, column]).to(tl.float32)
-                out.store([r, column], x.to(out.dtype))
-
-    @triton.jit
-    def symmetric_tiles(x, add, out, batch, across, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
-                        DEPTH: tl.constexpr):
-        """Tiles of alpha x x^T + beta add on and above the diagonal, and their mirror images below."""
-        above = across * (across + 1) // 2
-        for tile in tl.range(tl.program_id(0), batch * above, tl.num_programs(0), flatten=True):
-            n, t = tile // above, tile % above
-            j = ((tl.sqrt_rn(8.0 * t + 1) - 1) / 2).to(tl.int32)  # tile t, column by column: (0,0) (0,1) (1,1) (0,2)
-            i = t - j * (j + 1) // 2
-            product = tl.zeros((SIDE, SIDE), tl.float32)
-            for k in range(0, depth, DEPTH):
-                left, right = x.load([n, i * SIDE, k]), x.load([n, j * SIDE, k])
-                product = tl.dot(left.reshape(SIDE, DEPTH), right.reshape(SIDE, DEPTH).T, product)
-            product = alpha * product
-            if ADDS:
-                product += beta * add.load([n, i * SIDE, j * SIDE]).reshape(SIDE, SIDE).to(tl.float32)
-            half, r = product.to(out.dtype), tl.arange(0, SIDE)
-            if i == j:  # exactly symmetric, in whatever order the tensor cores add
-                half = tl.where(r[:, None] <= r[None, :], half, half.T)
-            else:
-                out.store([n, j * SIDE, i * SIDE], half.T.reshape(1, SIDE, SIDE))
-            out.store([n, i * SIDE, j * SIDE], half.reshape(1, SIDE, SIDE))
+    capped_row, mlp_tiles, symmetric_tiles = map(triton.jit, (capped_row, mlp_tiles, symmetric_tiles))
 
     def register(schema: str, allocate, launch, mutates: tuple = ()) -> None:
         """An operator: `launch` fills what `allocate` returns. Tracing, which has no data, stops at `allocate`."""
@@ -1900,36 +1924,16 @@ def load_kernels() -> None:
         torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
                                 schema=schema.removeprefix(name)).register_fake(allocate)
 
-    def tiled(x: Tensor, *block: int):
-        return TensorDescriptor.from_tensor(x.contiguous(), list(block))
-
-    def capped_rows(losses, logits, targets, cap, scale):
-        capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=1024, num_warps=4)
-
-    def mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
-        down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
-        mlp_tiles[min(down * across, MOST_BLOCKS),](
-            tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
-            tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
-            FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
-
-    def symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
-        across = triton.cdiv(x.size(1), side)
-        symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
-            tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
-            len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
-            num_stages=3)
-
     register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor",
-             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), capped_rows, mutates=("logits",))
+             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), launch_capped_rows, ("logits",))
     register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)",
              lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))),
-             lambda out, x, weight, slope: mlp(out[0], x, weight, out[1], slope, True))
+             lambda out, x, weight, slope: launch_mlp(out[0], x, weight, out[1], slope, True))
     register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor",
              lambda upstream, weight, leaky: torch.empty_like(leaky),
-             lambda out, upstream, weight, leaky: mlp(out, upstream, weight, leaky, 0.0, False))
+             lambda out, upstream, weight, leaky: launch_mlp(out, upstream, weight, leaky, 0.0, False))
     register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor",
-             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), symmetric)
+             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), launch_symmetric)
 
 
 class ScaledNorm(torch.autograd.Function):
