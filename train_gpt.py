@@ -2244,12 +2244,13 @@ class Block(nn.Module):
         self.dtg_gate = CastedLinear(cfg.model_dim, 1, bias=2.0) if cfg.dtg_enabled else None  # fairly open
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
-    def forward(self, x, lane, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int,
-                keeps=None, takes=None):
+    def forward(self, x, lanes, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value,
+                keep: int):
         """Last `keep` positions of the stream after this block and of the MLP's lane, and the attention's values.
 
-        Where the MLP has no `lane`, it reads what attention has written or, in the joint form, what attention reads. In
-        two lanes (PR 1204) each keeps a share of itself, keeps [lane], and takes of both outputs, takes [output, lane].
+        Where the MLP has no lane, it reads what attention has written or, in the joint form, what attention reads. In
+        two (PR 1204) each keeps a share of itself and takes of both outputs: lanes = (the MLP's, keeps [lane],
+        takes [output, lane]).
         """
         before = x[:, -keep:]
         if self.mixes:
@@ -2258,8 +2259,8 @@ class Block(nn.Module):
         add = lambda x, name, y: torch.addcmul(x, getattr(self, name).to(x.dtype), y) if self.mixes else x + y
         y, value = self.attn(self.attn_norm(x), weights[:4], positions, value_embedding, first_value, keep)
         x = x[:, -keep:]
-        if lane is not None:
-            lane = lane[:, -keep:]
+        if lanes is not None:
+            lane, keeps, takes = lanes[0][:, -keep:], *(weight.to(x.dtype) for weight in lanes[1:])
             z = self.mlp(self.mlp_norm(lane), weights)
             y, z = (y * self.attn_scale.to(x.dtype), z * self.mlp_scale.to(x.dtype)) if self.mixes else (y, z)
             x, lane = (keeps[i] * old + takes[0, i] * y + takes[1, i] * z for i, old in enumerate((before, lane)))
@@ -2424,12 +2425,11 @@ class GPT(nn.Module):
             place = visit - len(order) // 2
             if lane is None and place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
                 lane = x
-            lanes = () if lane is None else (self.lane_keeps[layer].to(x.dtype), self.lane_takes[layer].to(x.dtype))
+            lanes = None if lane is None else (lane, self.lane_keeps[layer], self.lane_takes[layer])
             if place >= 0 and skips:
                 x = self.merge_skip(x, skips.pop(), place)
             kept = keep or length if visit == len(order) - 1 else length
-            x, lane, value = self.blocks[layer](x, lane, x0, weights, positions, extra.get(layer), first_value, kept,
-                                                *lanes)
+            x, lane, value = self.blocks[layer](x, lanes, x0, weights, positions, extra.get(layer), first_value, kept)
             first_value = value if visit == 0 else first_value
             if place < 0 and cfg.unet_skips:
                 skips.append(x)
@@ -3668,8 +3668,8 @@ def pack_streams(wanted: str, streams: dict[str, Parts]) -> dict[str, tuple[str,
 
 
 def unpack_streams(streams: dict[str, Parts], rows: list, payload: bytes) -> None:
-    """Fills the arrays from a payload, given [codec, bytes, crc32] of each stream. Raises ValueError
-    unless the payload is exactly these streams, of values that can be in them."""
+    """Fills the arrays of the streams, given [codec, bytes, crc32] of each. Raises ValueError unless the payload is
+    exactly these streams, of values that can be in them."""
     if any(type(n) is not int or n < 0 for _, *numbers in rows for n in numbers) or len(rows) != len(streams) \
             or sum(size for _, size, _ in rows) != len(payload):
         raise ValueError("its streams are not those of its parameters, or do not fill the file")
@@ -4260,8 +4260,8 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
 
 def final_evaluations(cfg: Hyperparameters) -> dict[str, int]:
     """The final scores in their order, each with the stride of its windows. "ttt" adapts, the others do not."""
-    return {"roundtrip": cfg.window, **({"sliding": cfg.stride} if cfg.eval_stride else {}),
-            **({"ttt": cfg.stride} if cfg.ttt_enabled else {})}
+    strides = {"roundtrip": cfg.window, "sliding": cfg.eval_stride, "ttt": cfg.stride if cfg.ttt_enabled else 0}
+    return {key: stride for key, stride in strides.items() if stride}
 
 
 def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
