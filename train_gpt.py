@@ -2127,7 +2127,7 @@ def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
 
 def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
     """x weight^T. Instead of a matrix, `weight` may be a function of x and of `source`, the input of attention or MLP
-    as a whole (by default x): see `GPT.hidden`."""
+    as a whole (by default x): what a hook of `GPT.hidden` made of it."""
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x, x if source is None else source)
 
 
@@ -2409,10 +2409,10 @@ class GPT(nn.Module):
         ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions only.
         With `documents`, ids are a flat stream [1, N], and each document is computed as if it were a row by itself.
 
-        `hook(kind, visit, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
-        input, for instance to add a low-rank term to its output or to record its input. A visit is a place in the order
-        of layers, of which a loop has several for a layer. The token table (a function of ids) and the output matrix
-        are kinds "embed" and "head", of visit -1.
+        `hook(kind, visit, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function, see
+        `project`: to add a low-rank term to its output or to record its input. A visit is a place in the order of
+        layers, of which a loop has several for a layer. The token table (a function of ids) and the output matrix are
+        kinds "embed" and "head", of visit -1.
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
