@@ -3501,8 +3501,9 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
     With `steps` these are magnitudes of weights, and a code's is so much larger as its step is finer than the mean.
     """
     columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
+    matrices = (t.reshape(-1, *codes.shape[-2:]) for t in (codes, finer_sixteenths(steps, codes.shape)))
     histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
-    for matrix, finer in zip(codes.reshape(-1, *codes.shape[-2:]), finer_sixteenths(steps, codes)):
+    for matrix, finer in zip(*matrices):
         predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
         column_sum, level_sum, done, block = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0, matrix[:0]
         while done < len(matrix):
@@ -3521,14 +3522,13 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
             done += len(block)
 
 
-def finer_sixteenths(steps: Steps | None, codes: np.ndarray):
-    """Yields for each matrix by how many sixteenths of an octave steps are finer than the mean.  # [rows, columns]"""
+def finer_sixteenths(steps: Steps | None, shape: tuple[int, ...]) -> np.ndarray:
+    """By how many sixteenths of an octave each step is finer than the mean.  # int16 [..., rows, columns]"""
     if steps is None:
-        yield from itertools.repeat(np.zeros(codes.shape[-2:], np.int64))
-    rows, columns = (t.numpy().astype(np.int64) for t in steps)
+        return np.broadcast_to(np.int16(0), shape)
+    rows, columns = (t.numpy() for t in steps)
     mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
-    for row, column in zip(rows.reshape(-1, codes.shape[-2], 1), columns.reshape(-1, 1, codes.shape[-1])):
-        yield (16 // STEPS_PER_OCTAVE * (mean - row - column)).clip(-96, 96)
+    return (16 // STEPS_PER_OCTAVE * (mean - rows - columns)).clip(-96, 96)
 
 
 def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column,
