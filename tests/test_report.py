@@ -15,6 +15,7 @@ from test_evaluation import Scores, setting  # noqa: F401  (a fixture)
 from test_runs import FAMILY_A, STEP, write_run
 
 sys.path.append(str(ROOT / "tools"))
+import charts  # noqa: E402
 import report  # noqa: E402
 
 
@@ -50,7 +51,7 @@ def test_a_run_leaves_what_the_pictures_need(run, capsys, settings):
     if "ttt" in traces:
         assert sum(sum(seconds) for seconds in traces["ttt"]["seconds"].values()) <= done.summary["seconds"]["ttt"] + 0.001
         assert traces["ttt"]["seconds"]["learn"]
-        gain = sum(share * gain for _, share, _, gain in report.gains(traces))
+        gain = sum(share * gain for _, share, _, gain in charts.gains(traces))
         assert gain == pytest.approx((done.summary["val_bpb_sliding"] or done.summary["val_bpb_roundtrip"])
                                      - done.summary["val_bpb_ttt"], abs=1e-6)
     pytest.importorskip("matplotlib")

@@ -1,10 +1,12 @@
 """Sweeps: what is refused before anything runs, retries, going on after a kill, tables."""
 import csv
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -176,7 +178,8 @@ def test_jobs_share_the_gpus_out(fake, tmp_path, monkeypatch, jobs, shares):
 
 def test_a_run_sees_its_share_only(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "gpus_here", lambda: ["5", "7"])
-    wide = sweep.Plan("default", {"MATRIX_LR": "0.1"}, {"LEAKY_SLOPE": ["0.3"], "SEED": ["1", "2", "3"]}, "mine", jobs=2)
+    axes = {"LEAKY_SLOPE": ["0.3"], "SEED": ["1", "2", "3"]}
+    wide = sweep.Plan("default", {"MATRIX_LR": "0.1"}, axes, "mine", jobs=2)
     sweep.sweep(wide, tmp_path, fake)
     seen = [given(tmp_path, f"mine.0.3_{seed}")[0]["CUDA_VISIBLE_DEVICES"] for seed in "123"]
     assert set(seen) == {"5", "7"}
@@ -205,6 +208,18 @@ def test_what_run_sh_takes_a_sweep_takes(monkeypatch):
     assert made.axes == {"SEED": ["1", "2"]} and made.settings == {
         "ITERATIONS": "5", **{key: value for key, value in words.items() if key != "SEED"}}
     assert made.configuration({"SEED": "1"}).model_dim == 32 and made.configuration({"SEED": "1"}).iterations == 5
+
+
+def test_a_run_that_outlives_its_sweep_is_waited_for(fake, tmp_path):
+    """Two of one name would be refused; it is not started before the other has let go of the log."""
+    path = tmp_path / "runs/mine.0.3/log.txt"
+    path.parent.mkdir(parents=True)
+    log, released = open(path, "w"), []
+    fcntl.flock(log, fcntl.LOCK_EX)
+    threading.Timer(0.5, lambda: (released.append(time.time()), log.close())).start()
+    made = sweep.sweep(sweep.Plan("smoke", {"SEED": "1"}, {"LEAKY_SLOPE": ["0.3"]}, "mine"), tmp_path, fake)
+    assert [t.state.name for t in made.study.trials_by_state()] == ["COMPLETE"]
+    assert (path.parent / "tries").stat().st_mtime >= released[0] - 0.01
 
 
 def test_hopeless_runs_end_early(fake, tmp_path, monkeypatch):

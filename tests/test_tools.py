@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import subprocess
 import sys
@@ -26,7 +25,7 @@ def test_no_tool_imports_a_command():
     commands = {name for name, tree in trees.items() if any(
         isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)}
     assert set(trees) - commands == {"benchlib", "charts", "check_record", "estimate", "forks", "parity_text",
-                                     "profiles", "runlog", "shell", "stats", "study"}
+                                     "profiles", "runlog", "shell", "stats", "study", "tiny"}
     for name, tree in trees.items():
         for node in ast.walk(tree):
             imported = [node.module] if isinstance(node, ast.ImportFrom) else \

@@ -45,7 +45,7 @@ import torch.distributed as dist
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from shell import AUDIT, Parser, UsageError, take_settings
+from shell import AUDIT, AUDITED_SCRIPT, Parser, UsageError, one_line_errors, take_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("UserError", "IllegalScore", "Runtime", "RunLog", "Scored", "ValData", "load_model", "settings_from",
@@ -111,7 +111,7 @@ class Opened:
 
 def import_script(path: Path) -> types.ModuleType:
     """A module of exactly the bytes of a file; a built script unpacks itself. Raises AuditError."""
-    module = types.ModuleType("audited_script")
+    module = types.ModuleType(AUDITED_SCRIPT)
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look for it there
     try:
@@ -780,21 +780,12 @@ def audit(args: argparse.Namespace, script, opened: Opened) -> None:
         raise AuditError(f"the audit failed: {', '.join(failed)}; such a score does not count")
 
 
+@one_line_errors
 def main(argv: list[str]) -> int:
-    script, opened = types.SimpleNamespace(UserError=UsageError), Opened()
-    try:
-        args = parse(argv)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, before CUDA starts
-        with opened:
-            script = import_script(Path(args.script))
-            audit(args, script, opened)
-    except (UsageError, script.UserError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    args, opened = parse(argv), Opened()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, before CUDA starts
+    with opened:
+        audit(args, import_script(Path(args.script)), opened)
     return 0
 
 

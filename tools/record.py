@@ -1,4 +1,4 @@
-"""Makes what is submitted: the small train_gpt.py, and the folder of a run.
+"""What is submitted: the small train_gpt.py, the folder of some runs; and a check of anyone's folder.
 
     python tools/record.py build                                  # train_gpt.py -> build/train_gpt.py
     python tools/record.py build --source FILE --out FILE
@@ -45,7 +45,7 @@ from unittest import mock
 import check_record
 import runlog
 from check_record import LIMIT_BYTES, LIMIT_SECONDS
-from shell import Parser, UsageError, one_line_errors
+from shell import Parser, UsageError, one_line_errors, optional
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 10)
@@ -110,12 +110,8 @@ def is_text(statement: ast.stmt) -> bool:
 
 def print_densely(tree: ast.Module) -> str:
     """The shortest text of a tree that the oldest Python reads."""
-    try:
-        import python_minifier
-        from python_minifier import f_string
-    except ImportError:
-        raise RecordError("python-minifier is missing: pip install -r requirements.txt") from None
-
+    python_minifier = optional("python_minifier", "building", "-r requirements.txt")
+    f_string = optional("python_minifier.f_string", "building", "-r requirements.txt")
     made = f_string.OuterFString.__init__
     # From Python 3.12 on it nests equal quotes in f-strings, which older Pythons cannot read.
     old = lambda self, node, pep701=False: made(self, node, pep701=False)
@@ -248,7 +244,8 @@ class Log:
         """The summary says what was measured and logged. Raises RecordError."""
         def require(key: str, reported, measured, holds=None) -> None:
             if not (reported == measured if holds is None else holds):
-                raise RecordError(f"{self.beside}: {key} is {reported}, but {runlog.name_of(self.path)}'s log says {measured}")
+                name = runlog.name_of(self.path)
+                raise RecordError(f"{self.beside}: {key} is {reported}, but {name}'s log says {measured}")
 
         for key, ending in EVENTS.items():
             name = next((name for name in self.events if name.endswith(ending)), None)
@@ -289,7 +286,8 @@ def read_run(path: Path, sources: set[str]) -> dict:
         changed = {k.upper(): v for k, v in log.events["settings"]["changed"].items() if k not in FREE}
         best = next(key for key in SCORES if log.summary.get(key) is not None)
         loss = next(event["loss"] for name, event in log.events.items() if name.endswith(EVENTS[best]))
-        return {**log.summary, "log": path, "name": runlog.name_of(path), "loss": loss, "seed": int(log.line(r"^seed:(\d+)")), "common": log.common(),
+        return {**log.summary, "log": path, "name": runlog.name_of(path), "loss": loss,
+                "seed": int(log.line(r"^seed:(\d+)")), "common": log.common(),
                 "settings": " ".join(f"{k}={v}" for k, v in changed.items()) or "none"}
     except (LookupError, TypeError, AttributeError, StopIteration) as error:
         raise RecordError(f"{path} is not the log of a finished run: it lacks {error}") from None
@@ -330,7 +328,8 @@ def submission(runs: list[dict], args, code_bytes: int) -> dict:
 
 
 def audits(runs: list[dict], artifact: bytes) -> dict[str, Path]:
-    """The signed tables beside the logs, by their names in the folder. Raises RecordError: not passed, or of another artifact than the run's."""
+    """The signed tables beside the logs, by their names in the record. Raises RecordError: not passed, or of another
+    artifact than the run's."""
     found, seen = {}, set()
     for run in runs:
         table = runlog.beside(run["log"], "audit.json")
@@ -452,7 +451,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     of_kept = commands.add_parser("runs", help="the same of runs in runs/, by their names")
     of_kept.add_argument("name")
     of_kept.add_argument("run_ids", nargs="+", metavar="RUN_ID")
-    of_kept.add_argument("--runs", type=Path, default=Path(os.environ.get("ARTIFACT_DIR") or "."), metavar="FOLDER",
+    of_kept.add_argument("--runs", type=Path, default=runlog.home(os.environ), metavar="FOLDER",
                          help="the ARTIFACT_DIR they are in")
     of_kept.add_argument("--against", type=float, metavar="BPB", help="a score that is to be beaten")
     of_kept.add_argument("--own-data", action="store_true", help="another text than the canonical one is meant")

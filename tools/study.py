@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from shell import UsageError
+from shell import UsageError, optional
 
 # Settings that are lists: their alternatives stand between slashes.
 LISTS = ("TTT_LORA_TARGETS", "TTT_LORA_LAYERS", "TTT_LORA_LAYER_RATES", "TTT_CHUNK_LADDER",
@@ -53,12 +53,9 @@ def grid(axes: dict[str, list[str]]) -> list[dict[str, str]]:
 
 
 def optuna():
-    try:
-        import optuna
-    except ImportError:
-        raise UsageError("sweeps need Optuna: pip install -r tools/requirements.txt") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
+    library = optional("optuna", "a sweep")
+    library.logging.set_verbosity(library.logging.ERROR)
+    return library
 
 
 class Study:

@@ -1,4 +1,4 @@
-"""Sweeps: settings and their values, as a table with means, differences and p-values, and a picture.
+"""Runs, or scores of an artifact, with each combination of some settings: a table with p-values, and a picture.
 
     bash run.sh sweep smoke LEAKY_SLOPE=0.3,0.5,0.75 SEED=1,2,3            # every combination (grid), a run each
     bash run.sh sweep smoke MATRIX_LR=0.01..0.1 --sampler tpe --trials 30  # what looks best so far is tried next
@@ -25,6 +25,7 @@ import argparse
 import csv
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import io
 import os
@@ -42,11 +43,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 import benchlib  # noqa: E402
+import charts  # noqa: E402
 import profiles  # noqa: E402
 import runlog  # noqa: E402
 import shell  # noqa: E402
 import stats  # noqa: E402
 import study  # noqa: E402
+import tiny  # noqa: E402
 
 NAMES = [name for f in dataclasses.fields(tg.Hyperparameters) for name in tg.env_names(f)]
 OF_ARTIFACTS = {"SEED", *(name for f in tg.settings_by_section()["Evaluation"] for name in tg.env_names(f))}
@@ -116,8 +119,7 @@ class Plan:
             own = {key: value for key, value in profiles.variables(profile, given).items() if key not in OF_DATA}
             return tg.settings_from({**own, **given, "EVAL_ARTIFACT": self.artifact})
         if "SCALE" in given:
-            import scale
-            given |= {key: value for key, value, _ in scale.shrunk(given["SCALE"], profile, given)}
+            given |= {key: value for key, value, _ in tiny.shrunk(given["SCALE"], profile, given)}
         return profiles.settings(profile, given)
 
     def fixed(self) -> dict[str, str]:
@@ -241,6 +243,8 @@ class Sweep:
         files = self.folder / "runs" / env["RUN_ID"]
         if (files / "checkpoint.pt").exists() and trial.user_attrs.get("attempt", 1) == 1:
             env["RESUME"] = "1"
+        while in_use(files / "log.txt") and not self.stop.wait(POLL_SECONDS):
+            pass  # a run that outlives a sweep which was killed ends soon, with a checkpoint
         found = runlog.read(files) if (files / "events.jsonl").exists() else None
         hopeless, code = False, 0
         if found is None or found.state != "done":
@@ -307,6 +311,16 @@ class Sweep:
         rows = table(rows_of(trials, self.plan.axes), [key for key in self.plan.axes if key != "SEED"])
         return "\n".join([f"# {self.place.name}", "", f"{of} `{self.plan.profile}`, all runs with: `{shared}`", "",
                           *rows, ""])
+
+
+def in_use(log: Path) -> bool:
+    """Is there a run that holds this log?"""
+    try:
+        with open(log) as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
 
 
 def last_error(path: Path) -> str:
@@ -388,13 +402,9 @@ def csv_of(trials: list, keys: list[str]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Each run as a dot, each mean as a line, by combination. Raises UserError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise tg.UserError("pictures need matplotlib: pip install matplotlib") from None
+    """Each run as a dot, each mean as a line, by combination. Raises UsageError."""
     rows = [row for row in rows if row.scores]
-    figure = Figure(figsize=(max(4.0, 1.6 * len(rows)), 4.5), layout="constrained")
+    figure = charts.picture("the picture", max(4.0, 1.6 * len(rows)), 4.5)
     panel = figure.subplots()
     for i, row in enumerate(rows):
         panel.plot([i] * len(row.scores), row.scores, "o", color="C0")
@@ -402,7 +412,7 @@ def draw(rows: list[Row], path: Path) -> None:
     panel.set_xticks(range(len(rows)), ["\n".join(f"{k}={v}" for k, v in row.settings.items()) for row in rows],
                      rotation=60 if len(rows) > 6 else 0, fontsize=8)
     panel.set(ylabel="bits per byte", title=f"{path.parent.name}: runs and their means")
-    figure.savefig(path, dpi=110)
+    charts.save(figure, path)
 
 
 # ---- command line ------------------------------------------------------------------------------------------
@@ -444,8 +454,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, metavar="N", help="score an artifact on N validation tokens")
     parser.add_argument("--start", type=int, metavar="N", help="the first of them")
     args, given = parser.split(argv, shell.OF_RUN_SH)
-    places = [where.pop(key, "") for where in (given, dict(os.environ)) for key in ("ARTIFACT_DIR", "OUT_DIR")]
-    folder = Path(next(filter(None, places), "."))
+    folder = runlog.home({**os.environ, **{key: given.pop(key) for key in runlog.HOME if key in given}})
     plan = plan_of(args, given, os.environ)
     plan.check()
     study.optuna()
