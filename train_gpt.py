@@ -2201,15 +2201,15 @@ class Attention(nn.Module):
         self.sparse_scale = cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
-    def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
+    def forward(self, x, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int):
         """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
         those of the first layer [batch, T, kv_heads, d]."""
-        (query_w, key_w, value_w, out_w), (cos, sin, documents), recent = weights, positions, x[:, -keep:]
-        q = project(recent, query_w).unflatten(-1, (self.heads, -1))
-        k = project(x, key_w).unflatten(-1, (self.kv_heads, -1))
+        (cos, sin, documents), recent = positions, x[:, -keep:]
+        q = project(recent, weights.query).unflatten(-1, (self.heads, -1))
+        k = project(x, weights.key).unflatten(-1, (self.kv_heads, -1))
         if self.q_gain is not None:
             q, k = norm(q, eps=self.eps), norm(k, eps=self.eps)
-        value = project(x, value_w)
+        value = project(x, weights.value)
         if value_embedding is not None:
             value = value + value_embedding
         v = value = value.unflatten(-1, (self.kv_heads, -1))
@@ -2226,7 +2226,7 @@ class Attention(nn.Module):
         if self.sparse_gate is not None:
             channels = recent[..., :self.sparse_gate.in_features]
             y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
-        return project(y.flatten(2), out_w, recent), value
+        return project(y.flatten(2), weights.out, recent), value
 
 
 class Block(nn.Module):
@@ -2257,7 +2257,7 @@ class Block(nn.Module):
             mix = self.resid_mix.to(x.dtype)
             x = torch.addcmul(mix[0] * x, mix[1], x0)
         add = lambda x, name, y: torch.addcmul(x, getattr(self, name).to(x.dtype), y) if self.mixes else x + y
-        y, value = self.attn(self.attn_norm(x), weights[:4], positions, value_embedding, first_value, keep)
+        y, value = self.attn(self.attn_norm(x), weights, positions, value_embedding, first_value, keep)
         x = x[:, -keep:]
         if lanes is not None:
             lane, keeps, takes = lanes[0][:, -keep:], *(weight.to(x.dtype) for weight in lanes[1:])
@@ -3435,21 +3435,22 @@ class SpreadHistograms:
         for b in np.unique(bucket):
             here = bucket == b
             model = models.Categorical(self.counts[b].astype(np.float64), perfect=False)
-            if self.decoder:
-                near[here] = self.decoder.decode(model, int(here.sum())) - self.reach
-            shifted = near[here] + self.reach
-            self.encoder.encode(shifted.astype(np.int32), model)
+            shifted = self.exchange(near[here] + self.reach, model)
+            near[here] = shifted - self.reach
             seen = np.bincount(shifted, minlength=2 * self.reach + 1)
             self.counts[b] += 32 * (seen + seen[::-1])
         far = np.abs(near) == ESCAPE
-        if self.beyond <= 0 or not far.any():
-            return near
-        model, rest = models.Uniform(self.beyond + 1), np.abs(symbols[far]) - ESCAPE
-        if self.decoder:
-            rest = self.decoder.decode(model, int(far.sum()))
-        self.encoder.encode(rest.astype(np.int32), model)
-        near[far] += np.sign(near[far]) * rest
+        if self.beyond > 0 and far.any():
+            rest = self.exchange(np.abs(symbols[far]) - ESCAPE, models.Uniform(self.beyond + 1))
+            near[far] += np.sign(near[far]) * rest
         return near
+
+    def exchange(self, symbols: np.ndarray, model) -> np.ndarray:
+        """The symbols, or what the decoder has in their place, encoded."""
+        if self.decoder:
+            symbols = self.decoder.decode(model, len(symbols))
+        self.encoder.encode(symbols.astype(np.int32), model)
+        return symbols
 
 
 class RowPredictor:
