@@ -1601,8 +1601,7 @@ class Steps(NamedTuple):
     rows: Tensor     # int16 [..., rows, 1]
     columns: Tensor  # int16 [..., 1, columns]
 
-    def float(self) -> Tensor:
-        """The steps.  # float32 [..., rows, columns]"""
+    def float(self) -> Tensor:  # [..., rows, columns]
         sizes = [2.0 ** (k / STEPS_PER_OCTAVE) for k in range(-2 * STEP_LIMIT, 2 * STEP_LIMIT + 1)]
         return torch.tensor(sizes, device=self.rows.device)[self.rows.int() + self.columns.int() + 2 * STEP_LIMIT]
 
@@ -1649,12 +1648,12 @@ def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None, hessian: Tensor | None = None,
-             names: list[str] = ()) -> tuple[Tensor, Tensor | Steps]:
+             name: str = "") -> tuple[Tensor, Tensor | Steps]:
     """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight: to the
     nearest or, with a `hessian`, by `gptq`."""
     weight = weight.float()
     scale = (steps or row_scales(weight, spec)).float()
-    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, names)
+    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, name)
     return codes.to(torch.int8 if spec.bits <= 8 else torch.int16), steps or scale.half()
 
 
@@ -1696,29 +1695,29 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
     return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
-def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> Tensor:
+def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, name: str) -> Tensor:
     """Codes, as floats, where the columns still to be rounded compensate the error of those already rounded.
 
-    Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
+    Lowers trace(error hessian error^T), the squared change of the outputs of weight [(n,) rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
     without input become 0. `scale`: of the rows as they are, on which late QAT trained, not as they are compensated.
-    Source: GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be
-    used.
+    Source: GPTQ, arXiv 2210.17323. Raises UserError for a Hessian that cannot be used.
     """
-    dead, order, factor = column_order(hessian, names)
-    weight, grid = weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale.expand_as(weight)
-    codes = round_columns(weight, grid.take_along_dim(order, -1), factor, spec)
-    return codes.take_along_dim(order.argsort(dim=-1), -1)
+    dead, order, factor = column_order(hessian, name)
+    matrices, grid = (t.reshape(-1, *weight.shape[-2:]) for t in (weight, scale.expand_as(weight)))
+    matrices = matrices.masked_fill(dead[:, None], 0).take_along_dim(order, -1)
+    codes = round_columns(matrices, grid.take_along_dim(order, -1), factor, spec)
+    return codes.take_along_dim(order.argsort(dim=-1), -1).view_as(weight)
 
 
-def column_order(hessian: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+def column_order(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Which columns have no input [n, columns], the order of rounding [n, 1, columns] and `inverse_factor` in it."""
     hessian = hessian.float()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]
     hessian = (hessian + torch.diag_embed(dead.float())).take_along_dim(order, -1).take_along_dim(order.mT, -2)
-    return dead, order, inverse_factor(hessian.double(), names)
+    return dead, order, inverse_factor(hessian.double(), name)
 
 
 def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
@@ -1737,7 +1736,7 @@ def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec
     return codes
 
 
-def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
+def inverse_factor(hessian: Tensor, name: str) -> Tensor:
     """Upper-triangular U with U^T U = (hessian + damping)^-1: row j says how the columns after j best compensate an
     error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
     identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
@@ -1749,11 +1748,11 @@ def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
         if not failed.any():  # flipped back: hessian + damping = R R^T with R upper-triangular
             return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True).float()
         damping = torch.where(failed[:, None, None], 10 * damping, damping)
-    raise UserError(f"GPTQ: the Hessian of {names[int(failed.nonzero()[0])]} is singular or not finite, even damped; "
+    raise UserError(f"GPTQ: the Hessian of {name}[{int(failed.nonzero()[0])}] is singular or not finite, even damped; "
                     "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
 
 
-def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tuple[Tensor, Tensor]:
+def curvature(squares: Tensor, hessian: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
     """Second derivative of the loss by each weight once GPTQ has made up for its error: a factor of its row times one
     of its column, whose geometric mean in a matrix is 1.  # [n, rows, 1], [n, 1, columns]
 
@@ -1764,10 +1763,10 @@ def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tupl
     mean = squares.mean((-2, -1))
     bad = ~mean.isfinite() | (mean <= 0)
     if bad.any():
-        raise UserError(f"CLIP_RULE=waterfill: the gradient of {names[int(bad.nonzero()[0])]} is zero or not finite")
+        raise UserError(f"CLIP_RULE=waterfill: the gradient of {name}[{int(bad.nonzero()[0])}] is zero or not finite")
     columns = squares.new_ones(*squares.shape[:-2], 1, squares.size(-1))
     if hessian is not None:
-        dead, order, factor = column_order(hessian, names)
+        dead, order, factor = column_order(hessian, name)
         squares = squares.div(hessian.diagonal(dim1=-2, dim2=-1)[:, None]).masked_fill(dead[:, None], 0)
         columns = factor.diagonal(dim1=-2, dim2=-1)[:, None].pow(-2).take_along_dim(order.argsort(dim=-1), -1)
         columns = columns.masked_fill(dead[:, None], columns.mean())
@@ -1806,84 +1805,108 @@ def suits_triton(kernels: str, dtype: torch.dtype, *sizes: int) -> bool:
     return kernels == "triton" and dtype.itemsize == 2 and not any(size % 8 for size in sizes)
 
 
+# The Triton kernels of torch.ops.golf.*, which torch.compile takes as they are; each has its reference, in plain
+# operations, where it is used. `load_kernels` compiles them: importing this file must not need Triton. The products are
+# for Hopper: blocks stay on their SM and take tile after tile, TMA moves the tiles and cuts them off at the edges.
+# tests/test_sm90.py compiles all kernels for it; tile sizes are not tuned.
+def capped_row(logits, targets, losses, vocab, cap, scale, BLOCK: tl.constexpr):
+    """A row of logits -> its loss, and in its place the gradient times `scale`.
+
+    With q = 1 / (exp(2 logit / cap) + 1) the capped logit is cap - 2 cap q: softmax needs no largest logit, as
+    exp(-2 cap q) cannot vanish while cap <= LARGEST_CAP, and the derivative of the cap is 4 q (1 - q)."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    logits += row * vocab
+    target, partition = tl.load(targets + row), tl.zeros((BLOCK,), tl.float32)
+    reached = tl.load(logits + target).to(tl.float32)  # before the sum, at which all threads wait, and the stores
+    for start in range(0, vocab, BLOCK):
+        logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+        exps = tl.exp(-2 * cap / (tl.exp(2 / cap * logit) + 1))
+        partition += tl.where(start + at < vocab, exps, 0.0)
+    total = tl.sum(partition, axis=0)
+    tl.store(losses + row, tl.log(total) + 2 * cap / (tl.exp(2 / cap * reached) + 1))
+    for start in range(0, vocab, BLOCK):
+        logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+        q = 1 / (tl.exp(2 / cap * logit) + 1)
+        grad = tl.exp(-2 * cap * q) / total - (start + at == target).to(tl.float32)
+        tl.store(logits + start + at, (grad * 4 * q * (1 - q) * scale).to(logits.dtype.element_ty),
+                 mask=start + at < vocab)
+
+
+def mlp_tiles(a, b, leaky, out, tiles, across, depth, slope, FORWARD: tl.constexpr, SIDE: tl.constexpr,
+              DEPTH: tl.constexpr):
+    """LeakyReLU²(a b^T) and half its derivative, `leaky`, in the forward pass; 2 leaky (a b) in the backward."""
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FORWARD):
+        r, c = tile // across * SIDE, tile % across * SIDE  # b, the weight, stays in the cache
+        product = tl.zeros((SIDE, SIDE), tl.float32)
+        for k in range(0, depth, DEPTH):
+            product = tl.dot(a.load([r, k]), b.load([c, k]).T if FORWARD else b.load([k, c]), product)
+        halves = product.reshape(SIDE, 2, SIDE // 2).permute(0, 2, 1).split()
+        for half in tl.static_range(2):  # half a tile waits in shared memory, so that two blocks fit on an SM
+            x, column = halves[half], c + half * (SIDE // 2)
+            if FORWARD:
+                t = tl.where(x > 0, x, x * slope * slope)
+                leaky.store([r, column], t.to(leaky.dtype))
+                x = x * t
+            else:
+                x = 2 * x * leaky.load([r, column]).to(tl.float32)
+            out.store([r, column], x.to(out.dtype))
+
+
+def symmetric_tiles(x, add, out, batch, across, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
+                    DEPTH: tl.constexpr):
+    """Tiles of alpha x x^T + beta add on and above the diagonal, and their mirror images below."""
+    above = across * (across + 1) // 2
+    for tile in tl.range(tl.program_id(0), batch * above, tl.num_programs(0), flatten=True):
+        n, t = tile // above, tile % above
+        j = ((tl.sqrt_rn(8.0 * t + 1) - 1) / 2).to(tl.int32)  # tile t, column by column: (0,0) (0,1) (1,1) (0,2)
+        i = t - j * (j + 1) // 2
+        product = tl.zeros((SIDE, SIDE), tl.float32)
+        for k in range(0, depth, DEPTH):
+            left, right = x.load([n, i * SIDE, k]), x.load([n, j * SIDE, k])
+            product = tl.dot(left.reshape(SIDE, DEPTH), right.reshape(SIDE, DEPTH).T, product)
+        product = alpha * product
+        if ADDS:
+            product += beta * add.load([n, i * SIDE, j * SIDE]).reshape(SIDE, SIDE).to(tl.float32)
+        half, r = product.to(out.dtype), tl.arange(0, SIDE)
+        if i == j:  # exactly symmetric, in whatever order the tensor cores add
+            half = tl.where(r[:, None] <= r[None, :], half, half.T)
+        else:
+            out.store([n, j * SIDE, i * SIDE], half.T.reshape(1, SIDE, SIDE))
+        out.store([n, i * SIDE, j * SIDE], half.reshape(1, SIDE, SIDE))
+
+
+def tiled(x: Tensor, *block: int):
+    return TensorDescriptor.from_tensor(x.contiguous(), list(block))
+
+
+def launch_capped_rows(losses, logits, targets, cap, scale):
+    capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=1024, num_warps=4)
+
+
+def launch_mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
+    down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
+    mlp_tiles[min(down * across, MOST_BLOCKS),](
+        tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
+        tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
+        FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
+
+
+def launch_symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
+    across = triton.cdiv(x.size(1), side)
+    symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
+        tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
+        len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
+        num_stages=3)
+
+
 @functools.cache
 def load_kernels() -> None:
-    """Define the Triton kernels and register them as torch.ops.golf.*, which torch.compile takes as they are.
-
-    Each has its reference, in plain operations, where it is used. They are defined in here because importing this file
-    must not need Triton. The products are for Hopper: blocks stay on their SM and take tile after tile, TMA moves the
-    tiles and cuts them off at the edges. tests/test_sm90.py compiles all kernels for it; tile sizes are not tuned.
-    """
-    global triton, tl  # Triton looks up what a kernel calls among the module's globals
+    """Make the functions above Triton's, and operators of their launchers."""
+    global triton, tl, TensorDescriptor, capped_row, mlp_tiles, symmetric_tiles  # among which kernels look names up
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-
-    @triton.jit
-    def capped_row(logits, targets, losses, vocab, cap, scale, BLOCK: tl.constexpr):
-        """A row of logits -> its loss, and in its place the gradient times `scale`.
-
-        With q = 1 / (exp(2 logit / cap) + 1) the capped logit is cap - 2 cap q: softmax needs no largest logit, as
-        exp(-2 cap q) cannot vanish while cap <= LARGEST_CAP, and the derivative of the cap is 4 q (1 - q)."""
-        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        logits += row * vocab
-        target, partition = tl.load(targets + row), tl.zeros((BLOCK,), tl.float32)
-        reached = tl.load(logits + target).to(tl.float32)  # before the sum, at which all threads wait, and the stores
-        for start in range(0, vocab, BLOCK):
-            logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
-            exps = tl.exp(-2 * cap / (tl.exp(2 / cap * logit) + 1))
-            partition += tl.where(start + at < vocab, exps, 0.0)
-        total = tl.sum(partition, axis=0)
-        tl.store(losses + row, tl.log(total) + 2 * cap / (tl.exp(2 / cap * reached) + 1))
-        for start in range(0, vocab, BLOCK):
-            logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
-            q = 1 / (tl.exp(2 / cap * logit) + 1)
-            grad = tl.exp(-2 * cap * q) / total - (start + at == target).to(tl.float32)
-            tl.store(logits + start + at, (grad * 4 * q * (1 - q) * scale).to(logits.dtype.element_ty),
-                     mask=start + at < vocab)
-
-    @triton.jit
-    def mlp_tiles(a, b, leaky, out, tiles, across, depth, slope, FORWARD: tl.constexpr, SIDE: tl.constexpr,
-                  DEPTH: tl.constexpr):
-        """LeakyReLU²(a b^T) and half its derivative, `leaky`, in the forward pass; 2 leaky (a b) in the backward."""
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FORWARD):
-            r, c = tile // across * SIDE, tile % across * SIDE  # b, the weight, stays in the cache
-            product = tl.zeros((SIDE, SIDE), tl.float32)
-            for k in range(0, depth, DEPTH):
-                product = tl.dot(a.load([r, k]), b.load([c, k]).T if FORWARD else b.load([k, c]), product)
-            halves = product.reshape(SIDE, 2, SIDE // 2).permute(0, 2, 1).split()
-            for half in tl.static_range(2):  # half a tile waits in shared memory, so that two blocks fit on an SM
-                x, column = halves[half], c + half * (SIDE // 2)
-                if FORWARD:
-                    t = tl.where(x > 0, x, x * slope * slope)
-                    leaky.store([r, column], t.to(leaky.dtype))
-                    x = x * t
-                else:
-                    x = 2 * x * leaky.load([r, column]).to(tl.float32)
-                out.store([r, column], x.to(out.dtype))
-
-    @triton.jit
-    def symmetric_tiles(x, add, out, batch, across, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
-                        DEPTH: tl.constexpr):
-        """Tiles of alpha x x^T + beta add on and above the diagonal, and their mirror images below."""
-        above = across * (across + 1) // 2
-        for tile in tl.range(tl.program_id(0), batch * above, tl.num_programs(0), flatten=True):
-            n, t = tile // above, tile % above
-            j = ((tl.sqrt_rn(8.0 * t + 1) - 1) / 2).to(tl.int32)  # tile t, column by column: (0,0) (0,1) (1,1) (0,2)
-            i = t - j * (j + 1) // 2
-            product = tl.zeros((SIDE, SIDE), tl.float32)
-            for k in range(0, depth, DEPTH):
-                left, right = x.load([n, i * SIDE, k]), x.load([n, j * SIDE, k])
-                product = tl.dot(left.reshape(SIDE, DEPTH), right.reshape(SIDE, DEPTH).T, product)
-            product = alpha * product
-            if ADDS:
-                product += beta * add.load([n, i * SIDE, j * SIDE]).reshape(SIDE, SIDE).to(tl.float32)
-            half, r = product.to(out.dtype), tl.arange(0, SIDE)
-            if i == j:  # exactly symmetric, in whatever order the tensor cores add
-                half = tl.where(r[:, None] <= r[None, :], half, half.T)
-            else:
-                out.store([n, j * SIDE, i * SIDE], half.T.reshape(1, SIDE, SIDE))
-            out.store([n, i * SIDE, j * SIDE], half.reshape(1, SIDE, SIDE))
+    capped_row, mlp_tiles, symmetric_tiles = map(triton.jit, (capped_row, mlp_tiles, symmetric_tiles))
 
     def register(schema: str, allocate, launch, mutates: tuple = ()) -> None:
         """An operator: `launch` fills what `allocate` returns. Tracing, which has no data, stops at `allocate`."""
@@ -1895,36 +1918,16 @@ def load_kernels() -> None:
         torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
                                 schema=schema.removeprefix(name)).register_fake(allocate)
 
-    def tiled(x: Tensor, *block: int):
-        return TensorDescriptor.from_tensor(x.contiguous(), list(block))
-
-    def capped_rows(losses, logits, targets, cap, scale):
-        capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=1024, num_warps=4)
-
-    def mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
-        down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
-        mlp_tiles[min(down * across, MOST_BLOCKS),](
-            tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
-            tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
-            FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
-
-    def symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
-        across = triton.cdiv(x.size(1), side)
-        symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
-            tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
-            len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
-            num_stages=3)
-
     register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor",
-             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), capped_rows, mutates=("logits",))
+             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), launch_capped_rows, ("logits",))
     register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)",
              lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))),
-             lambda out, x, weight, slope: mlp(out[0], x, weight, out[1], slope, True))
+             lambda out, x, weight, slope: launch_mlp(out[0], x, weight, out[1], slope, True))
     register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor",
              lambda upstream, weight, leaky: torch.empty_like(leaky),
-             lambda out, upstream, weight, leaky: mlp(out, upstream, weight, leaky, 0.0, False))
+             lambda out, upstream, weight, leaky: launch_mlp(out, upstream, weight, leaky, 0.0, False))
     register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor",
-             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), symmetric)
+             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), launch_symmetric)
 
 
 class ScaledNorm(torch.autograd.Function):
@@ -2118,7 +2121,7 @@ def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
 
 def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
     """x weight^T. Instead of a matrix, `weight` may be a function of x and of `source`, the input of attention or MLP
-    as a whole (by default x): see `GPT.hidden`."""
+    as a whole (by default x): what a hook of `GPT.hidden` made of it."""
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x, x if source is None else source)
 
 
@@ -2192,15 +2195,15 @@ class Attention(nn.Module):
         self.sparse_scale = cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
-    def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
+    def forward(self, x, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int):
         """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
         those of the first layer [batch, T, kv_heads, d]."""
-        (query_w, key_w, value_w, out_w), (cos, sin, documents), recent = weights, positions, x[:, -keep:]
-        q = project(recent, query_w).unflatten(-1, (self.heads, -1))
-        k = project(x, key_w).unflatten(-1, (self.kv_heads, -1))
+        (cos, sin, documents), recent = positions, x[:, -keep:]
+        q = project(recent, weights.query).unflatten(-1, (self.heads, -1))
+        k = project(x, weights.key).unflatten(-1, (self.kv_heads, -1))
         if self.q_gain is not None:
             q, k = norm(q, eps=self.eps), norm(k, eps=self.eps)
-        value = project(x, value_w)
+        value = project(x, weights.value)
         if value_embedding is not None:
             value = value + value_embedding
         v = value = value.unflatten(-1, (self.kv_heads, -1))
@@ -2217,7 +2220,7 @@ class Attention(nn.Module):
         if self.sparse_gate is not None:
             channels = recent[..., :self.sparse_gate.in_features]
             y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
-        return project(y.flatten(2), out_w, recent), value
+        return project(y.flatten(2), weights.out, recent), value
 
 
 class Block(nn.Module):
@@ -2235,22 +2238,23 @@ class Block(nn.Module):
         self.dtg_gate = CastedLinear(cfg.model_dim, 1, bias=2.0) if cfg.dtg_enabled else None  # fairly open
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
-    def forward(self, x, lane, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int,
-                keeps=None, takes=None):
+    def forward(self, x, lanes, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value,
+                keep: int):
         """Last `keep` positions of the stream after this block and of the MLP's lane, and the attention's values.
 
-        Where the MLP has no `lane`, it reads what attention has written or, in the joint form, what attention reads. In
-        two lanes (PR 1204) each keeps a share of itself, keeps [lane], and takes of both outputs, takes [output, lane].
+        Where the MLP has no lane, it reads what attention has written or, in the joint form, what attention reads. In
+        two (PR 1204) each keeps a share of itself and takes of both outputs: lanes = (the MLP's, keeps [lane],
+        takes [output, lane]).
         """
         before = x[:, -keep:]
         if self.mixes:
             mix = self.resid_mix.to(x.dtype)
             x = torch.addcmul(mix[0] * x, mix[1], x0)
         add = lambda x, name, y: torch.addcmul(x, getattr(self, name).to(x.dtype), y) if self.mixes else x + y
-        y, value = self.attn(self.attn_norm(x), weights[:4], positions, value_embedding, first_value, keep)
+        y, value = self.attn(self.attn_norm(x), weights, positions, value_embedding, first_value, keep)
         x = x[:, -keep:]
-        if lane is not None:
-            lane = lane[:, -keep:]
+        if lanes is not None:
+            lane, keeps, takes = lanes[0][:, -keep:], *(weight.to(x.dtype) for weight in lanes[1:])
             z = self.mlp(self.mlp_norm(lane), weights)
             y, z = (y * self.attn_scale.to(x.dtype), z * self.mlp_scale.to(x.dtype)) if self.mixes else (y, z)
             x, lane = (keeps[i] * old + takes[0, i] * y + takes[1, i] * z for i, old in enumerate((before, lane)))
@@ -2399,10 +2403,10 @@ class GPT(nn.Module):
         ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions only.
         With `documents`, ids are a flat stream [1, N], and each document is computed as if it were a row by itself.
 
-        `hook(kind, visit, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
-        input, for instance to add a low-rank term to its output or to record its input. A visit is a place in the order
-        of layers, of which a loop has several for a layer. The token table (a function of ids) and the output matrix
-        are kinds "embed" and "head", of visit -1.
+        `hook(kind, visit, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function, see
+        `project`: to add a low-rank term to its output or to record its input. A visit is a place in the order of
+        layers, of which a loop has several for a layer. The token table (a function of ids) and the output matrix are
+        kinds "embed" and "head", of visit -1.
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
@@ -2415,12 +2419,11 @@ class GPT(nn.Module):
             place = visit - len(order) // 2
             if lane is None and place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
                 lane = x
-            lanes = () if lane is None else (self.lane_keeps[layer].to(x.dtype), self.lane_takes[layer].to(x.dtype))
+            lanes = None if lane is None else (lane, self.lane_keeps[layer], self.lane_takes[layer])
             if place >= 0 and skips:
                 x = self.merge_skip(x, skips.pop(), place)
             kept = keep or length if visit == len(order) - 1 else length
-            x, lane, value = self.blocks[layer](x, lane, x0, weights, positions, extra.get(layer), first_value, kept,
-                                                *lanes)
+            x, lane, value = self.blocks[layer](x, lanes, x0, weights, positions, extra.get(layer), first_value, kept)
             first_value = value if visit == 0 else first_value
             if place < 0 and cfg.unet_skips:
                 skips.append(x)
@@ -3129,13 +3132,11 @@ def self_generated_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
     The first token is uniform, each next one is drawn at temperature 0.8. Batch i depends on SEED and i alone.
     """
     for i in range(rt.rank, cfg.gptq_calibration_batches, rt.world_size):
-        dice = torch.rand(SELF_TEXT_ROWS, cfg.train_seq_len + 1, generator=torch.Generator().manual_seed(cfg.seed + i))
-        dice = dice.to(rt.device)
-        text = (dice[:, :1] * cfg.vocab_size).long()
-        for drawn in dice[:, 1:].split(1, dim=1):
+        dice = torch.Generator(rt.device).manual_seed(cfg.seed + i)
+        text = torch.randint(cfg.vocab_size, (SELF_TEXT_ROWS, 1), generator=dice, device=rt.device)
+        while text.size(1) <= cfg.train_seq_len:
             logits = model.logits(model.hidden(text, keep=1)[:, 0]) / SELF_TEXT_TEMPERATURE
-            token = torch.searchsorted(logits.softmax(-1).cumsum(-1), drawn.contiguous()).clamp(max=cfg.vocab_size - 1)
-            text = torch.cat((text, token), dim=1)
+            text = torch.cat((text, torch.multinomial(logits.softmax(-1), 1, generator=dice)), dim=1)
         yield text[:, :-1], text[:, 1:]
 
 
@@ -3198,14 +3199,9 @@ def loss_curvature(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainDat
     rt.log(f"waterfill:gradients of {int(tokens)} tokens in {watch.elapsed():.1f}s")
     factors = {}
     for name, square in squares.items():
-        parts = curvature(square.view(-1, *square.shape[-2:]) / tokens, hessians.get(name), labels(name, square))
+        parts = curvature(square.view(-1, *square.shape[-2:]) / tokens, hessians.get(name), name)
         factors[name] = tuple(part.view(*square.shape[:-2], *part.shape[-2:]) for part in parts)
     return factors
-
-
-def labels(name: str, weight: Tensor) -> list[str]:
-    """A name for each matrix of a parameter."""
-    return [f"{name}[{i}]" for i in range(len(weight))] if weight.ndim == 3 else [name]
 
 
 @torch.no_grad()
@@ -3213,14 +3209,10 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
                 factors: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, tuple[Tensor, Tensor | Steps]]:
     """(codes, scales) of each parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest.
     `factors`: what `loss_curvature` returned."""
-    params, rounded = dict(model.named_parameters()), {}
-    filled = water_fill(factors, cfg.waterfill_nats, cfg.waterfill_exponent) if factors else {}
-    for name, spec in quant_specs(cfg, params).items():
-        weight = prune(params[name].detach().float(), cfg.prune_frac)
-        matrices, steps = weight.view(-1, *weight.shape[-2:]), filled.get(name)
-        codes, scales = quantise(matrices, spec, steps, hessians.get(name), labels(name, weight))
-        rounded[name] = codes.view_as(weight), steps or scales.view(*weight.shape[:-1], 1)
-    return rounded
+    params = dict(model.named_parameters())
+    steps = water_fill(factors, cfg.waterfill_nats, cfg.waterfill_exponent) if factors else {}
+    return {name: quantise(prune(params[name].detach().float(), cfg.prune_frac), spec, steps.get(name),
+                           hessians.get(name), name) for name, spec in quant_specs(cfg, params).items()}
 
 
 def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, code_bytes: int):
@@ -3274,20 +3266,18 @@ class Stored:
 
     def weight(self) -> Tensor:
         values = torch.from_numpy(self.values)
-        if self.bits == WATER_BITS:
-            steps = self.steps()
-            return dequantise(values.view(len(steps.rows), *values.shape[-2:]), steps).view_as(values)
-        return dequantise(values, torch.from_numpy(self.scales)) if self.bits else values.float()
+        if not self.bits:
+            return values.float()
+        return dequantise(values, self.steps() if self.bits == WATER_BITS else torch.from_numpy(self.scales))
 
     def steps(self) -> Steps:
         """What `store_steps` stored; whatever a file holds is brought into the range that it stores."""
         exponents = torch.from_numpy(self.scales.ravel().cumsum(dtype=np.int64).clip(-STEP_LIMIT, STEP_LIMIT)).short()
-        count = math.prod(self.values.shape[:-1])
-        rows = exponents[:count].view(-1, self.values.shape[-2], 1)
+        shape, count = self.values.shape, math.prod(self.values.shape[:-1])
+        rows = exponents[:count].view(*shape[:-1], 1)
         if not self.queries:
-            return Steps(rows, exponents[count:].view(-1, 1, self.values.shape[-1]))
-        half = len(rows) // 2
-        return Steps(rows, self.queries.steps().columns[:half].repeat(2, 1, 1))
+            return Steps(rows, exponents[count:].view(*shape[:-2], 1, shape[-1]))
+        return Steps(rows, self.queries.steps().columns[:len(rows) // 2].repeat(2, 1, 1))
 
 
 def store_steps(steps: Steps, with_columns: bool) -> np.ndarray:
@@ -3312,14 +3302,12 @@ def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[S
             codes, scales = rounded.get(name) or quantise(weight, specs[name])
             queries = shared_columns(name, specs[name].bits, stored)
             scales = store_steps(scales, not queries) if isinstance(scales, Steps) else scales.cpu().numpy()
-            finite = weight.isfinite().all() and np.isfinite(scales).all()
             stored.append(Stored(name, families[name].name, specs[name].bits, codes.cpu().numpy(), scales, queries))
         else:
             kind = "float" if named_in(cfg.int8_keep_float_fp32_name_patterns, name) else "half"
-            values = weight if kind == "float" else weight.half()
-            finite = values.isfinite().all()
-            stored.append(Stored(name, kind, 0, values.numpy()))
-        if not finite:
+            stored.append(Stored(name, kind, 0, (weight if kind == "float" else weight.half()).numpy()))
+        held = stored[-1]
+        if not (weight.isfinite().all() and np.isfinite(held.scales if held.bits else held.values).all()):
             raise UserError(f"parameter {name} is not finite{' in fp16' * bool(weight.isfinite().all())}: "
                             "the training diverged, or it belongs into INT8_KEEP_FLOAT_FP32_NAME_PATTERNS")
     return stored
@@ -3430,21 +3418,22 @@ class SpreadHistograms:
         for b in np.unique(bucket):
             here = bucket == b
             model = models.Categorical(self.counts[b].astype(np.float64), perfect=False)
-            if self.decoder:
-                near[here] = self.decoder.decode(model, int(here.sum())) - self.reach
-            shifted = near[here] + self.reach
-            self.encoder.encode(shifted.astype(np.int32), model)
+            shifted = self.exchange(near[here] + self.reach, model)
+            near[here] = shifted - self.reach
             seen = np.bincount(shifted, minlength=2 * self.reach + 1)
             self.counts[b] += 32 * (seen + seen[::-1])
         far = np.abs(near) == ESCAPE
-        if self.beyond <= 0 or not far.any():
-            return near
-        model, rest = models.Uniform(self.beyond + 1), np.abs(symbols[far]) - ESCAPE
-        if self.decoder:
-            rest = self.decoder.decode(model, int(far.sum()))
-        self.encoder.encode(rest.astype(np.int32), model)
-        near[far] += np.sign(near[far]) * rest
+        if self.beyond > 0 and far.any():
+            rest = self.exchange(np.abs(symbols[far]) - ESCAPE, models.Uniform(self.beyond + 1))
+            near[far] += np.sign(near[far]) * rest
         return near
+
+    def exchange(self, symbols: np.ndarray, model) -> np.ndarray:
+        """The symbols, or what the decoder has in their place, encoded."""
+        if self.decoder:
+            symbols = self.decoder.decode(model, len(symbols))
+        self.encoder.encode(symbols.astype(np.int32), model)
+        return symbols
 
 
 class RowPredictor:
@@ -3496,8 +3485,9 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
     With `steps` these are magnitudes of weights, and a code's is so much larger as its step is finer than the mean.
     """
     columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
+    matrices = (t.reshape(-1, *codes.shape[-2:]) for t in (codes, finer_sixteenths(steps, codes.shape)))
     histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
-    for matrix, finer in zip(codes.reshape(-1, *codes.shape[-2:]), finer_sixteenths(steps, codes)):
+    for matrix, finer in zip(*matrices):
         predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
         column_sum, level_sum, done, block = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0, matrix[:0]
         while done < len(matrix):
@@ -3516,13 +3506,13 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
             done += len(block)
 
 
-def finer_sixteenths(steps: Steps | None, codes: np.ndarray):
-    """Yields for each matrix by how many sixteenths of an octave steps are finer than the mean.  # [rows, columns]"""
+def finer_sixteenths(steps: Steps | None, shape: tuple[int, ...]) -> np.ndarray:
+    """By how many sixteenths of an octave each step is finer than the mean.  # int16 [..., rows, columns]"""
     if steps is None:
-        yield from itertools.repeat(np.zeros(codes.shape[-2:], np.int64))
-    rows, columns = (t.numpy().astype(np.int64) for t in steps)
+        return np.broadcast_to(np.int16(0), shape)
+    rows, columns = (t.numpy() for t in steps)
     mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
-    yield from ((16 // STEPS_PER_OCTAVE * (mean - row - column)).clip(-96, 96) for row, column in zip(rows, columns))
+    return (16 // STEPS_PER_OCTAVE * (mean - rows - columns)).clip(-96, 96)
 
 
 def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column,
@@ -3662,8 +3652,8 @@ def pack_streams(wanted: str, streams: dict[str, Parts]) -> dict[str, tuple[str,
 
 
 def unpack_streams(streams: dict[str, Parts], rows: list, payload: bytes) -> None:
-    """Fills the arrays from a payload, given [codec, bytes, crc32] of each stream. Raises ValueError
-    unless the payload is exactly these streams, of values that can be in them."""
+    """Fills the arrays of the streams, given [codec, bytes, crc32] of each. Raises ValueError unless the payload is
+    exactly these streams, of values that can be in them."""
     if any(type(n) is not int or n < 0 for _, *numbers in rows for n in numbers) or len(rows) != len(streams) \
             or sum(size for _, size, _ in rows) != len(payload):
         raise ValueError("its streams are not those of its parameters, or do not fill the file")
@@ -4254,8 +4244,8 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
 
 def final_evaluations(cfg: Hyperparameters) -> dict[str, int]:
     """The final scores in their order, each with the stride of its windows. "ttt" adapts, the others do not."""
-    return {"roundtrip": cfg.window, **({"sliding": cfg.stride} if cfg.eval_stride else {}),
-            **({"ttt": cfg.stride} if cfg.ttt_enabled else {})}
+    strides = {"roundtrip": cfg.window, "sliding": cfg.eval_stride, "ttt": cfg.stride if cfg.ttt_enabled else 0}
+    return {key: stride for key, stride in strides.items() if stride}
 
 
 def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
