@@ -284,6 +284,7 @@ case $command in
   sample) shift; artifact_tool "$@" ;;
   bench | inspect | parity | plan | record | runs | survive | systems) shift; to_run; tool "$@" ;;
   eval | audit)
+    [[ $command != audit || ${2:-} != @(-h|--help) ]] || { to_run; tool --help; }
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     artifact=1
     export EVAL_ARTIFACT=$2
