@@ -240,7 +240,9 @@ def test_the_folder_holds_what_the_rules_ask(fold, scripts, runs, tmp_path):
     assert {"author", "github_id", "name", "date", "blurb"} <= set(entry) and entry["seeds"] == [7]
     assert entry["val_bpb"] == summary["val_bpb_ttt"] and entry["bytes_total"] == summary["total_bytes"]
     assert (folder / "train_gpt.py").read_bytes() == scripts.built.read_bytes()
-    assert f"{entry['val_bpb']:.6f}" in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert f"{entry['val_bpb']:.6f}" in text and "3 layers of width 32, 4 heads, 2 of them for keys" in text
+    assert re.search(r"^[A-Z_]+=.* MODEL_DIM=32 .* python train_gpt.py$", text, re.M)
 
 
 def test_a_run_of_the_readable_script_counts_the_built_one(fold, scripts, tmp_path):
@@ -348,7 +350,8 @@ def test_an_audit_comes_along_and_must_have_passed(fold, scripts, tmp_path):
         table.with_suffix(".txt").unlink()
     folder = tmp_path / "2026-01-02_Tiny"
     assert (folder / "tiny.audit.txt").read_text() == "audit:pass"
-    assert "tiny.audit.json" in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert "tiny.audit.json" in text and "```\naudit:pass\n```" in text
 
 
 def test_foreign_runs_and_artifacts_are_refused(fold, scripts, tmp_path):

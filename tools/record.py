@@ -38,7 +38,6 @@ import re
 import shutil
 import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -288,7 +287,7 @@ def read_run(path: Path, sources: set[str]) -> dict:
         loss = next(event["loss"] for name, event in log.events.items() if name.endswith(EVENTS[best]))
         return {**log.summary, "log": path, "name": runlog.name_of(path), "loss": loss,
                 "seed": int(log.line(r"^seed:(\d+)")), "common": log.common(),
-                "settings": " ".join(f"{k}={v}" for k, v in changed.items()) or "none"}
+                "settings": " ".join(f"{k}={v}" for k, v in changed.items())}
     except (LookupError, TypeError, AttributeError, StopIteration) as error:
         raise RecordError(f"{path} is not the log of a finished run: it lacks {error}") from None
 
@@ -349,22 +348,35 @@ def audits(runs: list[dict], artifact: bytes) -> dict[str, Path]:
     return found
 
 
-def readme(record: dict, runs: list[dict], audited: Iterable[str]) -> str:
+def readme(record: dict, runs: list[dict], audited: dict[str, Path]) -> str:
+    about, first = runs[0]["common"], runs[0]["name"]
+    ranks, proof = about["number of processes"], record.get("p_value", {})
     bpb = lambda r: record["seed_results"][str(r["seed"])]["val_bpb"]
     rows = [f"| {r['seed']} | {bpb(r):.6f} | {r['val_bpb_pre_quant']:.6f} | {r['artifact_bytes']:,} "
             f"| {r['steps']:,} | {r['seconds']['train']:.1f} | `{r['name']}.txt` |" for r in runs]
     spread = f", standard deviation {record['val_bpb_std']:.6f}" if record["val_bpb_std"] is not None else ""
-    return "\n".join([
+    launch = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
+    lines = [
         f"# {record['name']}", "", record["blurb"], "",
         f"**{record['val_bpb']:.6f} bits per byte** ({record['score']}; seeds: {len(runs)}{spread}), "
         f"{record['bytes_total']:,} of {LIMIT_BYTES:,} bytes with {record['bytes_code']:,} of code, "
         f"on {record['hardware']}, torch {record['pytorch_version']}.", "",
         "| seed | bpb | bpb before quantisation | artifact bytes | steps | training s | log |",
-        "|---|---|---|---|---|---|---|", *rows, "",
-        f"Settings other than the defaults: `{runs[0]['settings']}`", "",
-        *([f"Audits of the scores: {', '.join(f'`{name}`' for name in audited)}", ""] if audited else []),
-        "`train_gpt.py` is what counts as code; it was built from `train_gpt_readable.py`, the "
-        "same program.", ""])
+        "|---|---|---|---|---|---|---|", *rows, ""]
+    if proof.get("p") is not None:
+        lines += [f"p = {proof['p']:.3g} (one-sided, Student's t) that the mean does not beat {proof['beats']} by "
+                  f"{proof['by_nats']} nats.", ""]
+    lines += [
+        "Architecture: {NUM_LAYERS} layers of width {MODEL_DIM}, {NUM_HEADS} heads, {NUM_KV_HEADS} of them for keys and "
+        "values, MLP {MLP_MULT:g} times as wide, {VOCAB_SIZE:,} pieces, trained on {TRAIN_SEQ_LEN:,} tokens at a time."
+        .format_map(about), "",
+        "Command, with each of the seeds as `SEED`; the settings are those other than the defaults:", "",
+        "```", f"{runs[0]['settings']} {launch} train_gpt.py".strip(), "```", ""]
+    if f"{first}.audit.txt" in audited:
+        lines += [f"Audits of the scores: {', '.join(f'`{name}`' for name in audited)}. That of `{first}`:", "",
+                  "```", read_source(audited[f"{first}.audit.txt"]).strip(), "```", ""]
+    return "\n".join([*lines, "`train_gpt.py` is what counts as code; it was built from `train_gpt_readable.py`, the same "
+                      "program.", ""])
 
 
 def of_runs(args) -> None:
