@@ -381,7 +381,8 @@ def rows_of(trials: list, axes: dict) -> list[Row]:
 def table(rows: list[Row], keys: list[str]) -> list[str]:
     """Markdown: mean and standard deviation, difference from the baseline with its p-value, phases, bytes."""
     number = lambda value, form: "-" if value is None else format(value, form)
-    heads = [*keys, "runs", "bpb", "± std", "Δ", "p", *runlog.PHASES, "bytes", "seconds"]
+    phases = [phase for phase in runlog.PHASES if any(row.mean(phase) for row in rows)]
+    heads = [*keys, "runs", "bpb", "± std", "Δ", "p", *phases, "bytes", "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     base = rows[0].scores if rows else []
     for row in rows:
@@ -392,7 +393,7 @@ def table(rows: list[Row], keys: list[str]) -> list[str]:
             number(statistics.stdev(got) if len(got) > 1 else None, ".5f"),
             number(mean - statistics.fmean(base) if got and base and row is not rows[0] else None, "+.5f"),
             number(stats.welch(got, base) if row is not rows[0] else None, ".3g"),
-            *(number(row.mean(phase), ".5f") for phase in runlog.PHASES),
+            *(number(row.mean(phase), ".5f") for phase in phases),
             number(max(filter(None, (t.user_attrs["bytes"] for t in done)), default=None), ",d"),
             number(statistics.fmean(t.user_attrs["seconds"] for t in done) if done else None, ".0f")]) + " |")
     ended = {"FAIL": "failed", "PRUNED": "ended early, worse than the median at the same step", "RUNNING": "is running"}
