@@ -388,6 +388,14 @@ def test_a_record_of_three_kept_runs_passes_its_own_check(scripts, logs, tmp_pat
         shutil.copy(artifact, tmp_path / f"runs/r{seed}")
         for name in ("log.txt", "events.jsonl", "summary.json"):
             record.runlog.beside(path, name).rename(tmp_path / f"runs/r{seed}" / name)
+    events = tmp_path / "runs/r2/events.jsonl"
+    kept = events.read_text()
+    events.write_text(kept + '{"event": "failed", "time": 3.0, "why": "training diverged"}\n')
+    audit = tmp_path / "runs/r1/audit.json"
+    audit.write_text("{}")
+    refused("r2 is no finished run: failed: training diverged")
+    events.write_text(kept)
+    audit.unlink()
     refused(f"r1 has no audit: bash run.sh audit {tmp_path}/runs/r1/final_model.ptz")
     for seed in (1, 2, 3):
         (tmp_path / f"runs/r{seed}/audit.json").write_text("{}")

@@ -386,6 +386,9 @@ def of_runs(args) -> None:
     for name, log in zip(args.run_ids, args.log):
         if not log.is_file():
             raise RecordError(f"there is no run {name!r} in {args.runs / 'runs'} (bash run.sh runs lists them)")
+        run = runlog.read(log)
+        if run.state != "done":
+            raise RecordError(f"{name} is no finished run: {run.state}{f': {run.why}' if run.why else ''}")
         if not runlog.beside(log, "audit.json").is_file():
             raise RecordError(f"{name} has no audit: bash run.sh audit {log.with_name('final_model.ptz')}")
 
