@@ -217,9 +217,9 @@ as_child() {  # COMMAND...: sets $code, its exit code. A signal to this shell is
   "$@" &
   local child=$! signal
   set +m
-  for signal in INT TERM; do trap "kill -$signal $child 2>/dev/null || true" "$signal"; done
+  for signal in HUP INT TERM; do trap "kill -$signal $child 2>/dev/null || true" "$signal"; done
   while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do :; done  # a signal ends wait, too
-  trap - INT TERM
+  trap - HUP INT TERM
 }
 run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was scored, AUDIT=only: that alone
   ready "$@"
