@@ -53,8 +53,9 @@ esac
 def project(tmp_path):
     """A copy of the repository; `project(arguments, **environment)` runs run.sh there."""
     repo, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
-    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", "tools/requirements.txt", ".ci/run",
-                 *(path.relative_to(ROOT) for path in (ROOT / "tools").glob("*.py")), "data/prepare.py",
+    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", "tools/requirements.txt",
+                 ".ci/run", "data/prepare.py",
+                 *(path.relative_to(ROOT) for path in (ROOT / "tools").glob("*.py")),
                  *(f"profiles/{profile}.env" for profile in PROFILES)):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)

@@ -73,7 +73,8 @@ def test_axes_as_they_are_written():
     (["bad.ptz", "NUM_LAYERS=3,4"], "NUM_LAYERS cannot vary over an artifact"),
     (["bad.ptz", "SCALE=tiny", "TTT_LR=0.1,0.2"], "SCALE shrinks a model before training"),
     (["random.toml", "SEED=1,2"], "sampler 'random' is not one of grid, tpe"), (["empty.toml"], "nothing varies"),
-    (["flat.toml"], "flat.toml: sweep is not a table"), (["bad.toml"], "bad.toml is not TOML"), (["odd.toml"], "odd.toml: colour = 3 is not understood")])
+    (["flat.toml"], "flat.toml: sweep is not a table"), (["bad.toml"], "bad.toml is not TOML"),
+    (["odd.toml"], "odd.toml: colour = 3 is not understood")])
 def test_a_mistake_is_refused_before_anything_runs(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.toml").write_text("a = = 1")
