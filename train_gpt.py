@@ -332,7 +332,7 @@ class Hyperparameters:
     global_ttt_momentum: float = env_field(0.9, "its momentum", lo=0, hi=0.9999)
     global_ttt_chunk_tokens: int = env_field(32_768, "tokens of a step, over all ranks", lo=1)
     global_ttt_epochs: int = env_field(1, "steps on each chunk", lo=1, hi=1000)
-    global_ttt_grad_clip: float = env_field(1.0, "maximum gradient norm there; 0: no limit", lo=0)
+    global_ttt_grad_clip: float = env_field(1.0, "norm its gradient is clipped to; 0: no clipping", lo=0, hi=1e6)
     hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
     ngram_orders: str = env_field("", "context lengths at which counts of scored tokens join the last score's "
