@@ -3918,7 +3918,7 @@ class Adapter:
             for x, y in zip(inputs[mine].split(at_once), targets[mine].split(at_once)):
                 if len(x):  # a rank may have no part in a step
                     (self.loss_fn(x, y, hook=self.hook) * (len(x) / count)).backward()
-            self.step(self.rt.sum_many_(self.take_gradients()))
+            self.step()
         self.swap_averages()
 
     def learn_rows(self, nll: Tensor, counted: Tensor, epochs: int, rescore) -> None:
@@ -3927,10 +3927,10 @@ class Adapter:
         weight = counted / counted.sum(1, keepdim=True).clamp(min=1)
         for epoch in range(epochs):
             ((rescore() if epoch else nll) * weight).sum().backward()
-            self.step(self.take_gradients())
+            self.step()
 
     def learn_documents(self, tokens: Tensor, targets: Tensor, bos_id: int) -> None:
-        """One step on the mean loss of the targets of scored documents end to end.  # int64 [n] each
+        """One step of all ranks on the mean loss of scored documents end to end.  # int64 [n] each
 
         They are computed in rows of the context's length, in which no document reads another. The rows' gradients are
         summed in float64, so that any number of ranks makes the same step.
@@ -3942,27 +3942,27 @@ class Adapter:
             x, y, weights = (F.pad(t, (0, length - len(t)))[None] for t in row)  # one length, so one compiled graph
             begins = torch.from_numpy(document_starts(x[0].cpu().numpy(), bos_id, length)).to(x.device)
             self.loss_fn(x, y, token_weights=weights, documents=Documents(begins, length)).backward()
-            for total, grad in zip(sums, self.take_gradients()):
-                total += grad
-        self.step([total.to(t.dtype) for total, t in zip(self.rt.sum_many_(sums), self.trained)])
+            for total, tensor in zip(sums, self.trained):
+                total += 0 if tensor.grad is None else tensor.grad
+            self.optimiser.zero_grad()
+        for tensor, total in zip(self.trained, self.rt.sum_many_(sums)):
+            tensor.grad = total.to(tensor.dtype)
+        self.step()
 
     def set_progress(self, progress: float) -> None:
         """The learning rates' cosine, from 0 to 1."""
         for group in self.optimiser.param_groups:
             group["lr"] = group["full_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def take_gradients(self) -> list[Tensor]:
-        """What `.grad` holds, which is then empty; zeros for a tensor that had no part."""
-        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in self.trained]
-        self.optimiser.zero_grad()
-        return grads
-
-    def step(self, grads: list[Tensor]) -> None:
-        """One optimiser step."""
+    def step(self) -> None:
+        """One optimiser step on the gradients in `.grad`, which a stream sums over ranks."""
+        for tensor in self.trained:
+            tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        grads = [tensor.grad for tensor in self.trained]
+        if not self.rows:
+            self.rt.sum_many_(grads)
         if self.cfg.ttt_grad_clip:
             clip_rows_(grads, self.cfg.ttt_grad_clip, self.rows or 1)
-        for tensor, grad in zip(self.trained, grads):
-            tensor.grad = grad
         self.optimiser.step()
         self.optimiser.zero_grad()
         if self.average:
@@ -4046,7 +4046,7 @@ class LoraAdapter(Adapter):
         chunk has beyond whole sequences is left out, and sequences weigh less on ranks that have more of them.)"""
         cfg, weights = self.cfg, [(1.0, p) for p, _ in self.weights]
         sgd = dataclasses.replace(cfg, ttt_momentum=cfg.global_ttt_momentum, ttt_grad_clip=cfg.global_ttt_grad_clip)
-        trainer = Adapter(self.model, sgd, self.rt, weights, cfg.global_ttt_lr, "sgd")
+        trainer = Adapter(self.model, sgd, self.rt, weights, cfg.global_ttt_lr, "sgd", rows=1)
         chunks = list(zip(tokens.split(cfg.global_ttt_chunk_tokens), targets.split(cfg.global_ttt_chunk_tokens)))
         for i, chunk in enumerate(chunks[:-1] or chunks):  # the last one's rate would be 0
             trainer.set_progress(i / max(len(chunks) - 1, 1))

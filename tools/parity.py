@@ -224,7 +224,7 @@ def score_documents(fixture: Fixture, cfg: ours.Hyperparameters, seed: int = 0, 
             begins = torch.from_numpy(ours.document_starts(tokens[:size].numpy(), bos_id, cfg.window))
             trainer.loss_fn(tokens[None, :size], targets[None, :size],
                             documents=ours.Documents(begins, cfg.window)).backward()
-            trainer.step(trainer.take_gradients())
+            trainer.step()
 
     with contextlib.ExitStack() as stack:
         for owner, function in ((ours.Scored, training_documents), (ours.Adapter, learn_documents)) if slips else ():
