@@ -11,37 +11,36 @@ cd "$(dirname "${BASH_SOURCE[0]}")"  # relative paths are relative to the reposi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # spinning threads: steps 4 times slower on a CPU others use too
 
 # ---- 1 words
+tools=(inspect sample sweep runs report record data bench parity systems plan survive)  # each says more with --help
+script_of() {  # TOOL
+  case $1 in
+    data) echo data/prepare.py ;;
+    inspect) echo tools/inspect_artifact.py ;;
+    *) echo "tools/$1.py" ;;
+  esac
+}
 usage() {
+  local name file
   cat <<'EOF'
 bash run.sh [PROFILE] [KEY=VALUE...]   set up and run train_gpt.py; without PROFILE: default with GPUs, smoke without
 bash run.sh eval ARTIFACT [PROFILE] [KEY=VALUE...]   score an artifact without training; model settings are its own
 bash run.sh audit ARTIFACT [PROFILE] [KEY=VALUE...]  show on a piece of text that its scores are legal (tools/audit.py);
                                        AUDIT=1 bash run.sh ... does it after a run
-bash run.sh inspect ARTIFACT [--plot FILE.png] [KEY=VALUE...]     where its bytes are (tools/inspect_artifact.py)
-bash run.sh sample ARTIFACT ["PROMPT"] [OPTIONS] [KEY=VALUE...]   text from it (tools/sample.py)
-bash run.sh sweep PROFILE|FILE.toml KEY=a,b,c... [KEY=VALUE...]   runs with each combination of values (tools/sweep.py)
-bash run.sh sweep ARTIFACT KEY=a,b,c... [KEY=VALUE...]   settings of test-time training as a table (tools/ttt_bench.py)
-bash run.sh runs [KEY=VALUE...]        every run that is kept: settings, scores, state (tools/runs.py)
-bash run.sh report [RUN_ID|LOG]... [KEY=VALUE...]    runs and published logs as one HTML page (tools/report.py)
-bash run.sh record SUBCOMMAND...       built code and submission folders (tools/record.py)
 bash run.sh test [PYTEST ARGUMENTS]    set up and run the tests
-bash run.sh data SUBCOMMAND...         make, fetch, check data: embedded, text, fineweb, check (data/prepare.py)
-bash run.sh bench ...                  measure speed and memory (tools/bench.py)
-bash run.sh parity FOLDER              compare with a published system's own numbers (tools/parity.py)
-bash run.sh systems                    the profiles as a table: what was published, estimated size (tools/systems.py)
-bash run.sh plan PROFILE [KEY=VALUE...]              estimates before a run: parameters, bytes, FLOPs, memory, time
-                                       (tools/plan.py)
-bash run.sh survive [OPTIONS]          kill, stop and damage small runs: do they go on to the same bits?
-                                       (tools/survive.py)
 bash run.sh settings                   every KEY with its default, range and meaning
 bash run.sh help                       this text
 
-KEY=VALUE arguments override environment variables, which override the profile. SCALE=tiny shrinks the profile to a run of
-half a minute on two CPU cores, with every feature on (tools/scale.py). TENSORBOARD=1 and WANDB_ENABLED=1 send what a run measures
-(tools/track.py). NNODES, NODE_RANK and RDZV_ENDPOINT=HOST:PORT run on
-several machines; NPROC_PER_NODE is the number of processes on each, MAX_RESTARTS how often failed ones are started again.
-inspect, sample, sweep, report, record, data, bench, parity and plan say more with --help. The profiles:
+KEY=VALUE arguments override environment variables, which override the profile. SCALE=tiny shrinks the profile to a run
+of half a minute on two CPU cores, with every feature on (tools/tiny.py). TENSORBOARD=1 and WANDB_ENABLED=1 send what a
+run measures (tools/track.py). NNODES, NODE_RANK and RDZV_ENDPOINT=HOST:PORT run on several machines; NPROC_PER_NODE is
+the number of processes on each, MAX_RESTARTS how often failed ones are started again.
+
+The tools; each says more with --help:
 EOF
+  for name in "${tools[@]}"; do
+    printf 'bash run.sh %-8s %s\n' "$name" "$(sed -n '1s/^"*//p' "$(script_of "$name")")"
+  done
+  printf '\nThe profiles:\n'
   for file in profiles/*.env; do
     printf '  %-23s %s\n' "$(basename "$file" .env)" "$(sed -n '1s/^# *//p' "$file")"
   done
@@ -213,6 +212,15 @@ track() {  # sets $tracker: a process that sends what the run logs, as it comes
   tracker=$!
   export WANDB_ENABLED=0
 }
+as_child() {  # COMMAND...: sets $code, its exit code. A signal to this shell is the command's, which may save a checkpoint
+  set -m  # a group of its own: Ctrl-C reaches it once, through this shell
+  "$@" &
+  local child=$! signal
+  set +m
+  for signal in INT TERM; do trap "kill -$signal $child 2>/dev/null || true" "$signal"; done
+  while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do :; done  # a signal ends wait, too
+  trap - INT TERM
+}
 run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was scored, AUDIT=only: that alone
   ready "$@"
   export CODE_BYTES=${CODE_BYTES:-$(built_size)}  # what is submitted is the built script, not the readable one
@@ -227,7 +235,7 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
     name_run  # the audit's files go beside the log, the table into it
     local code=0 log=${ARTIFACT_DIR:-${OUT_DIR:-.}}/logs/$RUN_ID.txt
     [ -z "$tracked" ] || track
-    "${launch[@]}" train_gpt.py || code=$?
+    as_child "${launch[@]}" train_gpt.py
     [ -z "$tracked" ] || { kill "$tracker" 2>/dev/null || true; wait "$tracker" || true; }
     [ -z "$scaled" ] || [ ! -f "$log" ] || echo "$scaled" >>"$log"
     [ "$code$audit" = 01 ] || exit "$code"
@@ -237,13 +245,13 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
 }
 
 # ---- 6 commands
-tool() {  # SCRIPT ARGUMENT...: calls itself `bash run.sh COMMAND` in usage and error lines
+tool() {  # ARGUMENT...: calls itself `bash run.sh COMMAND` in usage and error lines
   export RUN_SH_COMMAND="bash run.sh $command"
-  exec "$python" "$@"
+  exec "$python" "$(script_of "$command")" "$@"
 }
-artifact_tool() {  # SCRIPT ARGUMENT...: with the environment of a run, which depends on two settings among them
+artifact_tool() {  # ARGUMENT...: with the environment of a run, which depends on two settings among them
   local argument help=''
-  for argument in "${@:2}"; do
+  for argument; do
     case $argument in
       DEVICE=* | DATA_PATH=*) export "$argument" ;;
       -h | --help) help=1 ;;
@@ -270,23 +278,17 @@ case $command in
     if [[ " $*" == *.parquet* && $python == .venv/* ]] && ! $python -c 'import pyarrow' 2>/dev/null; then
       pip_install data/requirements.txt
     fi
-    tool data/prepare.py "$@" ;;
-  report) shift; to_run; need plotly; tool tools/report.py "$@" ;;
-  bench | parity | plan | record | runs | survive | systems) shift; to_run; tool "tools/$command.py" "$@" ;;
+    tool "$@" ;;
+  report) shift; to_run; need plotly; tool "$@" ;;
+  sweep) shift; to_run; need optuna; tool "$@" ;;
+  sample) shift; artifact_tool "$@" ;;
+  bench | inspect | parity | plan | record | runs | survive | systems) shift; to_run; tool "$@" ;;
   eval | audit)
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     artifact=1
     export EVAL_ARTIFACT=$2
     [ "$command" = eval ] || AUDIT=only
     run "${@:3}" ;;
-  inspect) shift; to_run; tool tools/inspect_artifact.py "$@" ;;
-  sample) shift; artifact_tool tools/sample.py "$@" ;;
-  sweep)
-    shift
-    case ${1:-} in
-      *.ptz | *.pt) artifact_tool tools/ttt_bench.py "$@" ;;
-      *) to_run; need optuna; tool tools/sweep.py "$@" ;;
-    esac ;;
   settings) to_run; exec "$python" train_gpt.py --help ;;
   *) run "$@" ;;
 esac

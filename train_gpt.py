@@ -121,8 +121,7 @@ class Hyperparameters:
     dtype: str = env_field("auto", "activation type; auto: bf16 on CUDA, fp32 on CPU", choices="auto bf16 fp32")
     compile: str = env_field("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
     attention: str = env_field("auto", "attention kernel; auto: the best here", choices="auto fa4 fa3 cudnn flash math")
-    kernels: str = env_field("auto", "loss, MLP and Muon's products; triton: own kernels, so far tested in Triton's "
-                             "interpreter only, never on a GPU; auto: torch for now", choices="auto torch triton")
+    kernels: str = env_field("auto", "of loss, MLP, Muon; triton: own, untried on a GPU", choices="auto torch triton")
     # Data
     data_path: str = env_field("./data/datasets/fineweb10B_sp1024", "folder with fineweb_{train,val}_*.bin; its "
                                "dataset.json, if there is one, names tokenizer and vocabulary size", section="Data")
@@ -179,8 +178,7 @@ class Hyperparameters:
     ve_layers: str = env_field("9,10", "layers (from 0) that get the value embedding, comma-separated")
     ve_last_n: int = env_field(-1, "instead: the last n layers; -1: off", lo=-1, alias="VALUE_EMBED_LAYERS")
     gated_attention: bool = env_field(False, "a learned gate on each head's output")
-    sparse_attn_gate: bool = env_field(False, "another that reads GATE_WINDOW channels only (PR 1787), half open at "
-                                       "first", alias="SPARSE_ATTN_GATE_ENABLED")
+    sparse_attn_gate: bool = env_field(False, "another, from GATE_WINDOW channels", alias="SPARSE_ATTN_GATE_ENABLED")
     sparse_attn_gate_scale: float = env_field(1.0, "its steepness", lo=0, hi=1000)
     value_residual: bool = env_field(False, "mix the first layer's values into every later layer")
     dtg_enabled: bool = env_field(False, "a learned gate on each block's update")
@@ -219,13 +217,11 @@ class Hyperparameters:
     warmdown_frac: float = env_field(0.0, "instead: over this last fraction of the budget; 0: off", lo=0, hi=1)
     warmdown_shape: str = env_field("linear", "how it falls", choices="linear cosine")
     min_lr: float = env_field(0.0, "with WARMDOWN_FRAC: lowest learning-rate scale", lo=0, hi=1)
-    enable_looping_at: float = env_field(0.35, "the model loops (NUM_LOOPS) from this fraction of the budget on", lo=0,
-                                         hi=0.99)
+    enable_looping_at: float = env_field(0.35, "NUM_LOOPS holds from this fraction of the budget on", lo=0, hi=0.99)
     val_loss_every: int = env_field(4000, "steps between validations; 0: only at the end", lo=0)
     val_batch_size: int = env_field(524_288, "maximum tokens per validation forward pass, over all ranks", lo=1)
     train_log_every: int = env_field(500, "steps between training log lines; 0: none", lo=0)
-    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: not by steps. Validations and the last step "
-                                      "have one", lo=0)
+    checkpoint_every: int = env_field(1000, "steps between checkpoints; 0: only validations' and the last", lo=0)
     checkpoint_seconds: float = env_field(120.0, "seconds of training between them; 0: not by time", lo=0, hi=1e7)
     resume: bool = env_field(False, "continue from the last checkpoint of RUN_ID")
     # Averaging
@@ -275,12 +271,10 @@ class Hyperparameters:
                               "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
     artifact_limit_bytes: int = env_field(16_000_000, "code + artifact above this ends the run with an error", lo=1)
     code_bytes: int = env_field(0, "size of the submitted code; 0: of this file; run.sh gives the built file's", lo=0)
-    size_fit: bool = env_field(False, "instead of that error, round more coarsely until it fits; water-filling uses "
-                               "spare bytes, too")
+    size_fit: bool = env_field(False, "instead: round more coarsely until it fits (waterfill: or more finely)")
     # Evaluation
     eval_seq_len: int = env_field(2048, "tokens per evaluation window; 0: TRAIN_SEQ_LEN", lo=0, section="Evaluation")
-    eval_stride: int = env_field(64, "tokens each sliding window scores; 0: no sliding evaluation", lo=0,
-                                 alias="TTT_STRIDE")
+    eval_stride: int = env_field(64, "tokens each sliding window scores; 0: no such score", lo=0, alias="TTT_STRIDE")
     eval_batch_seqs: int = env_field(32, "windows per forward pass", lo=1)
     eval_artifact: str = env_field("", "score this artifact, with the model settings it holds, instead of training")
     eval_max_seconds: float = env_field(600.0, "for loading, compilation and all final scores together: cuts "
@@ -303,8 +297,7 @@ class Hyperparameters:
     ttt_lora_rank: int = env_field(8, "rank of the additions", lo=1, alias="LORA_RANK")
     ttt_lora_alpha: float = env_field(0.0, "they are scaled by this over the rank; 0: by 1", lo=0, hi=1e5)
     ttt_lora_targets: str = env_field("q,v,head", "matrices that get one: of q, k, v, o, mlp, head, comma-separated")
-    ttt_lora_parallel: bool = env_field(False, "additions of o and mlp go from the normalised input of attention and "
-                                        "MLP to their output (PR 1530)")
+    ttt_lora_parallel: bool = env_field(False, "those of o and mlp start at their block's normalised input (PR 1530)")
     ttt_lora_layers: str = env_field("", "in which layers (from 0), like 7-10 or 8,9,10; empty: all")
     ttt_lora_layer_rates: str = env_field("", "layers with another learning rate, relative to TTT_LORA_LR: 7:0.6,8:0.8")
     ttt_lora_optimizer: str = env_field("adam", "optimiser of the additions", choices="adam sgd")
@@ -320,14 +313,11 @@ class Hyperparameters:
                                       "2014): 256:8,2000:24", alias="TTT_SHORT_SCORE_FIRST_STEPS")
     ttt_min_doc_tokens: int = env_field(0, "a document adapts once this many of its tokens are scored", lo=0)
     ttt_eval_seq_len: int = env_field(0, "tokens of context inside a document; 0: EVAL_SEQ_LEN", lo=0)
-    ttt_warm_start_a: bool = env_field(False, "the next batch of documents goes on with the first factors, A, of the "
-                                       "additions (PR 1767)")
-    ttt_warm_chains: int = env_field(8, "in so many chains of batches, which ranks share: any number of them gives the "
-                                     "same scores", lo=1, hi=4096)
-    phased_ttt_num_phases: int = env_field(0, "times that the weights themselves train on finished documents, between "
-                                           "documents that adapt by themselves (PR 1610, 1626); 0: never", lo=0, hi=999)
-    phased_ttt_prefix_docs: int = env_field(2000, "documents, the longest of the text, that are finished when the last "
-                                            "such phase begins; the phases divide them", lo=1)
+    ttt_warm_start_a: bool = env_field(False, "the first factors, A, go on to the next batch of documents (PR 1767)")
+    ttt_warm_chains: int = env_field(8, "in this many chains of batches, whatever the number of ranks", lo=1, hi=4096)
+    phased_ttt_num_phases: int = env_field(0, "times that the weights train on finished documents, between those that "
+                                           "adapt by themselves (PR 1610, 1626); 0: never", lo=0, hi=999)
+    phased_ttt_prefix_docs: int = env_field(2000, "documents, the longest ones, finished at the last such phase", lo=1)
     global_ttt_lr: float = env_field(0.001, "learning rate of its SGD, a cosine over the chunks", lo=0, hi=100)
     global_ttt_momentum: float = env_field(0.9, "its momentum", lo=0, hi=0.9999)
     global_ttt_chunk_tokens: int = env_field(32_768, "tokens of a step, over all ranks", lo=1)
@@ -382,6 +372,11 @@ class Hyperparameters:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def stride(self) -> int:
+        """Tokens that a window scores while test-time training."""
+        return self.eval_stride or self.window
+
+    @property
     def doc_context(self) -> int:
         """Most tokens a document's token is scored with."""
         return self.ttt_eval_seq_len or self.window
@@ -389,14 +384,11 @@ class Hyperparameters:
     @property
     def doc_chunks(self) -> tuple[tuple[float, int], ...]:
         """(tokens of the longest document, tokens of its chunks), growing. Raises UserError."""
-        def parse(parts):
-            steps = [(int(limit), int(chunk)) for limit, chunk in (part.split(":") for part in parts)]
-            steps.append((math.inf, self.ttt_doc_chunk_tokens))
-            if min(steps)[1] < 1 or any(list(values) != sorted(set(values)) for values in zip(*steps)):
-                raise ValueError
-            return tuple(steps)
-        return parse_list("TTT_CHUNK_LADDER", self.ttt_chunk_ladder, "growing lengths of documents with growing chunks "
-                          f"below TTT_DOC_CHUNK_TOKENS={self.ttt_doc_chunk_tokens}, like 256:8,2000:24", parse)
+        last = math.inf, self.ttt_doc_chunk_tokens
+        return *parse_list("TTT_CHUNK_LADDER", self.ttt_chunk_ladder,
+                           "growing lengths of documents with growing chunks below "
+                           f"TTT_DOC_CHUNK_TOKENS={self.ttt_doc_chunk_tokens}, like 256:8,2000:24", pair(int, int),
+                           lambda steps: all(map(growing, zip((0, 0), *steps, last)))), last
 
     @property
     def lengths_known(self) -> bool:
@@ -416,14 +408,10 @@ class Hyperparameters:
     @property
     def seq_stages(self) -> tuple[tuple[int, float], ...]:
         """Training lengths, each with the share of the budget until which it is used. Raises UserError."""
-        def parse(parts):
-            stages = tuple((int(length), float(until)) for length, until in (part.split(":") for part in parts))
-            ends = [0.0, *(until for _, until in stages)]
-            if ends != sorted(set(ends)) or ends[-1] != 1 or min(stages)[0] < 2:
-                raise ValueError
-            return stages
-        return parse_list("TRAIN_SEQ_SCHEDULE", self.train_seq_schedule or f"{self.train_seq_len}:1",
-                          "lengths and growing shares of the budget, the last of them 1, like 1024:0.1,2048:1", parse)
+        return parse_list(
+            "TRAIN_SEQ_SCHEDULE", self.train_seq_schedule or f"{self.train_seq_len}:1",
+            "lengths and growing shares of the budget, the last of them 1, like 1024:0.1,2048:1", pair(int, float),
+            lambda stages: min(stages)[0] >= 2 and stages[-1][1] == 1 and growing([0, *(end for _, end in stages)]))
 
     @property
     def seq_unit(self) -> int:
@@ -433,51 +421,43 @@ class Hyperparameters:
     @property
     def ve_layer_ids(self) -> tuple[int, ...]:
         """Layers with the value embedding. Raises UserError, as the next three properties do."""
-        if self.ve_enabled and self.ve_last_n >= 0:
+        if not self.ve_enabled:
+            return ()
+        if self.ve_last_n >= 0:
             return tuple(range(self.num_layers))[self.num_layers - self.ve_last_n:]
-        return parse_list("VE_LAYERS", self.ve_layers if self.ve_enabled else "", "a list of layer numbers like 9,10",
-                          lambda parts: tuple(map(int, parts)))
+        return parse_list("VE_LAYERS", self.ve_layers, "a list of layer numbers like 9,10", int)
 
     @property
     def lora_kinds(self) -> tuple[str, ...]:
         """Which matrices LoRA adds to, by the names of LayerWeights."""
         kinds = {"q": ["query"], "k": ["key"], "v": ["value"], "o": ["out"], "head": ["head"],
                  "mlp": ["down"] if self.ttt_lora_parallel else ["up", "down"]}
-        return parse_list("TTT_LORA_TARGETS", self.ttt_lora_targets, "some of q,k,v,o,mlp,head",
-                          lambda parts: tuple(kind for part in parts for kind in kinds[part]))
+        chosen = parse_list("TTT_LORA_TARGETS", self.ttt_lora_targets, "some of q,k,v,o,mlp,head", kinds.__getitem__)
+        return tuple(itertools.chain(*chosen))
 
     @property
     def lora_layer_ids(self) -> tuple[int, ...]:
         """Layers LoRA adds to, in order."""
         spans = parse_list("TTT_LORA_LAYERS", self.ttt_lora_layers, "layers like 7-10 or 8,9,10",
-                           lambda parts: [[int(end) for end in part.split("-", 1)] for part in parts])
+                           lambda part: [int(end) for end in part.split("-", 1)])
         chosen = {layer for span in spans for layer in range(min(span), max(span) + 1)}
         return tuple(sorted(chosen or range(self.num_layers)))
 
     @property
     def lora_layer_rates(self) -> dict[int, float]:
         """Layer -> its learning rate over TTT_LORA_LR, where that is not 1."""
-        return parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", lambda parts: {
-            int(layer): float(rate) for layer, rate in (part.split(":") for part in parts)})
+        return dict(parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", pair(int, float)))
 
     @property
     def ngrams(self) -> tuple[tuple[int, float], ...]:
         """Lengths of the contexts that are counted, growing, each with its concentration. Raises UserError."""
-        def growing(parts):
-            orders = [int(part) for part in parts]
-            if orders != sorted(set(orders)) or min(orders, default=1) < 1:
-                raise ValueError
-            return orders
-
-        def one_each(parts):
-            weights = [float(part) for part in parts] * (len(orders) if len(parts) == 1 else 1)
-            if len(weights) != len(orders) or not all(0 < weight < math.inf for weight in weights):  # NaN neither
-                raise ValueError
-            return weights
-        orders = parse_list("NGRAM_ORDERS", self.ngram_orders, "growing lengths of contexts, like 2,3,5", growing)
-        return tuple(zip(orders, parse_list(
+        orders = parse_list("NGRAM_ORDERS", self.ngram_orders, "growing lengths of contexts, like 2,3,5", int,
+                            lambda orders: growing([0, *orders]))
+        weights = parse_list(
             "NGRAM_CONCENTRATIONS", self.ngram_concentrations,
-            f"one positive number, or one for each of NGRAM_ORDERS={self.ngram_orders}", one_each)))
+            f"one positive number, or one for each of NGRAM_ORDERS={self.ngram_orders}", float,
+            lambda weights: len(weights) in (1, len(orders)) and all(0 < weight < math.inf for weight in weights))
+        return tuple(zip(orders, itertools.cycle(weights)))
 
     @classmethod
     def from_env(cls, environ) -> Hyperparameters:
@@ -539,12 +519,22 @@ def parse_value(name: str, f: dataclasses.Field, text: str):
     return value
 
 
-def parse_list(name: str, text: str, wanted: str, parse):
-    """`parse` of the parts of a comma-separated text. Raises UserError if they are not what is wanted."""
-    try:
-        return parse([part.strip() for part in text.split(",") if part.strip()])
-    except (ValueError, KeyError):
-        raise UserError(f"{name}={text!r} is not {wanted}") from None
+def parse_list(name: str, text: str, wanted: str, parse, fits=lambda values: True) -> tuple:
+    """`parse` of each part of a comma-separated text. Raises UserError unless they can be parsed and fit together."""
+    with contextlib.suppress(ValueError, LookupError):
+        values = tuple(parse(part.strip()) for part in text.split(",") if part.strip())
+        if fits(values):
+            return values
+    raise UserError(f"{name}={text!r} is not {wanted}")
+
+
+def pair(*parse):
+    """A parser of A:B, made of one for each."""
+    return lambda text: tuple(read(part) for read, part in zip(parse, text.split(":"), strict=True))
+
+
+def growing(values) -> bool:
+    return all(a < b for a, b in itertools.pairwise(values))
 
 
 def describe_range(f: dataclasses.Field) -> str:
@@ -575,7 +565,7 @@ def check_combinations(cfg: Hyperparameters) -> None:
     for holds, message in combination_rules(cfg):
         if not holds:
             raise UserError(message.format(**shown, head_dim=cfg.head_dim, window=cfg.window, last=cfg.num_layers - 1,
-                                           scored=cfg.eval_stride or cfg.window, context=cfg.doc_context))
+                                           scored=cfg.stride, context=cfg.doc_context))
 
 
 def combination_rules(cfg: Hyperparameters):
@@ -624,7 +614,7 @@ def adaptation_rules(cfg: Hyperparameters):
     if cfg.ttt_reset == "stream":
         yield not cfg.phased_ttt_num_phases, "{phased_ttt_num_phases} has no finished documents with {ttt_reset}"
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
-        yield cfg.ttt_chunk_tokens >= (cfg.eval_stride or cfg.window), (
+        yield cfg.ttt_chunk_tokens >= cfg.stride, (
             "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
     else:
         yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
@@ -773,7 +763,6 @@ class RunLog:
     def __init__(self, folder: Path, run_id: str, active: bool = True, append: bool = False):
         self.folder, self.base = folder / "runs" / run_id, folder / "logs" / run_id
         self.active, self.append, self.broken, self.held = active, append, False, None
-        self.fresh = {"log.txt", "events.jsonl"}  # not opened yet
 
     def link(self, name: str) -> None:
         """Show a file where this field's tools look for it, in logs/ by the name of its run."""
@@ -793,45 +782,45 @@ class RunLog:
             return
         if console:
             print(text, flush=True)
+        self.held = self.held or self.begin()
         self._append("log.txt", text)
         if event:
             self._append("events.jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
-    def hold(self):
-        """The log, locked until it is closed or this process ends, in whatever way. Raises UserError if another process
-        holds it."""
+    def begin(self):
+        """Create the files. Returns the log, locked until it is closed or this process ends, in whatever way. Raises
+        UserError if they cannot be written, or another process holds the log."""
         path = self.folder / "log.txt"
-        held = open(path, "a")
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = open(path, "a")
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
+            except OSError:
+                pass  # a file system without locks
             for spare in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
                 spare.unlink()
-        except BlockingIOError:
-            raise UserError(f"another run with RUN_ID={self.base.name} is going on: it writes {path}") from None
-        except OSError:
-            pass  # a file system without locks
+            for name in ("log.txt", "events.jsonl"):
+                open(self.folder / name, "a" if self.append else "w").close()
+                self.link(name)
+        except OSError as error:
+            raise UserError(f"cannot write logs to {self.folder}: {error.strerror}") from None
         return held
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as f:
+                f.write(text + "\n")
+        except OSError as error:
+            if not self.broken:  # a full disk must not end the run: its model may be saved on another one
+                print(f"warning: log {self.folder / name} is incomplete: {error.strerror}", file=sys.stderr)
+            self.broken = True
 
     def close(self) -> None:
         if self.held:
             self.held.close()
-
-    def _append(self, name: str, text: str) -> None:
-        path, begins = self.folder / name, name in self.fresh
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.held = self.held or self.hold()
-            with open(path, "w" if begins and not self.append else "a", encoding="utf-8") as f:
-                f.write(text + "\n")
-            if begins:
-                self.link(name)
-        except OSError as error:
-            if begins:
-                raise UserError(f"cannot write logs to {path.parent}: {error.strerror}") from None
-            if not self.broken:  # a full disk must not end the run: its model may be saved on another one
-                print(f"warning: log {path} is incomplete: {error.strerror}", file=sys.stderr)
-            self.broken = True
-        self.fresh.discard(name)
 
 
 class Progress:
@@ -1211,7 +1200,7 @@ class Runtime:
     def attention_kernels(self, cfg: Hyperparameters) -> str:
         """The attention back end and, where PyTorch chooses another of its kernels instead, that one's name."""
         text, first = self.attention, getattr(self.attend, "keywords", {}).get("first")
-        lengths = {"training": [cfg.train_seq_len] * 2, "scoring": [cfg.eval_stride or cfg.window, cfg.window]}
+        lengths = {"training": [cfg.train_seq_len] * 2, "scoring": [cfg.stride, cfg.window]}
         for use, (queries, keys) in lengths.items() if first else ():
             shapes = (queries, cfg.num_heads), (keys, cfg.num_kv_heads), (keys, cfg.num_kv_heads)
             qkv = [torch.empty(1, *shape, cfg.head_dim, device=self.device, dtype=self.dtype,
@@ -1391,28 +1380,28 @@ class TrainData:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.rt.device, non_blocking=True) if self.rt.on_cuda else tensor
 
-    def span(self, step: int, units: range) -> Tensor:
-        """What `read` gives, on the device.  # int64 [len(units) * unit + 1]"""
-        return self.to_device(self.read(step, units)).long()
-
     def micro_batches(self, per_token: Tensor, seq_len: int = 0) -> Tensor:
         """One number per token of this rank, as its micro-batches.  # [tokens] -> [micro_steps, rows, seq_len]"""
         return per_token.view(self.micro_steps, -1, seq_len or self.seq_len)
 
-    def batch(self, step: int, seq_len: int = 0):
-        """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, seq_len] each"""
-        span = self.span(step, self.units())
-        yield from zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
+    def rows(self, ids: np.ndarray, seq_len: int):
+        """Inputs and targets of each micro-batch of this rank, whose tokens are `ids`.  # int64 [rows, seq_len] each"""
+        span = self.to_device(ids).long()
+        return zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
+
+    def batch(self, step: int):
+        """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, TRAIN_SEQ_LEN] each"""
+        return self.rows(self.read(step, self.units()), self.seq_len)
 
     def training_batch(self, step: int, seq_len: int):
         """Yields what `batch` does and nothing more or, with PACK=documents, in one row, and the documents in it."""
-        if self.bos_id < 0:
-            yield from ((inputs, targets, {}) for inputs, targets in self.batch(step, seq_len))
-            return
-        ids = self.read(step, self.units())[:-1].reshape(self.micro_steps, -1)
-        for row, (inputs, targets) in zip(ids, self.batch(step)):
-            starts = self.to_device(document_starts(row, self.bos_id, seq_len or self.seq_len))
-            yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len or self.seq_len)}
+        ids, seq_len = self.read(step, self.units()), seq_len or self.seq_len
+        for part, (inputs, targets) in zip(ids[:-1].reshape(self.micro_steps, -1), self.rows(ids, seq_len)):
+            if self.bos_id < 0:
+                yield inputs, targets, {}
+            else:
+                starts = self.to_device(document_starts(part, self.bos_id, seq_len))
+                yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
 
 
 def document_starts(ids: np.ndarray, bos_id: int, longest: int) -> np.ndarray:
@@ -1531,23 +1520,22 @@ def find_data(environ, tokenizer_sha256: str = "") -> dict[str, str]:
     `tokenizer_sha256`: the tokenizer an artifact was made with, which is then the only one wanted.
     VOCAB_SIZE alone means FineWeb with that vocabulary, else any data set that has it; UserError if there is none."""
     found, default, usual = dict(environ), Hyperparameters.data_path, Hyperparameters.tokenizer_path
-    if "VOCAB_SIZE" in found:
-        size = Hyperparameters.from_env({"VOCAB_SIZE": found["VOCAB_SIZE"]}).vocab_size
-        default, usual = default.replace("1024", str(size)), usual.replace("1024", str(size))
-        if not (tokenizer_sha256 or "DATA_PATH" in found or os.path.isdir(default)):
-            root = Path(default).parent
-            default = next((str(path.parent) for path in sorted(root.glob("*/dataset.json"))
-                            if dataset_facts(path.parent).vocab_size == str(size)), "")
+    if size := found.get("VOCAB_SIZE", ""):
+        size = str(Hyperparameters.from_env({"VOCAB_SIZE": size}).vocab_size)
+        default, usual = default.replace("1024", size), usual.replace("1024", size)
+    if "DATA_PATH" not in found:
+        root = Path(default).parent
+        others = [str(path.parent) for path in sorted(root.glob("*/dataset.json"))]
+        if tokenizer_sha256:
+            fits = lambda folder: dataset_facts(folder).tokenizer_sha256 == tokenizer_sha256
+            default = next(filter(fits, [default, *others]), default)
+        elif size and not os.path.isdir(default):
+            default = next((folder for folder in others if dataset_facts(folder).vocab_size == size), "")
             if not default:
                 raise UserError(f"no data for VOCAB_SIZE={size} in {root}; `bash run.sh data fineweb --vocab-size "
                                 f"{size}` fetches it, `bash run.sh data text FILE --vocab-size {size}` uses your text")
-    facts = dataset_facts(found.get("DATA_PATH", default))
-    if tokenizer_sha256 and "DATA_PATH" not in found and facts.tokenizer_sha256 != tokenizer_sha256:
-        fitting = [path.parent for path in sorted(Path(default).parent.glob("*/dataset.json"))
-                   if dataset_facts(path.parent).tokenizer_sha256 == tokenizer_sha256]
-        if fitting:
-            found["DATA_PATH"], facts = str(fitting[0]), dataset_facts(fitting[0])
-    found.setdefault("DATA_PATH", default)
+        found["DATA_PATH"] = default
+    facts = dataset_facts(found["DATA_PATH"])
     if facts.vocab_size:
         found.setdefault("VOCAB_SIZE", facts.vocab_size)
     if "TOKENIZER_PATH" not in found:
@@ -1626,10 +1614,6 @@ class QuantSpec:
         """The largest code; codes are symmetric, so that rounding has no bias."""
         return 2 ** (self.bits - 1) - 1
 
-    @property
-    def code_type(self) -> torch.dtype:
-        return torch.int8 if self.bits <= 8 else torch.int16
-
 
 class Steps(NamedTuple):
     """The steps of water-filling, as a file holds them: 2**((row + column) / 4)."""
@@ -1660,38 +1644,38 @@ def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return (weight / scale).round_().clamp_(-spec.max_code, spec.max_code)
 
 
-def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """fp16-exact scale (the step) of each row.  # float32 [..., rows, 1]"""
-    return storable(rule_scales(weight, spec) * spec.widen)
-
-
 def storable(scale: Tensor) -> Tensor:
     """The scale as the export stores it: floored, in fp16 precision."""
     return scale.clamp(min=SCALE_FLOOR).half().float()
 
 
-def rule_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Steps by the clip rule alone.  # [..., rows, 1]
+def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Scale (the step) of each row by the clip rule, exact in fp16.  # float32 [..., rows, 1]
 
     amax: the largest weight of a row gets the largest code. percentile (PR 1092): the one of five quantiles of a row's
     magnitudes that gets the largest code at the least squared error. sdclip (R1394): `sigmas` standard deviations get
     it, larger weights are clipped, and the entropy coder needs about log2(sigmas) bits fewer than `bits` per weight.
     """
     if spec.clip == "sdclip":
-        return spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.max_code
-    magnitudes = weight.abs()
-    if spec.clip == "amax":
-        return magnitudes.amax(-1, keepdim=True) / spec.max_code
-    scales = storable(upper_quantiles(magnitudes, PERCENTILES) / spec.max_code)
-    errors = [round_to(weight, scale, spec).mul_(scale).sub_(weight).square_().sum(-1, keepdim=True)
-              for scale in scales]
-    return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+        scale = spec.sigmas * weight.std(-1, keepdim=True, correction=0) / spec.max_code
+    elif spec.clip == "amax":
+        scale = weight.abs().amax(-1, keepdim=True) / spec.max_code
+    else:
+        scales = storable(upper_quantiles(weight.abs(), PERCENTILES) / spec.max_code)
+        errors = [round_to(weight, scale, spec).mul_(scale).sub_(weight).square_().sum(-1, keepdim=True)
+                  for scale in scales]
+        scale = scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+    return storable(scale * spec.widen)
 
 
-def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None) -> tuple[Tensor, Tensor | Steps]:
-    """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight."""
-    scale = (steps or row_scales(weight.float(), spec)).float()
-    return round_to(weight.float(), scale, spec).to(spec.code_type), steps or scale.half()
+def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None, hessian: Tensor | None = None,
+             names: list[str] = ()) -> tuple[Tensor, Tensor | Steps]:
+    """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight: to the
+    nearest or, with a `hessian`, by `gptq`."""
+    weight = weight.float()
+    scale = (steps or row_scales(weight, spec)).float()
+    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, names)
+    return codes.to(torch.int8 if spec.bits <= 8 else torch.int16), steps or scale.half()
 
 
 def dequantise(codes: Tensor, scales: Tensor | Steps) -> Tensor:
@@ -1732,21 +1716,19 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
     return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
-def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str],
-         steps: Steps | None = None) -> tuple[Tensor, Tensor | Steps]:
-    """`quantise`, but the columns still to be rounded compensate the error of those already rounded.
+def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> Tensor:
+    """Codes, as floats, where the columns still to be rounded compensate the error of those already rounded.
 
     Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
-    without input become 0. The scales are `row_scales`, those late QAT trained on, if no `steps` are given. Source:
-    GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be used.
+    without input become 0. `scale`: of the rows as they are, on which late QAT trained, not as they are compensated.
+    Source: GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be
+    used.
     """
-    weight = weight.float()
     dead, order, factor = column_order(hessian, names)
-    scale = (steps or row_scales(weight, spec)).float()  # of the rows as they are, not as they are compensated
     weight, grid = weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale.expand_as(weight)
     codes = round_columns(weight, grid.take_along_dim(order, -1), factor, spec)
-    return codes.take_along_dim(order.argsort(dim=-1), -1).to(spec.code_type), steps or scale.half()
+    return codes.take_along_dim(order.argsort(dim=-1), -1)
 
 
 def column_order(hessian: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -1834,6 +1816,7 @@ def water_fill(factors: dict[str, tuple[Tensor, Tensor]], nats: float, exponent:
 # ------------------------------------------------------------------------------------------------ KERNELS
 CE_CHUNK_ROWS = 1024  # rows of logits in memory at a time: large enough for fast products, small enough for the cache
 CE_CHUNK_LOGITS_CUDA = 2 ** 24  # a GPU has no such cache but needs large products, and a compiled graph few chunks
+MOST_BLOCKS = 264  # of a Triton grid: two for each of an H100's streaming multiprocessors
 LARGEST_CAP = 40.0  # of logits in the Triton kernel: exp(-2 * 40) is a number of fp32 with all its digits
 
 
@@ -1932,11 +1915,6 @@ def load_kernels() -> None:
         torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
                                 schema=schema.removeprefix(name)).register_fake(allocate)
 
-    def blocks(x: Tensor, tiles: int) -> tuple:
-        """The grid: two blocks an SM; few in the interpreter, so that each does several tiles there too."""
-        most = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-        return min(tiles, most),
-
     def tiled(x: Tensor, *block: int):
         return TensorDescriptor.from_tensor(x.contiguous(), list(block))
 
@@ -1945,14 +1923,14 @@ def load_kernels() -> None:
 
     def mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
         down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
-        mlp_tiles[blocks(a, down * across)](
+        mlp_tiles[min(down * across, MOST_BLOCKS),](
             tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
             tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
             FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
 
     def symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
         across = triton.cdiv(x.size(1), side)
-        symmetric_tiles[blocks(x, len(x) * across * (across + 1) // 2)](
+        symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
             tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
             len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
             num_stages=3)
@@ -2077,15 +2055,21 @@ LANE_KEEPS = 1.1  # PR 1855: what a lane keeps of itself at first
 
 
 class CastedLinear(nn.Linear):
-    """A linear layer with fp32 parameters that computes in the dtype of its input."""
+    """A linear layer with fp32 parameters that computes in the dtype of its input. Its weights start at 0, and its
+    bias, if it has one, at the value given."""
+
+    def __init__(self, inputs: int, outputs: int, bias: float | None = None):
+        super().__init__(inputs, outputs, bias is not None)
+        nn.init.zeros_(self.weight)
+        if bias is not None:
+            nn.init.constant_(self.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def norm(x: Tensor, scale: float = 1.0, eps: float = 0.0) -> Tensor:
-    """scale * RMS norm over the last dimension; eps 0: the machine epsilon. For half precision PyTorch has a fused
-    kernel."""
+    """scale * RMS norm over the last dimension; eps 0: the machine epsilon. PyTorch fuses it for half precision."""
     if x.dtype == torch.float32:
         return ScaledNorm.apply(x, scale, eps or torch.finfo(x.dtype).eps)
     return F.rms_norm(x, (x.size(-1),), eps=eps or None) * scale
@@ -2104,15 +2088,15 @@ class RMSNorm(nn.Module):
         return x if self.weight is None else x * self.weight.to(x.dtype)
 
 
-def rope_table(length: int, dims: int, cfg: Hyperparameters, device, longest: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, in fp32.  # [length, dims/2] each
+def rope_table(cfg: Hyperparameters, length: int, device, longest: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, in fp32.  # [length, rotated dimensions / 2] each
 
     NTK scaling: the base grows with the longer of training length and window, from ROPE_TRAIN_SEQ_LEN on. (PR 1092
     counts from 1024 while it trains on 2048, which stretches its base to 22,082; ROPE_TRAIN_SEQ_LEN=1024 keeps that.)
     In a flat stream the window is its `longest` document, and positions count on (PR 1530): only differences matter.
     """
     # sym_max instead of max: one compiled graph serves every length
-    reach = torch.sym_max(longest or length, cfg.train_seq_len)
+    reach, dims = torch.sym_max(longest or length, cfg.train_seq_len), cfg.rope_dims or cfg.head_dim
     stretch = torch.sym_max(reach / cfg.rope_train_seq_len, 1.0) if cfg.rope_train_seq_len else 1.0
     base = cfg.rope_base * stretch ** (dims / (dims - 2) if dims > 2 else 0)
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
@@ -2153,11 +2137,9 @@ def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
 
 
 def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
-    """x weight^T. Instead of a plain matrix, `weight` may be a function of x that wraps one, and of `source`, the input
-    of attention or MLP as a whole, if it has the attribute `parallel`: see `GPT.hidden`."""
-    if isinstance(weight, Tensor):
-        return F.linear(x, weight)
-    return weight(x, source) if getattr(weight, "parallel", False) else weight(x)
+    """x weight^T. Instead of a matrix, `weight` may be a function of x and of `source`, the input of attention or MLP
+    as a whole (by default x): see `GPT.hidden`."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x, x if source is None else source)
 
 
 class SmearGate(nn.Module):
@@ -2180,7 +2162,7 @@ class WindowSmearGate(nn.Module):
 
     def __init__(self, window: int):
         super().__init__()
-        self.gate = CastedLinear(window, 1, bias=False)
+        self.gate = CastedLinear(window, 1)
         self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, ids: Tensor, distance: Tensor | None) -> Tensor:
@@ -2194,7 +2176,7 @@ class ProjectedEmbedding(nn.Module):
     def __init__(self, rows: int, dim: int, width: int, scale: float):
         super().__init__()
         self.embed = nn.Embedding(rows, dim)
-        self.proj = CastedLinear(dim, width, bias=False) if dim != width else None
+        self.proj = CastedLinear(dim, width) if dim != width else None
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, index: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -2225,9 +2207,9 @@ class Attention(nn.Module):
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         self.window, self.eps = cfg.attention_window, cfg.norm_eps
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)) if cfg.qk_norm else None
-        self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads) if cfg.gated_attention else None
-        sparse = CastedLinear(cfg.gate_window, cfg.num_heads, bias=False) if cfg.sparse_attn_gate else None
-        self.sparse_gate, self.sparse_scale = sparse, cfg.sparse_attn_gate_scale
+        self.attn_gate = CastedLinear(cfg.model_dim, cfg.num_heads, bias=4.0) if cfg.gated_attention else None  # open
+        self.sparse_gate = CastedLinear(cfg.gate_window, cfg.num_heads) if cfg.sparse_attn_gate else None
+        self.sparse_scale = cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
     def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
@@ -2270,7 +2252,7 @@ class Block(nn.Module):
             self.attn_scale, self.mlp_scale = nn.Parameter(ones), nn.Parameter(ones.clone())
             self.resid_mix = nn.Parameter(torch.stack((ones, torch.zeros(cfg.model_dim))))
         self.mixes, self.joint = cfg.residual_mix, 0 < cfg.parallel_start_layer <= layer and not cfg.two_lanes
-        self.dtg_gate = CastedLinear(cfg.model_dim, 1) if cfg.dtg_enabled else None
+        self.dtg_gate = CastedLinear(cfg.model_dim, 1, bias=2.0) if cfg.dtg_enabled else None  # fairly open
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
     def forward(self, x, lane, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int,
@@ -2331,41 +2313,37 @@ class GPT(nn.Module):
         self.bigram = table(cfg.bigram_vocab_size, cfg.bigram_dim, dim, BIGRAM_SCALE)
         self.trigram = table(cfg.trigram_vocab_size, cfg.trigram_dim, dim, TRIGRAM_SCALE)
         self.looped = True  # as it is scored; training starts without
-        gate = {"off": lambda: None, "window": lambda: WindowSmearGate(cfg.gate_window)}
-        self.smear = gate.get(cfg.smear_gate, lambda: SmearGate(dim))()
+        if cfg.smear_gate != "off":
+            self.smear = WindowSmearGate(cfg.gate_window) if cfg.smear_gate == "window" else SmearGate(dim)
         self.skip_weights = nn.Parameter(torch.ones(len(cfg.visits(True)) // 2 if cfg.unet_skips else 0, dim))
         self.skip_gates = nn.Parameter(torch.zeros_like(self.skip_weights)) if cfg.skip_gates else None
         self.lane_keeps = nn.Parameter(torch.full((layers, 2), LANE_KEEPS)) if cfg.two_lanes else None
         self.lane_takes = nn.Parameter(torch.ones(layers, 2, 2)) if cfg.two_lanes else None
-        self.qo_bank = nn.Parameter(torch.empty(2 * layers, dim, dim))
-        self.kv_bank = nn.Parameter(torch.empty(2 * layers, kv_dim, dim))
-        self.mlp_up_bank = nn.Parameter(torch.empty(layers, cfg.mlp_dim, dim))
-        self.mlp_down_bank = nn.Parameter(torch.empty(layers, dim, cfg.mlp_dim))
+        self.qo_bank = nn.Parameter(torch.zeros(2 * layers, dim, dim))
+        self.kv_bank = nn.Parameter(torch.zeros(2 * layers, kv_dim, dim))
+        self.mlp_up_bank = nn.Parameter(torch.zeros(layers, cfg.mlp_dim, dim))
+        self.mlp_down_bank = nn.Parameter(torch.zeros(layers, dim, cfg.mlp_dim))
         self.blocks = nn.ModuleList(Block(cfg, layer, attend, kernels) for layer in range(layers))
         self.final_norm = RMSNorm(cfg)
         self.ve_shared = table(cfg.vocab_size if cfg.ve_layer_ids else 0, cfg.ve_dim, kv_dim, VALUE_SCALE)
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in cfg.ve_layer_ids)
-        self.lm_head = None if cfg.tie_embeddings else nn.Linear(dim, cfg.vocab_size, bias=False)
-        self.mtp_heads = nn.ModuleList(nn.Linear(dim, cfg.vocab_size, bias=False) for _ in range(cfg.mtp_num_heads))
+        self.lm_head = None if cfg.tie_embeddings else CastedLinear(dim, cfg.vocab_size)
+        self.mtp_heads = nn.ModuleList(CastedLinear(dim, cfg.vocab_size) for _ in range(cfg.mtp_num_heads))
         if not self.qo_bank.is_meta:
             self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Queries, keys, values, MLP-up, projections of tables   orthogonal (INIT=kaiming: these and the next two
-                                                               Kaiming-uniform, as nn.Linear's, and the token table)
-        attention-out, MLP-down, output heads, gates' weights     0
-        hashed tables; value table                                0; N(0, 0.01)
-        token table                                               N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
-        bias of attention gate; of block gate                     4 (open); 2 (fairly open)
-        Vectors are initialised where they are declared."""
+        """What is not initialised where it is declared, which is mostly with zeros:
+
+        queries, keys, values, MLP-up, projections of tables   orthogonal (INIT=kaiming: all banks and the token table
+                                                               Kaiming-uniform, as nn.Linear's)
+        token table                                            N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
+        hashed tables; value table                             0; N(0, 0.01)"""
         layers, plain = self.cfg.num_layers, self.cfg.init == "kaiming"
         fill = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)) if plain else nn.init.orthogonal_
         for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.mlp_up_bank):
             fill(matrix)
-        heads = [head for head in (*self.mtp_heads, self.lm_head) if head is not None]
-        for zeroed in (self.qo_bank[layers:], self.mlp_down_bank, *(head.weight for head in heads)):
-            zeroed.zero_()
         self.tok_emb.weight.normal_(std=self.cfg.tied_embed_init_std if self.cfg.tie_embeddings else 1.0)
         for matrix in (*self.qo_bank[layers:], *self.mlp_down_bank, self.tok_emb.weight) if plain else ():
             fill(matrix)
@@ -2374,14 +2352,6 @@ class GPT(nn.Module):
                 table.embed.weight.normal_(std=std)
                 if table.proj is not None:
                     nn.init.orthogonal_(table.proj.weight)
-        for block in self.blocks:
-            for gate, bias in ((block.attn.attn_gate, 4.0), (block.dtg_gate, 2.0), (block.attn.sparse_gate, 0.0)):
-                if gate is not None:
-                    gate.weight.zero_()
-                    if gate.bias is not None:
-                        gate.bias.fill_(bias)
-        if self.cfg.smear_gate == "window":
-            self.smear.gate.weight.zero_()
 
     @torch.no_grad()
     def refresh_scales(self, hardness: float = 1.0) -> None:
@@ -2456,17 +2426,16 @@ class GPT(nn.Module):
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
-        rope = rope_table(length, cfg.rope_dims or cfg.head_dim, cfg, ids.device, longest)
-        positions = Positions(*rope, documents)
+        positions = Positions(*rope_table(cfg, length, ids.device, longest), documents)
         shared = None if self.ve_shared is None else self.look_up("ve_shared", ids, qat)
         extra = {layer: shared * scale.to(self.dtype) for layer, scale in zip(cfg.ve_layer_ids, self.ve_layer_scales)}
         x = x0 = self.embed(ids, qat, hook, documents)
         skips, first_value, lane, order = [], None, None, cfg.visits(self.looped)
         for visit, (layer, weights) in enumerate(zip(order, self.layer_weights(qat, hook))):
-            place, lanes = visit - len(order) // 2, ()
-            if place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
-                lane, lanes = x if lane is None else lane, (self.lane_keeps[layer], self.lane_takes[layer])
-                lanes = [weight.to(x.dtype) for weight in lanes]
+            place = visit - len(order) // 2
+            if lane is None and place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
+                lane = x
+            lanes = () if lane is None else (self.lane_keeps[layer].to(x.dtype), self.lane_takes[layer].to(x.dtype))
             if place >= 0 and skips:
                 x = self.merge_skip(x, skips.pop(), place)
             kept = keep or length if visit == len(order) - 1 else length
@@ -2878,7 +2847,7 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span, mine = data.span(step, range(data.batch_tokens // data.unit)), data.units()
+        span, mine = data.to_device(data.read(step, range(data.batch_tokens // data.unit))).long(), data.units()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
         return data.micro_batches((weights / weights.mean())[mine.start * data.unit:mine.stop * data.unit])
@@ -2949,16 +2918,12 @@ def checkpoint_path(rt: Runtime, kind: str = "") -> Path:
     return rt.run_folder / f"checkpoint{kind}.pt"
 
 
-def resumable_settings(cfg: Hyperparameters, exported: bool = False) -> str:
-    """JSON of the settings a checkpoint must share with the run that resumes from it; `exported`: those an artifact
-    must share with it, too."""
-    free = {"resume", "run_id", "artifact_dir", "device", "compile", "attention", "kernels", "checkpoint_every",
-            "checkpoint_seconds", "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens",
-            "profile"}
-    late = ("eval_", "ttt_", "hash_embed_", "ngram_")
-    if not exported:
-        free |= {"iterations", "max_wallclock_seconds", "code_bytes", "size_fit"}
-        late += "compress", "artifact_", "gptq_", "waterfill_"
+def resumable_settings(cfg: Hyperparameters) -> str:
+    """JSON of the settings a checkpoint must share with the run that resumes from it."""
+    free = {"resume", "run_id", "device", "compile", "attention", "kernels", "checkpoint_every", "checkpoint_seconds",
+            "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens", "profile", "iterations",
+            "max_wallclock_seconds", "code_bytes", "size_fit"}
+    late = "eval_", "ttt_", "hash_embed_", "ngram_", "compress", "artifact_", "gptq_", "waterfill_"
     return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
 
 
@@ -3169,28 +3134,23 @@ class HessianSums:
 
     def __init__(self, model: GPT):
         cfg, device, self.layer_of = model.cfg, model.qo_bank.device, model.layer_of
-        widths = {"query": cfg.model_dim, "out": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
-        self.layers = range(cfg.num_layers)
         self.head = "tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"
-        self.sums = {(kind, i): torch.zeros(n, n, device=device) for kind, n in widths.items() for i in self.layers}
-        self.sums["head", -1] = torch.zeros(cfg.model_dim, cfg.model_dim, device=device)
+        widths = {"query": cfg.model_dim, "out": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
+        self.sums = {kind: torch.zeros(cfg.num_layers, n, n, device=device) for kind, n in widths.items()}
+        self.sums["head"] = torch.zeros(1, cfg.model_dim, cfg.model_dim, device=device)
 
     def __call__(self, kind: str, visit: int, weight: Tensor):
-        place = kind, self.layer_of(visit)
-
-        def project_and_sum(x: Tensor) -> Tensor:
+        def project_and_sum(x: Tensor, source: Tensor) -> Tensor:
             rows = x.flatten(0, -2).float()
-            self.sums[place].addmm_(rows.t(), rows)
+            self.sums[kind][self.layer_of(visit)].addmm_(rows.t(), rows)
             return F.linear(x, weight)
-        return project_and_sum if place in self.sums else weight
+        return project_and_sum if kind in self.sums else weight
 
     def by_parameter(self, rt: Runtime) -> dict[str, Tensor]:
         """Sums over all ranks, in the layout of the parameters.  # [matrices, columns, columns]"""
-        rt.sum_many_(list(self.sums.values()))
-        query, out, up, down = (torch.stack([self.sums[kind, i] for i in self.layers])
-                                for kind in ("query", "out", "up", "down"))
+        query, out, up, down, head = rt.sum_many_(list(self.sums.values()))
         return {"qo_bank": torch.cat((query, out)), "kv_bank": torch.cat((query, query)), "mlp_up_bank": up,
-                "mlp_down_bank": down, self.head: self.sums["head", -1][None]}
+                "mlp_down_bank": down, self.head: head}
 
 
 @torch.no_grad()
@@ -3235,8 +3195,8 @@ def calibrate(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, st
         if watch.elapsed() > left_s / 1.5:  # the rest is for rounding
             break
     hessians = look.by_parameter(rt)
-    rt.log(f"GPTQ:collected {len(look.sums)} Hessians in {watch.elapsed():.1f}s from {tokens} tokens per rank "
-           f"({cfg.gptq_calibration})", "calibration", tokens=tokens, seconds=watch.elapsed())
+    rt.log(f"GPTQ:collected {sum(map(len, look.sums.values()))} Hessians in {watch.elapsed():.1f}s from {tokens} "
+           f"tokens per rank ({cfg.gptq_calibration})", "calibration", tokens=tokens, seconds=watch.elapsed())
     if watch.elapsed() > left_s:
         rt.log(f"warning: calibration took {watch.elapsed():.1f}s, {watch.elapsed() - left_s:.1f}s more than was left "
                "of MAX_WALLCLOCK_SECONDS; raise GPTQ_RESERVE_SECONDS or lower GPTQ_CALIBRATION_BATCHES")
@@ -3289,8 +3249,7 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
     for name, spec in quant_specs(cfg, params).items():
         weight = prune(params[name].detach().float(), cfg.prune_frac)
         matrices, steps = weight.view(-1, *weight.shape[-2:]), filled.get(name)
-        codes, scales = gptq(matrices, hessians[name], spec, labels(name, weight), steps) if name in hessians else \
-            quantise(matrices, spec, steps)
+        codes, scales = quantise(matrices, spec, steps, hessians.get(name), labels(name, weight))
         rounded[name] = codes.view_as(weight), steps or scales.view(*weight.shape[:-1], 1)
     return rounded
 
@@ -3674,17 +3633,15 @@ def model_settings(cfg: Hyperparameters) -> dict[str, str]:
 
 def blank_parameters(cfg: Hyperparameters, precision: list, limit: int) -> list[Stored]:
     """The parameters of a header, still zero. Raises ValueError if they have more than `limit` weights in all."""
-    shapes = parameter_shapes(cfg)
-    count, stored = sum(map(math.prod, shapes.values())), []
+    shapes, stored, wide = parameter_shapes(cfg), [], WATER_BITS in precision  # all that is rounded, or nothing
+    count = sum(map(math.prod, shapes.values()))
     if count > limit:
         raise ValueError(f"{count:,} parameters in so small a file")
     for (name, shape), family, kind in zip(shapes.items(), route(cfg, shapes).values(), precision, strict=True):
         if kind in FLOAT_KINDS:
             stored.append(Stored(name, kind, 0, np.zeros(shape, FLOAT_KINDS[kind])))
-        elif family.bits and type(kind) is int and (2 <= kind <= 8 or kind == WATER_BITS):
-            wide, queries = kind == WATER_BITS, shared_columns(name, kind, stored)
-            if any(s.bits and (s.bits == WATER_BITS) != wide for s in stored):
-                raise ValueError(f"parameter {name} is rounded in another way than those before it")
+        elif family.bits and type(kind) is int and kind in ([WATER_BITS] if wide else range(2, 9)):
+            queries = shared_columns(name, kind, stored)
             count = math.prod(shape[:-1]) + (0 if queries else math.prod(shape) // shape[-2])
             scales = np.zeros((1, 1, count), "<i2") if wide else np.zeros((*shape[:-1], 1), "<f2")
             stored.append(Stored(name, family.name, kind, np.zeros(shape, "<i2" if wide else "i1"), scales, queries))
@@ -3698,13 +3655,11 @@ def streams_of(stored: list[Stored]) -> dict[str, Parts]:
     together."""
     streams = collections.defaultdict(list)
     for s in stored:
-        if s.bits == WATER_BITS:
-            streams["steps"].append((s.scales, s.bits))
-            streams[s.stream].append((s.values, s.bits, s.steps))
-        else:
-            streams[s.stream].append((s.values, s.bits))
-            streams["scales"] += [(s.scales, 0)] if s.bits else []
-    return {name: streams[name] for name in sorted(streams, key=lambda name: (name != "steps", name)) if streams[name]}
+        wide = s.bits == WATER_BITS
+        streams[s.stream].append((s.values, s.bits, s.steps) if wide else (s.values, s.bits))
+        if s.bits:
+            streams["steps" if wide else "scales"].append((s.scales, WATER_BITS if wide else 0))
+    return {name: streams[name] for name in sorted(streams, key=lambda name: (name != "steps", name))}
 
 
 def joined(parts: Parts) -> np.ndarray:
@@ -3738,7 +3693,7 @@ def pack_streams(wanted: str, streams: dict[str, Parts]) -> dict[str, tuple[str,
 
 
 def unpack_streams(streams: dict[str, Parts], rows: list, payload: bytes) -> None:
-    """The inverse of `pack_streams`: fills the arrays, given [codec, bytes, crc32] of each stream. Raises ValueError
+    """Fills the arrays from a payload, given [codec, bytes, crc32] of each stream. Raises ValueError
     unless the payload is exactly these streams, of values that can be in them."""
     if any(type(n) is not int or n < 0 for _, *numbers in rows for n in numbers) or len(rows) != len(streams) \
             or sum(size for _, size, _ in rows) != len(payload):
@@ -3845,19 +3800,6 @@ def load_model(blob: bytes, rt: Runtime, tokenizer_sha256: str) -> GPT:
 
 
 # ------------------------------------------------------------------------------------------------ ADAPTERS
-class LowRank:
-    """A matrix with a low-rank addition, as a function of its input: x W^T + scale (x a^T) b^T. a [rank, in] and
-    b [out, rank] are for all rows of x [rows, T, in], or with a leading dimension one pair per row. If `parallel`, the
-    addition reads `source` instead of x."""
-
-    def __init__(self, matrix, a: Tensor, b: Tensor, scale: float, parallel: bool = False):
-        self.matrix, self.a, self.b, self.scale, self.parallel = matrix, a, b, scale, parallel
-
-    def __call__(self, x: Tensor, source: Tensor | None = None) -> Tensor:
-        source = source if self.parallel else x
-        return F.linear(x, self.matrix) + self.scale * (source @ self.a.mT.to(x.dtype) @ self.b.mT.to(x.dtype))
-
-
 def hash_pairs(ids: Tensor, buckets: int) -> Tensor:
     """Bucket of each (previous, current) pair as in PR 1460; the first token precedes itself.  # [rows, T]"""
     return (torch.cat((ids[:, :1], ids[:, :-1]), dim=1) * 2039 + ids) % buckets
@@ -4027,10 +3969,15 @@ class LoraAdapter(Adapter):
         super().__init__(model, cfg, rt, trained, cfg.lora_lr, cfg.ttt_lora_optimizer, rows)
 
     def hook(self, kind: str, visit: int, matrix: Tensor):
-        pair = self.pairs.get((kind, visit))
-        if pair is None:
+        """x W^T + scale (x a^T) b^T, with one pair a [rank, in], b [out, rank] for all rows of x, or a pair per row."""
+        if (kind, visit) not in self.pairs:
             return super().hook(kind, visit, matrix)
-        return LowRank(matrix, *pair, self.scale, kind in self.parallel)
+        a, b = self.pairs[kind, visit]
+
+        def adapted(x: Tensor, source: Tensor) -> Tensor:
+            read = source if kind in self.parallel else x
+            return F.linear(x, matrix) + self.scale * (read @ a.mT.to(x.dtype) @ b.mT.to(x.dtype))
+        return adapted
 
     @torch.no_grad()
     def reset(self, keep_a: bool = False) -> None:
@@ -4246,23 +4193,23 @@ class EvalClock:
         self.limit, self.rt, self.watch, self.pace = limit_s or math.inf, rt, Stopwatch(now=now), 0.0
         self.after = 0.0  # seconds of what follows the last evaluation
 
+    def seconds_of(self, work) -> float:
+        begun = self.watch.elapsed()
+        work()
+        self.rt.synchronize()
+        return self.watch.elapsed() - begun
+
     def measure_after(self, work, share: float) -> None:
         """Time `work()`, the given share of what follows the last evaluation."""
         if not math.isinf(self.limit):
-            begun = self.watch.elapsed()
-            work()
-            self.rt.synchronize()
-            self.after = self.rt.agree((self.watch.elapsed() - begun) / share)
+            self.after = self.rt.agree(self.seconds_of(work) / share)
 
     def measure_pace(self, batch, tokens: int, reads: int) -> None:
         """Time `batch()`, which reads `tokens` tokens; raise UserError if reading `reads` would take too long."""
         if math.isinf(self.limit):
             return
-        for _ in range(2):  # the first one may compile
-            begun = self.watch.elapsed()
-            batch()
-            self.rt.synchronize()
-        self.pace = (self.watch.elapsed() - begun) / tokens
+        self.seconds_of(batch)  # it may compile
+        self.pace = self.seconds_of(batch) / tokens
         needed = self.rt.agree(self.pace * reads) + self.after
         if needed > self.limit:
             raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
@@ -4417,9 +4364,8 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
 
 def final_evaluations(cfg: Hyperparameters) -> dict[str, int]:
     """The final scores in their order, each with the stride of its windows. "ttt" adapts, the others do not."""
-    stride = cfg.eval_stride or cfg.window
-    return {"roundtrip": cfg.window, **({"sliding": stride} if cfg.eval_stride else {}),
-            **({"ttt": stride} if cfg.ttt_enabled else {})}
+    return {"roundtrip": cfg.window, **({"sliding": cfg.stride} if cfg.eval_stride else {}),
+            **({"ttt": cfg.stride} if cfg.ttt_enabled else {})}
 
 
 def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
@@ -4427,28 +4373,15 @@ def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
     return rt.compiled(model.nll, grows=bool(adapter and adapter.rows))
 
 
-class Trace:
-    """All scores, and nats and bytes by place: along the text, and by distance from the start of the document."""
-
-    PIECES = 256  # of the text
-
-    def __init__(self, val: ValData):
-        self.val, device = val, val.tokens.device
-        self.starts = F.pad((val.tokens[1:-1] == val.bos_id).nonzero().flatten() + 1, (1, 0))
-        self.stream = torch.zeros(self.PIECES, 2, dtype=torch.float64, device=device)  # nats, bytes
-        self.position = torch.zeros(32, 2, dtype=torch.float64, device=device)  # row i: 2^i - 1 tokens in, and on
-        self.nll = torch.zeros(len(val.tokens) - 1, device=device)  # of each target; 0: another rank's
-
-    def __call__(self, numbers: Tensor, nll: Tensor) -> None:
-        pair = torch.stack((nll.double(), self.val.sizes[numbers + 1].double()), dim=1)
-        begun = self.starts[torch.searchsorted(self.starts, numbers, right=True) - 1]
-        self.stream.index_add_(0, numbers * self.PIECES // (len(self.val.tokens) - 1), pair)
-        self.position.index_add_(0, (numbers - begun + 1).double().log2().long(), pair)
-        self.nll[numbers] = nll.float()
-
-    def tables(self, rt: Runtime) -> dict[str, list]:
-        """Both over all ranks, as rows of [nats, bytes]."""
-        return {"stream": rt.sum_(self.stream).tolist(), "position": rt.sum_(self.position).tolist()}
+def score_tables(val: ValData, nll: Tensor) -> dict[str, list]:
+    """Rows of [nats, bytes] by place: along the text, in 256 pieces, and by the distance from the start of the
+    document, row i from 2^i - 1 tokens on. nll [targets]: of all ranks."""
+    number = torch.arange(len(nll), device=nll.device)
+    starts = F.pad((val.tokens[1:-1] == val.bos_id).nonzero().flatten() + 1, (1, 0))
+    distance = number - starts[torch.searchsorted(starts, number, right=True) - 1]
+    pair = torch.stack((nll.double(), val.sizes[1:].double()), dim=1)
+    places = {"stream": (256, number * 256 // len(nll)), "position": (32, (distance + 1).double().log2().long())}
+    return {name: pair.new_zeros(rows, 2).index_add_(0, row, pair).tolist() for name, (rows, row) in places.items()}
 
 
 class Occurrences:
@@ -4507,13 +4440,13 @@ def mixture_nll(tokens: Tensor, nll: Tensor, ngrams) -> Tensor:
     return -logp
 
 
-def mixed_result(name: str, trace: Trace, val: ValData, cfg: Hyperparameters, rt: Runtime) -> EvalResult:
-    """The score that the counts of NGRAM_ORDERS make of an evaluation's; nothing else learns from it.
+def mixed_result(name: str, nll: Tensor, val: ValData, cfg: Hyperparameters, rt: Runtime) -> EvalResult:
+    """The score that the counts of NGRAM_ORDERS make of an evaluation's, nll [targets]; nothing else learns from it.
 
     The order of decoding is that of the text: a score is made from what stands before it there - in its document, if
     documents adapt side by side, for each starts afresh. So no rank's share and no document's length has a say.
     """
-    start_s, nll, meter = time.perf_counter(), rt.sum_(trace.nll), BpbMeter(val.tokens.device)
+    start_s, meter = time.perf_counter(), BpbMeter(val.tokens.device)
     if rt.rank == 0:
         meter.add(mixture_nll(val.tokens, nll, cfg.ngrams), val.sizes[1:])
     return EvalResult(name, *meter.reduce(rt), time.perf_counter() - start_s)
@@ -4636,7 +4569,8 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
             rt.unwritten.append(f"{error}; the artifact is {path}")
             rt.log(f"warning: {error}; it goes to {path}")
             write_atomically(path, artifact.blob)
-        link_models(rt, path)
+        for file in filter(Path.exists, (path, path.with_suffix(".pt"))):  # where the published scripts have them
+            rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
         rt.log(f"Serialized model: {len(whole)} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
@@ -4652,12 +4586,6 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
     return path
 
 
-def link_models(rt: Runtime, path: Path) -> None:
-    """Show the newest run's artifact and float model where the published scripts have them."""
-    for file in filter(Path.exists, (path, path.with_suffix(".pt"))):
-        rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
-
-
 def precision_tag(cfg: Hyperparameters) -> str:
     mlp, attn = cfg.mlp_quant_bits, cfg.attn_qat_bits
     if cfg.clip_rule == "waterfill":
@@ -4668,7 +4596,7 @@ def precision_tag(cfg: Hyperparameters) -> str:
 def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapter, val: ValData,
                    plan: list[ScoredChunk]) -> None:
     """What is about to adapt, in the lines that this field's log readers know."""
-    targets, lora, stride = len(val.tokens) - 1, cfg.ttt_mode == "lora", cfg.eval_stride or cfg.window
+    targets, lora, stride = len(val.tokens) - 1, cfg.ttt_mode == "lora", cfg.stride
     trained = sum(t.numel() for t in adapter.trained) // max(adapter.rows, 1)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if adapter.rows:
@@ -4702,7 +4630,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
     plans = {key: plan_evaluation(val, cfg, rt, stride, cfg.eval_batch_seqs, key == "ttt")
              for key, stride in final_evaluations(cfg).items()}
     nothing = torch.zeros(cfg.eval_batch_seqs, cfg.window, dtype=torch.int64, device=rt.device)
-    score_fn, fresh = scorer(model, rt), nothing[:, -(cfg.eval_stride or cfg.window):].contiguous()
+    score_fn, fresh = scorer(model, rt), nothing[:, -cfg.stride:].contiguous()
     if cfg.ngrams:
         some = torch.arange(min(len(val.tokens), 2 ** 17), device=rt.device)
         clock.measure_after(lambda: mixture_nll(some, some[1:], cfg.ngrams), len(some) / len(val.tokens))
@@ -4711,20 +4639,21 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
                            sum(chunk.reads for plan in plans.values() for chunk in plan))
     results, traces = {}, {"tokens": len(val.tokens) - 1}
     for key, plan in plans.items():
-        adapter, trace, label = None, Trace(val), labels[key]
+        adapter, label, nll = None, labels[key], torch.zeros(len(val.tokens) - 1, device=rt.device)
         if key == "ttt":
             adapter = adapter_for(model, cfg, rt)
             log_adaptation(cfg, rt, model, adapter, val, plan)
             score_fn = scorer(model, rt, adapter)
-        r = results[key] = evaluate(label, score_fn, val, cfg, rt, plan, adapter, clock, trace)
+        r = results[key] = evaluate(label, score_fn, val, cfg, rt, plan, adapter, clock,
+                                    functools.partial(nll.index_copy_, 0))
         note = f" stride:{cfg.eval_stride}" if key == "sliding" else ""
         log_score(rt, label, r, note, exact=True)
         seconds = {what: [lap[0] for lap in laps] for what, laps in clock.laps.items()}
-        traces[key] = {**trace.tables(rt), "seconds": seconds}
+        traces[key] = {**score_tables(val, rt.sum_(nll)), "seconds": seconds}
         if adapter:
             rt.log(f"ttt_sliding:done val_loss={r.loss:.6f} val_bpb={r.bpb:.6f} elapsed={r.seconds:.1f}s")
     if cfg.ngrams:
-        without, r = r, mixed_result(f"{label}_ngram", trace, val, cfg, rt)
+        without, r = r, mixed_result(f"{label}_ngram", nll, val, cfg, rt)
         results["ngram"] = r
         log_score(rt, r.name, r, f" without:{without.bpb:.4f}", exact=True)
     rt.attempt(rt.log.write, "eval.json", json.dumps(traces))
@@ -4739,8 +4668,7 @@ def log_score(rt: Runtime, label: str, r: EvalResult, note: str = "", exact: boo
 
 
 def run(cfg: Hyperparameters, rt: Runtime) -> dict:
-    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary. What a run
-    to be resumed has finished is not done again: training, then the artifact; its scores start over."""
+    """config -> data -> train -> average -> quantise -> write -> read back -> evaluate. Returns the summary."""
     watch, specs = Stopwatch(), quant_specs(cfg, parameter_shapes(cfg))
     codec, val, data = pick_codec(cfg.compress), ValData.open(cfg, rt), TrainData.open(cfg, rt)
     if cfg.size_fit and not any(name.endswith("_bank") for name in specs):
@@ -4748,7 +4676,7 @@ def run(cfg: Hyperparameters, rt: Runtime) -> dict:
     log_settings(cfg, rt)
     if cfg.compress == "auto" and codec != "range":
         rt.log(f"warning: the package {CODECS['range']} is missing, so the codes are packed by {codec}: a larger file")
-    made = rt.from_first(lambda: rt.resumes and read_export(cfg, rt)) or make_artifact(cfg, rt, val, data, specs, watch)
+    made = make_artifact(cfg, rt, val, data, specs, watch)
     return score_artifact(cfg, rt, val, made["artifact_path"], made.pop("seconds"), watch) | made
 
 
@@ -4774,32 +4702,8 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, data: TrainDa
     phase = Stopwatch()
     path = export(cfg, rt, model, val, hessians, factors)
     seconds["export"] = phase.elapsed()
-    made = {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
+    return {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
             "tokens": state.step * cfg.train_batch_tokens, "seconds": seconds}
-    rt.finish_writing()
-    if rt.rank == 0:
-        rt.attempt(write_atomically, rt.run_folder / "export.json", export_record(cfg, rt, made))
-    return made
-
-
-def export_record(cfg: Hyperparameters, rt: Runtime, made: dict) -> bytes:
-    """What `make_artifact` returns, and what it belongs to: digests of artifact and newest checkpoint, and settings."""
-    files = filter(Path.exists, (Path(made["artifact_path"]), checkpoint_path(rt)))
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    settings = resumable_settings(cfg, exported=True)
-    return json.dumps({"made": made, "digests": digests, "settings": settings}).encode()
-
-
-def read_export(cfg: Hyperparameters, rt: Runtime) -> dict | None:
-    """What `make_artifact` returned before a run to be resumed was stopped, if that is still what it would make."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        record = (rt.run_folder / "export.json").read_bytes()
-        made = json.loads(record)["made"]
-        if record == export_record(cfg, rt, made):
-            link_models(rt, Path(made["artifact_path"]))
-            rt.log(f"resume:artifact {made['artifact_path']} of step {made['steps']} is finished; its scores start "
-                   "over", "resume", step=made["steps"])
-            return made
 
 
 def run_evaluation(cfg: Hyperparameters, rt: Runtime) -> dict:
@@ -4862,7 +4766,7 @@ def print_error(message: str, rank: int, signals: Signals | None = None) -> None
 
 
 def log_failure(rt: Runtime | None, why: str) -> None:
-    if rt is not None and not rt.log.fresh:  # the log has begun
+    if rt is not None and rt.log.held:  # the log has begun
         rt.log(f"error: {why}", "failed", console=False, why=why)
 
 

@@ -626,23 +626,6 @@ def test_documents_need_a_bos(config, rt, monkeypatch):
             tg.ValData.open(cfg, rt)
 
 
-def test_the_bench_makes_a_table(corpus, config, tmp_path, monkeypatch, capsys):
-    sys.path.insert(0, str(ROOT / "tools"))
-    import ttt_bench
-    for name, value in environment(corpus, tmp_path).items():
-        monkeypatch.setenv(name, value)
-    torch.save(tg.GPT(config()).state_dict(), tmp_path / "model.pt")
-    command = [str(tmp_path / "model.pt"), "--tokens", "600", "--out", str(tmp_path / "table.json")]
-    assert ttt_bench.main([*command, "TTT_MODE=sgd,lora", "TTT_CHUNK_TOKENS=128"]) == 0
-    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [row["settings"]["TTT_MODE"] for row in rows] == ["sgd", "lora"]
-    assert all(row["tokens"] == 600 and row["gain"] == row["plain_bpb"] - row["bpb"] != 0 for row in rows)
-    assert ttt_bench.main([*command, "--speed", "TTT_DOC_CHUNK_TOKENS=16", "TTT_BATCH_DOCS=2"]) == 0
-    assert ttt_bench.main([*command, "TTT_MODE=lora", "TTT_LORA_LAYERS=7"]) == 2
-    out, err = capsys.readouterr()
-    assert "| TTT_MODE | TTT_CHUNK_TOKENS | bpb | gain | seconds |" in out and "outside 0..2" in err
-
-
 # ---- ranks
 
 def walks(cfg, rt):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -623,9 +624,9 @@ def artifact(corpus, tmp_path_factory):
     return folder / "some.ptz"
 
 
-def check_signed(prefix, done, artifact, script, corpus):
+def check_signed(folder, done, artifact, script, corpus):
     """The table, the file and the output say the same; returns what the file says."""
-    body, table = (prefix.with_name(prefix.name + kind) for kind in (".audit.json", ".audit.txt"))
+    body, table = folder / "audit.json", folder / "audit.txt"
     found, lines = json.loads(body.read_bytes()), table.read_text()
     assert lines == done.out and f"signed:sha256:{hashlib.sha256(body.read_bytes()).hexdigest()}" in lines
     bad = [f for f in found["findings"] if not f["holds"]]
@@ -658,15 +659,25 @@ def here(corpus, tmp_path, monkeypatch, capsys):
 def test_the_signed_table(here, artifact, tmp_path, corpus):
     done = here(artifact, "AUDIT_POSITIONS=2")
     assert done.code == 0, done.err
-    found = check_signed(tmp_path / "logs/some", done, artifact, ROOT / "train_gpt.py", corpus)
+    found = check_signed(tmp_path / "runs/some", done, artifact, ROOT / "train_gpt.py", corpus)
     assert len(found["findings"]) == COUNT and found["world_size"] == 1 and found["text_tokens"] == 321
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["some.audit.json", "some.audit.txt"]
-    longer = here(artifact, "--tokens", 400, "--out", tmp_path / "mine", "TTT_ENABLED=0", AUDIT_POSITIONS=1)
+    longer = here(artifact, "--tokens", 400, "RUN_ID=mine", "TTT_ENABLED=0", AUDIT_POSITIONS=1)
     assert longer.code == 0
-    found = check_signed(tmp_path / "mine", longer, artifact, ROOT / "train_gpt.py", corpus)
+    found = check_signed(tmp_path / "runs/mine", longer, artifact, ROOT / "train_gpt.py", corpus)
     assert found["text_tokens"] == 401 and found["settings"]["ttt_enabled"] is False
-    assert here(artifact, "RUN_ID=run", "TTT_ENABLED=0", "EVAL_STRIDE=0", "AUDIT_POSITIONS=1").code == 0
-    assert (tmp_path / "logs/run.audit.json").exists()
+    assert (tmp_path / "logs/mine.audit.json").resolve() == tmp_path / "runs/mine/audit.json"
+
+
+def test_an_audit_goes_to_the_artifact_s_own_run(tmp_path):
+    (tmp_path / "runs/s1").mkdir(parents=True)
+    (tmp_path / "final_model.ptz").symlink_to("runs/s1/final_model.ptz")
+    cfg = tg.Hyperparameters(artifact_dir="elsewhere")
+    for artifact in ("final_model.ptz", "runs/s1/final_model.ptz"):
+        assert tool.run_of(str(tmp_path / artifact), cfg) == (tmp_path, "s1")
+    named = dataclasses.replace(cfg, run_id="s2")
+    assert tool.run_of(str(tmp_path / "final_model.ptz"), named) == (Path("elsewhere"), "s2")
+    assert tool.run_of(str(tmp_path / "mine.ptz"), cfg) == (Path("elsewhere"), "mine")
 
 
 def test_a_built_script_and_a_failed_audit(here, artifact, tmp_path, corpus):
@@ -676,7 +687,7 @@ def test_a_built_script_and_a_failed_audit(here, artifact, tmp_path, corpus):
     for name, text in (("honest", source), ("lying", lie)):
         (tmp_path / f"{name}.py").write_bytes(record.build(text))
         done = here(artifact, "--script", tmp_path / f"{name}.py", "AUDIT_POSITIONS=1", "TTT_ENABLED=0")
-        found = check_signed(tmp_path / "logs/some", done, artifact, tmp_path / f"{name}.py", corpus)
+        found = check_signed(tmp_path / "runs/some", done, artifact, tmp_path / f"{name}.py", corpus)
         assert done.code == (0 if name == "honest" else 2) and (found["verdict"] == "pass") == (name == "honest")
     assert done.err == "error: the audit failed: {0} (roundtrip), {0} (sliding); such a score does not count\n".format(
         "bits per byte are nats / ln 2 / bytes")
@@ -687,7 +698,7 @@ def test_ranks_audit_together(corpus, tmp_path, artifact):
     done = shell(corpus, tmp_path, artifact, "--positions", 2, RUN_ID="two",
                  launch=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
     assert done.returncode == 0 and f"audit:pass checks:{COUNT}" in done.stdout, done.stdout + done.stderr
-    assert json.loads((tmp_path / "logs" / "two.audit.json").read_text())["world_size"] == 2
+    assert json.loads((tmp_path / "runs/two/audit.json").read_text())["world_size"] == 2
 
 
 @pytest.mark.parametrize("mode, more", [("sliding", 0), ("sgd", 0), ("lora", 0), ("document", 1)])
@@ -710,7 +721,7 @@ def test_compiled_graphs_are_audited(corpus, tmp_path, artifact):
     done = shell(corpus, tmp_path, artifact, "--positions", 1, COMPILE=1, EVAL_STRIDE=0, TTT_MODE="lora",
                  TTT_LORA_TARGETS="q")
     assert done.returncode == 0 and "audit:pass" in done.stdout, done.stdout + done.stderr
-    assert json.loads((tmp_path / "logs/tiny.audit.json").read_text())["compile"] is True
+    assert json.loads((tmp_path / "runs/tiny/audit.json").read_text())["compile"] is True
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -724,7 +735,7 @@ def test_compiled_graphs_are_audited(corpus, tmp_path, artifact):
     (["ARTIFACT", "--script", "none.py"], "cannot read script none.py"),
     (["ARTIFACT", "--script", "ARTIFACT"], "cannot import script"),
     (["ARTIFACT", "--script", record.__file__], "is no train_gpt.py that this audit knows: it has no UserError"),
-    (["ARTIFACT", "--out", "/dev/null/x", "TTT_ENABLED=0", "EVAL_STRIDE=0", "AUDIT_POSITIONS=1"], "cannot write")])
+    (["ARTIFACT", "ARTIFACT_DIR=/dev/null/x", "TTT_ENABLED=0", "EVAL_STRIDE=0", "AUDIT_POSITIONS=1"], "cannot write")])
 def test_mistakes_are_one_line(here, artifact, arguments, message):
     done = here(*(artifact if word == "ARTIFACT" else word for word in arguments))
     assert done.code == 2 and done.err.startswith("error: ") and message in done.err and done.err.count("\n") == 1

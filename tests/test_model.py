@@ -157,7 +157,7 @@ def test_hash_buckets_are_the_published_ones():
 
 def test_rope_base_is_stretched_past_the_trained_length():
     def base(dims, length, trained):
-        cos, sin = tg.rope_table(length, dims, tg.Hyperparameters(train_seq_len=trained), "cpu")
+        cos, sin = tg.rope_table(tg.Hyperparameters(train_seq_len=trained, rope_dims=dims), length, "cpu")
         return float(torch.atan2(sin, cos)[1, 1]) ** (-dims / 2)
     assert base(16, 512, 512) == base(16, 1024, 512) == pytest.approx(10_000, rel=1e-3)
     assert base(64, 2048, 2048) == pytest.approx(20_452.23, rel=1e-3)
@@ -168,7 +168,7 @@ def test_rope_base_is_stretched_past_the_trained_length():
 
 def test_rotation_is_relative_and_leaves_the_rest():
     torch.manual_seed(0)
-    cos, sin = tg.rope_table(12, 4, tg.Hyperparameters(), "cpu")
+    cos, sin = tg.rope_table(tg.Hyperparameters(rope_dims=4), 12, "cpu")
     q, k = torch.randn(2, 8)
     spin = lambda x, t: tg.rotate(x.expand(1, 12, 1, 8), cos, sin)[0, t, 0]
     assert torch.equal(spin(q, 5)[4:], q[4:])

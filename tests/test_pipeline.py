@@ -311,7 +311,7 @@ def test_every_run_is_kept_and_the_newest_one_is_where_tools_look(run):
     for name in ("first", "second"):
         done = run(RUN_ID=name, SEED=len(name), ITERATIONS=1, TTT_ENABLED=0, CHECKPOINT_EVERY=1, PROFILE="mine")
         files = done.folder / "runs" / name
-        assert {path.name for path in files.iterdir()} == {*OLD_PLACES.values(), "checkpoint.pt", "export.json"}
+        assert {path.name for path in files.iterdir()} == {*OLD_PLACES.values(), "checkpoint.pt"}
         for place, file in OLD_PLACES.items():
             place = done.folder / place.format(name)
             assert place.samefile(files / file) and not os.path.isabs(os.readlink(place))

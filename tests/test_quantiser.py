@@ -11,7 +11,7 @@ from conftest import ROOT, make_runtime, scrambled
 from hypothesis import given, settings, strategies as st
 
 sys.path.append(str(ROOT / "tools"))
-from quant_bench import using_rounded_weights  # noqa: E402
+from export_bench import using_rounded_weights  # noqa: E402
 
 shapes = st.lists(st.integers(1, 40), min_size=2, max_size=3)
 specs = st.builds(tg.QuantSpec, st.integers(2, 8), st.sampled_from(["percentile", "amax", "sdclip"]),
@@ -190,7 +190,7 @@ NAMES = ["first", "second"]
 def test_gptq_is_the_slow_and_obvious_one(monkeypatch, block, spec):
     monkeypatch.setattr(tg, "GPTQ_BLOCK", block)
     weight, hessian = problem()
-    codes, scales = tg.gptq(weight, hessian, spec, NAMES)
+    codes, scales = tg.quantise(weight, spec, None, hessian, NAMES)
     assert codes.dtype == torch.int8 and torch.equal(scales.float(), tg.row_scales(weight, spec))
     for w, h, c, s in zip(weight, hessian, codes, scales.float()):
         assert torch.equal(c, slow_gptq(w, h, s, spec.max_code).to(torch.int8))
@@ -199,37 +199,37 @@ def test_gptq_is_the_slow_and_obvious_one(monkeypatch, block, spec):
 @pytest.mark.parametrize("spec", [tg.QuantSpec(3), tg.QuantSpec(4), tg.QuantSpec(6, "sdclip", 12.85)])
 def test_gptq_changes_the_output_much_less_than_rounding_to_nearest(spec):
     weight, hessian = problem(columns=200)
-    nearest, ours = tg.quantise(weight, spec), tg.gptq(weight, hessian, spec, NAMES)
+    nearest, ours = tg.quantise(weight, spec), tg.quantise(weight, spec, None, hessian, NAMES)
     assert change(weight, *ours, hessian) < 0.5 * change(weight, *nearest, hessian)
 
 
 @pytest.mark.parametrize("clip", ["percentile", "amax", "sdclip"])
 def test_gptq_keeps_the_scales_that_late_qat_trained_on(clip):
     (weight, hessian), spec = problem(columns=90), tg.QuantSpec(4, clip, 4.0, 1.5)
-    assert torch.equal(tg.gptq(weight, hessian, spec, NAMES)[1].float(), tg.row_scales(weight, spec))
+    assert torch.equal(tg.quantise(weight, spec, None, hessian, NAMES)[1].float(), tg.row_scales(weight, spec))
 
 
 def test_gptq_without_correlation_is_rounding_to_nearest():
     weight, spec = problem()[0], tg.QuantSpec(4, "amax")
     diagonal = torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) + 0.1
     for hessian in (torch.eye(40).expand(2, 40, 40), torch.diag_embed(diagonal)):
-        assert all(map(torch.equal, tg.gptq(weight, hessian, spec, NAMES), tg.quantise(weight, spec)))
+        assert all(map(torch.equal, tg.quantise(weight, spec, None, hessian, NAMES), tg.quantise(weight, spec)))
 
 
 def test_gptq_gives_the_same_bits_each_time_and_leaves_its_inputs_alone():
     (weight, hessian), spec = problem(columns=150), tg.QuantSpec(4)
     before = weight.clone(), hessian.clone()
-    once, again = (tg.gptq(weight, hessian, spec, NAMES) for _ in range(2))
+    once, again = (tg.quantise(weight, spec, None, hessian, NAMES) for _ in range(2))
     assert all(map(torch.equal, once, again)) and all(map(torch.equal, before, (weight, hessian)))
 
 
 def test_gptq_does_not_mind_the_order_of_columns_or_of_matrices():
     (weight, hessian), spec = problem(), tg.QuantSpec(4)
-    codes, _ = tg.gptq(weight, hessian, spec, NAMES)
+    codes, _ = tg.quantise(weight, spec, None, hessian, NAMES)
     shuffle = torch.randperm(40, generator=torch.Generator().manual_seed(3))
-    moved, _ = tg.gptq(weight[..., shuffle], hessian[:, shuffle][:, :, shuffle], spec, NAMES)
+    moved, _ = tg.quantise(weight[..., shuffle], spec, None, hessian[:, shuffle][:, :, shuffle], NAMES)
     assert torch.equal(moved, codes[..., shuffle])
-    assert torch.equal(tg.gptq(weight.flip(0), hessian.flip(0), spec, NAMES)[0], codes.flip(0))
+    assert torch.equal(tg.quantise(weight.flip(0), spec, None, hessian.flip(0), NAMES)[0], codes.flip(0))
 
 
 def test_columns_without_input_become_zero_and_change_nothing_else():
@@ -237,9 +237,9 @@ def test_columns_without_input_become_zero_and_change_nothing_else():
     dead = torch.zeros(40, dtype=torch.bool).index_fill(0, torch.tensor([3, 17, 39]), True)
     weight[..., 0] = 9.0  # the row's largest, so that the scale is the same without the dead columns
     hessian = hessian.masked_fill(dead, 0).masked_fill(dead[:, None], 0)
-    codes, _ = tg.gptq(weight, hessian, spec, NAMES)
+    codes, _ = tg.quantise(weight, spec, None, hessian, NAMES)
     assert not codes[..., dead].any()
-    alive, _ = tg.gptq(weight[..., ~dead], hessian[:, ~dead][:, :, ~dead], spec, NAMES)
+    alive, _ = tg.quantise(weight[..., ~dead], spec, None, hessian[:, ~dead][:, :, ~dead], NAMES)
     assert (codes[..., ~dead] == alive).float().mean() > 0.97  # the damping's mean knows of them, hence not all
 
 
@@ -249,7 +249,7 @@ def test_a_hessian_that_cannot_be_used_is_named():
         broken = hessian.clone()
         broken[1, 5, 5] = bad
         with pytest.raises(tg.UserError, match="Hessian of second is singular or not finite.*GPTQ_"):
-            tg.gptq(weight, broken, tg.QuantSpec(6), NAMES)
+            tg.quantise(weight, tg.QuantSpec(6), None, broken, NAMES)
 
 
 def test_damping_is_raised_where_it_is_needed():
@@ -281,7 +281,7 @@ def test_hessians_are_the_sums_of_outer_products_of_inputs(config, rt, tied, loo
     def keep(kind, visit, weight):
         if kind == "embed":
             return weight
-        def record(x):
+        def record(x, source):
             place = kind, -1 if visit < 0 else [0, *[1] * (1 + loops), 2][visit]
             seen[place] = torch.cat((seen.get(place, x[:0].flatten(0, -2)), x.flatten(0, -2)))
             return torch.nn.functional.linear(x, weight)
@@ -469,7 +469,7 @@ def test_rows_and_columns_that_nothing_reaches_cost_nothing_and_break_nothing():
     assert (rows > 0).all() and (columns > 0).all() and rows.isfinite().all() and columns.isfinite().all()
     torch.testing.assert_close(rows[:, 2] / rows.mean(1), torch.full((2, 1), 0.03), rtol=0.02, atol=0)
     steps = tg.water_fill({"a": (rows, columns)}, 0.01, 0.75)["a"]
-    codes, _ = tg.gptq(problem()[0], hessian, tg.QuantSpec(tg.WATER_BITS, "waterfill"), NAMES, steps)
+    codes, _ = tg.quantise(problem()[0], tg.QuantSpec(tg.WATER_BITS, "waterfill"), steps, hessian, NAMES)
     assert not codes[..., 3].any() and codes.dtype == torch.int16
 
 

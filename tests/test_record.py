@@ -310,7 +310,7 @@ def test_a_summary_that_its_log_does_not_bear_is_refused(fold, logs, runs, tmp_p
             (both(f'"artifact_bytes": {size}', f'"artifact_bytes": {size - 1}'), "artifact_bytes is"),
             ({**both(f'"artifact_bytes": {size}', f'"artifact_bytes": {size - 1}'),
               "jsonl": lambda text: text.replace(f'"bytes": {size}', f'"bytes": {size - 1}')}, "artifact_bytes is"),
-            (both('"steps": 6', '"steps": 5'), "steps is 5"), ({"jsonl": lambda text: "[]"}, "not the .jsonl of a run"),
+            (both('"steps": 6', '"steps": 5'), "steps is 5"), ({"jsonl": lambda text: "[]"}, "has no event of a run"),
             ({"jsonl": lambda text: ""}, "has no event"), ({"summary": lambda text: ""}, "is not the summary of")):
         code, error = fold(log=logs(**changes))
         assert code == 2 and said in error and error.count("\n") == 1 and not made(tmp_path), (said, error)
@@ -380,13 +380,15 @@ def test_a_record_of_three_kept_runs_passes_its_own_check(scripts, logs, tmp_pat
         assert said in err and err.count("\n") == 1, err
     refused("there is no run 'r1' in")
     for seed in (1, 2, 3):
-        logs(seed)
+        path = logs(seed)
         (tmp_path / f"runs/r{seed}").mkdir(parents=True)
         shutil.copy(artifact, tmp_path / f"runs/r{seed}")
-    refused("r1 has no audit")
+        for name in ("log.txt", "events.jsonl", "summary.json"):
+            record.runlog.beside(path, name).rename(tmp_path / f"runs/r{seed}" / name)
+    refused(f"r1 has no audit: bash run.sh audit {tmp_path}/runs/r1/final_model.ptz")
     for seed in (1, 2, 3):
-        (tmp_path / f"logs/r{seed}.audit.json").write_text("{}")
-    monkeypatch.setattr(record, "audits", lambda *_: [])  # three seeds share one artifact here
+        (tmp_path / f"runs/r{seed}/audit.json").write_text("{}")
+    monkeypatch.setattr(record, "audits", lambda *_: {})  # three seeds share one artifact here
     refused("are not the canonical validation text; --own-data")
     monkeypatch.setattr(record, "LIMIT_SECONDS", 1e-6)
     refused("training and calibration took")
@@ -394,6 +396,7 @@ def test_a_record_of_three_kept_runs_passes_its_own_check(scripts, logs, tmp_pat
     assert record.main([*command, "--own-data"]) == 0, capsys.readouterr().err
     folder = tmp_path / "records/2026-01-02_Three"
     entry = json.loads((folder / "submission.json").read_text())
+    assert {"r1.txt", "r2.txt", "r3.txt"} <= {path.name for path in folder.iterdir()}
     assert entry["seeds"] == [1, 2, 3] and entry["p_value"]["beats"] == 1.2 and entry["val_bpb_std"] == 0
     assert record.main(["--check", str(folder)]) == 0, capsys.readouterr().out
     assert "2026-01-02_Three: nothing is broken" in capsys.readouterr().out

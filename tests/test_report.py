@@ -15,18 +15,15 @@ from test_evaluation import Scores, setting  # noqa: F401  (a fixture)
 from test_runs import FAMILY_A, STEP, write_run
 
 sys.path.append(str(ROOT / "tools"))
+import charts  # noqa: E402
 import report  # noqa: E402
 
 
 def test_a_trace_has_every_nat_where_it_belongs(setting, rt):
     """Against a slow loop over the targets."""
     cfg, val, model = setting
-    trace, scores = tg.Trace(val), Scores(len(val.tokens) - 1)
-
-    def both(numbers, nll):
-        trace(numbers, nll)
-        scores(numbers, nll)
-    tg.evaluate("test", model().nll, val, cfg, rt, tg.plan_evaluation(val, cfg, rt, 8, 16), observe=both)
+    scores = Scores(len(val.tokens) - 1)
+    tg.evaluate("test", model().nll, val, cfg, rt, tg.plan_evaluation(val, cfg, rt, 8, 16), observe=scores)
     stream, position, begun = torch.zeros(256, 2).double(), torch.zeros(32, 2).double(), 0
     for t, nats in enumerate(scores.nll.tolist()):
         begun = t if val.tokens[t] == val.bos_id else begun
@@ -34,7 +31,7 @@ def test_a_trace_has_every_nat_where_it_belongs(setting, rt):
         row = torch.tensor([nats, size]).double()
         stream[t * 256 // (len(val.tokens) - 1)] += row
         position[int(math.log2(t - begun + 1))] += row
-    found = trace.tables(rt)
+    found = tg.score_tables(val, scores.nll)
     torch.testing.assert_close(torch.tensor(found["stream"]).double(), stream, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.tensor(found["position"]).double(), position, rtol=1e-6, atol=1e-6)
 
@@ -54,7 +51,7 @@ def test_a_run_leaves_what_the_pictures_need(run, capsys, settings):
     if "ttt" in traces:
         assert sum(sum(seconds) for seconds in traces["ttt"]["seconds"].values()) <= done.summary["seconds"]["ttt"] + 0.001
         assert traces["ttt"]["seconds"]["learn"]
-        gain = sum(share * gain for _, share, _, gain in report.gains(traces))
+        gain = sum(share * gain for _, share, _, gain in charts.gains(traces))
         assert gain == pytest.approx((done.summary["val_bpb_sliding"] or done.summary["val_bpb_roundtrip"])
                                      - done.summary["val_bpb_ttt"], abs=1e-6)
     pytest.importorskip("matplotlib")

@@ -3,8 +3,10 @@ nothing. `.ci/run` and the profiles are held to their promises too."""
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,8 +53,8 @@ esac
 def project(tmp_path):
     """A copy of the repository; `project(arguments, **environment)` runs run.sh there."""
     repo, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
-    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", "tools/requirements.txt", ".ci/run", "tools/shell.py",
-                 "tools/check_settings.py", "tools/scale.py", "tools/profiles.py", "tools/estimate.py",
+    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", "tools/requirements.txt", ".ci/run",
+                 *(path.relative_to(ROOT) for path in (ROOT / "tools").glob("*.py")), "data/prepare.py",
                  *(f"profiles/{profile}.env" for profile in PROFILES)):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
@@ -88,6 +90,9 @@ def test_help_lists_commands_and_profiles(project):
     for word in ("test", "data", "bench", "parity", "plan", "systems", "settings", "KEY=VALUE", "SCALE=tiny",
                  *PROFILES):
         assert word in result.out
+    for name in ("sweep", "report", "record", "plan"):  # as the tool's own --help begins
+        first = (ROOT / f"tools/{name}.py").read_text(encoding="utf-8").splitlines()[0].strip('"')
+        assert f"bash run.sh {name:<8} {first}\n" in result.out
 
 
 @pytest.mark.parametrize("word, meant", [
@@ -239,6 +244,25 @@ def test_what_was_shrunk_ends_the_log(project, tmp_path, audit, code):
     lines = log.read_text().splitlines()
     assert lines[:2] == ["as it was", "# SCALE=tiny: what is smaller than in pr1092; every feature stays on"]
     assert lines[2].startswith("DATA_PATH=") and len(lines) > 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_a_run_that_is_a_child(project, tmp_path, number):
+    """Not only one that has taken the place of run.sh: it may save a checkpoint. What was shrunk still ends the log."""
+    log = tmp_path / "logs/mine.txt"
+    log.parent.mkdir()
+    log.touch()
+    environment = {"PATH": str(project.bin), "CALLS": str(tmp_path / "calls"), "NAMES": NAMES, "TRAIN_SECONDS": "60",
+                   "SHELL_PYTHON": sys.executable, "ARTIFACT_DIR": str(tmp_path), "RUN_ID": "mine", "SCALE": "tiny"}
+    command = [str(project.bin / "bash"), str(project.repo / "run.sh"), "smoke"]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while "train_gpt.py" not in (tmp_path / "calls").read_text().splitlines():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    time.sleep(0.1)
+    child.send_signal(number)
+    assert child.wait(30) == 128 + number and log.read_text().startswith("# SCALE=tiny")
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -473,7 +497,7 @@ def test_commands_pass_their_arguments_on(project):
                             (("report", "x.eval.json"), "tools/report.py x.eval.json"),
                             (("inspect", "x.ptz", "--plot", "x.png"), "tools/inspect_artifact.py x.ptz --plot x.png"),
                             (("sample", "x.ptz", "two words"), "tools/sample.py x.ptz two words"),
-                            (("sweep", "x.ptz", "TTT_LR=0.1,0.2"), "tools/ttt_bench.py x.ptz TTT_LR=0.1,0.2"),
+                            (("sweep", "x.ptz", "TTT_LR=0.1,0.2"), "tools/sweep.py x.ptz TTT_LR=0.1,0.2"),
                             (("sweep", "--help"), "tools/sweep.py --help"),
                             (("sweep", "smoke", "SEED=1,2"), "tools/sweep.py smoke SEED=1,2"),
                             (("runs", "--last", "3"), "tools/runs.py --last 3"),

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import estimate  # noqa: E402
 import profiles  # noqa: E402
 import scale  # noqa: E402
+import tiny as rules  # noqa: E402
 
 # Everything that can be on beside one another, as two profiles; the parts lie where shrinking could lose them.
 RICH = {
@@ -44,7 +45,7 @@ each_profile = pytest.mark.parametrize("profile", ALL, ids=lambda profile: profi
 
 def variables(profile: profiles.Profile, given: dict[str, str] = {}) -> dict[str, str]:
     """What a run with SCALE=tiny goes by."""
-    shrunk = {key: value for key, value, _ in scale.tiny(profile, given)}
+    shrunk = {key: value for key, value, _ in rules.tiny(profile, given)}
     return profiles.variables(types.SimpleNamespace(values={**profile.values, **shrunk}), given)
 
 
@@ -147,7 +148,7 @@ def test_a_switch_given_by_hand_gets_its_sizes():
 
 
 def test_only_what_is_used_is_in_the_table():
-    names = [key for key, _, _ in scale.tiny(profiles.load("pr1216_int4_ve"), {})]
+    names = [key for key, _, _ in rules.tiny(profiles.load("pr1216_int4_ve"), {})]
     assert "TTT_CHUNK_TOKENS" in names and "BIGRAM_DIM" in names
     assert not {name for name in names if re.match("TRIGRAM|SWA|LAWA|GPTQ|TTT_LORA|TTT_BATCH_DOCS|CODE", name)}
 
@@ -160,7 +161,7 @@ def test_vocabulary_of_the_embedded_text(size, name):
 
 
 def test_table_is_a_profile(capsys, monkeypatch):
-    for name in scale.Settings.__dataclass_fields__:
+    for name in rules.Settings.__dataclass_fields__:
         monkeypatch.delenv(name.upper(), raising=False)
     assert scale.main(["tiny", "pr1092"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -190,7 +191,7 @@ def test_a_bad_value_is_one_line(capsys, monkeypatch):
 @each_profile
 def test_runs_end_to_end(profile, corpus, tmp_path, monkeypatch, capsys):
     """On less text than SCALE=tiny alone reads, with a smaller vocabulary; all phases, and the marks of what is on."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *scale.Settings.__dataclass_fields__):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *rules.Settings.__dataclass_fields__):
         monkeypatch.delenv(name.upper(), raising=False)
     given = {"DATA_PATH": str(corpus.folder), "TOKENIZER_PATH": str(corpus.tokenizer_path), "VOCAB_SIZE": "384",
              "ARTIFACT_DIR": str(tmp_path), "RUN_ID": "tiny", "DEVICE": "cpu", "TTT_CHUNK_TOKENS": "512"}
@@ -225,4 +226,4 @@ def test_runs_end_to_end(profile, corpus, tmp_path, monkeypatch, capsys):
 def test_a_growing_context_keeps_its_stages():
     was = tg.Hyperparameters(train_seq_schedule="1024:0.1,2048:0.7,3072:1", train_seq_len=3072)
     now = dataclasses.replace(was, train_seq_len=64)
-    assert scale.seq_schedule(was, now) == "16:0.1,32:0.7,64:1" and scale.seq_schedule(tg.Hyperparameters(), now) == ""
+    assert rules.seq_schedule(was, now) == "16:0.1,32:0.7,64:1" and rules.seq_schedule(tg.Hyperparameters(), now) == ""

@@ -1,11 +1,14 @@
 """Sweeps: what is refused before anything runs, retries, going on after a kill, tables."""
 import csv
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
 import train_gpt as tg
@@ -18,12 +21,14 @@ import sweep  # noqa: E402
 from shell import UsageError  # noqa: E402
 
 FAKE = """import json, os, sys, time
-settings = dict(pair.split("=", 1) for pair in sys.argv[2:])
+settings = dict(pair.split("=", 1) for pair in sys.argv if "=" in pair)
 folder = os.path.join(os.environ["ARTIFACT_DIR"], "runs", os.environ["RUN_ID"])
 os.makedirs(folder, exist_ok=True)
 with open(os.path.join(folder, "tries"), "a") as f:
     f.write("x")
 tries = os.path.getsize(f.name)
+with open(os.path.join(folder, "given.jsonl"), "a") as f:
+    f.write(json.dumps({"arguments": sys.argv[1:], **os.environ}) + "\\n")
 if settings["LEAKY_SLOPE"] == "0.9" or settings["LEAKY_SLOPE"] == "0.5" and settings["SEED"] == "2" and tries == 1:
     sys.exit("error: out of luck")
 bpb = float(settings["LEAKY_SLOPE"]) + 0.01 * int(settings["SEED"])
@@ -32,6 +37,7 @@ put = lambda **event: (log.write(json.dumps(dict(event, time=1.0)) + "\\n"), log
 put(event="settings", all={"seed": 1}, pid=os.getpid(), host=os.uname().nodename)
 for step in (1, 2):
     put(event="validation", step=step, train_time_s=1.0, val_loss=1.0, val_bpb=bpb)
+    open(os.path.join(folder, "checkpoint.pt"), "w").close()
     time.sleep(float(settings.get("MATRIX_LR", 0)))
 put(event="artifact", bytes=900, code_bytes=100, ledger=[])
 put(event="evaluation", name="legal_ttt", bpb=bpb, loss=1.0, tokens=1, bytes=1, seconds=1.0)
@@ -56,12 +62,23 @@ def test_axes_as_they_are_written():
     (["smoke", "MATRIX_LR=0.1..0.2"], "needs --sampler tpe"), (["smoke", "MATRIX_LR=0.2..0.1"], "a range goes up"),
     (["smoke", "MATRIX_LR=0.1..0.2", "--sampler", "tpe"], "needs --trials"), (["x.toml"], "cannot read x.toml"),
     (["smoke", "SEED=1,2", "--jobs", "0"], "--jobs 0 is out of range"),
-    (["smoke", "RUN_ID=a,b"], "a sweep sets itself"),
+    (["smoke", "RUN_ID=a,b"], "a sweep sets itself"), (["smoke", "SEED=1,2", "--trials", "3"], "is for --sampler tpe"),
+    (["smoke", "SEED=1,2", "SCALE=small"], "SCALE=small is not one of: tiny"),
+    (["smoke", "SCALE=tiny", "NUM_HEADS=4,3", "MODEL_DIM=32"], "is not divisible by"),
+    (["smoke", "pr1092", "SEED=1,2"], "a sweep is of one profile, one file, one artifact"),
+    (["smoke", "SEED=1,2", "--tokens", "9"], "--tokens and --start are for sweeps of an artifact"),
+    (["none.ptz", "TTT_LR=0.1,0.2"], "cannot read none.ptz: No such file"),
+    (["bad.ptz", "TTT_LR=0.1,0.2"], "bad.ptz: this is not an artifact"),
+    (["bad.pt", "TTT_LR=0.1,0.2"], "bad.pt: this is not an artifact"),
+    (["bad.ptz", "NUM_LAYERS=3,4"], "NUM_LAYERS cannot vary over an artifact"),
+    (["bad.ptz", "SCALE=tiny", "TTT_LR=0.1,0.2"], "SCALE shrinks a model before training"),
     (["bad.toml"], "bad.toml is not TOML"), (["odd.toml"], "odd.toml: colour = 3 is not understood")])
 def test_a_mistake_is_refused_before_anything_runs(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.toml").write_text("a = = 1")
     (tmp_path / "odd.toml").write_text("colour = 3")
+    for name in ("bad.ptz", "bad.pt"):
+        (tmp_path / name).write_bytes(b"no model at all, but long enough for a header")
     assert sweep.main([*arguments, f"ARTIFACT_DIR={tmp_path}"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and said in err and err.count("\n") == 1 and not (tmp_path / "sweeps").exists()
@@ -96,6 +113,11 @@ def fake(tmp_path, monkeypatch):
 def rows(folder):
     with open(folder / "sweeps/mine/table.csv") as f:
         return {(row["LEAKY_SLOPE"], row["SEED"]): row for row in csv.DictReader(f)}
+
+
+def given(folder, run_id):
+    """Arguments and environment of each try of a run."""
+    return [json.loads(line) for line in (folder / "runs" / run_id / "given.jsonl").read_text().splitlines()]
 
 
 def test_a_grid_with_a_run_that_fails_once(fake, tmp_path, capsys):
@@ -135,9 +157,69 @@ sweep.sweep(plan, Path({str(tmp_path)!r}), {fake!r})""")
     child.send_signal(signal.SIGKILL)
     child.wait()
     done = rows(tmp_path)
-    sweep.sweep(plan(), tmp_path, fake)
+    again = plan()
+    again.settings["MATRIX_LR"] = "0.5"
+    sweep.sweep(again, tmp_path, fake)
     assert len(rows(tmp_path)) == 4 and {row["state"] for row in rows(tmp_path).values()} == {"complete"}
     assert len((tmp_path / "runs/mine.0.3_1/tries").read_text()) == 1 and done  # what was done is not done again
+    first, second = given(tmp_path, "mine.0.3_2")  # it was killed after its first checkpoint
+    assert "RESUME" not in first and second["RESUME"] == "1" and "RESUME" not in given(tmp_path, "mine.0.5_2")[0]
+
+
+@pytest.mark.parametrize("jobs, shares", [(1, {"0,1,2,3"}), (2, {"0,1", "2,3"}), (3, {"0", "1", "2"}),
+                                          (5, {"0", "1", "2", "3"})])
+def test_jobs_share_the_gpus_out(fake, tmp_path, monkeypatch, jobs, shares):
+    monkeypatch.setattr(sweep, "gpus_here", lambda: ["0", "1", "2", "3"])
+    made = sweep.Sweep(plan(jobs=jobs), tmp_path, fake)
+    assert "OMP_NUM_THREADS" in made.environment({}, 0) and not made.gpus  # the profile computes on the CPU
+    made = sweep.Sweep(sweep.Plan("default", {}, {"SEED": ["1", "2"]}, "gpus", jobs=jobs), tmp_path, fake)
+    assert {made.environment({}, job)["CUDA_VISIBLE_DEVICES"] for job in range(jobs)} == shares
+
+
+def test_a_run_sees_its_share_only(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "gpus_here", lambda: ["5", "7"])
+    axes = {"LEAKY_SLOPE": ["0.3"], "SEED": ["1", "2", "3"]}
+    wide = sweep.Plan("default", {"MATRIX_LR": "0.1"}, axes, "mine", jobs=2)
+    sweep.sweep(wide, tmp_path, fake)
+    seen = [given(tmp_path, f"mine.0.3_{seed}")[0]["CUDA_VISIBLE_DEVICES"] for seed in "123"]
+    assert set(seen) == {"5", "7"}
+
+
+def test_a_sweep_may_grow_but_not_become_another(fake, tmp_path):
+    """More values of an axis go on; another setting for all runs would mix two systems in one table."""
+    few = sweep.Plan("smoke", {"SEED": "1"}, {"LEAKY_SLOPE": ["0.3"]}, "mine")
+    sweep.sweep(few, tmp_path, fake)
+    few.axes["LEAKY_SLOPE"] += ["0.4"]
+    made = sweep.sweep(few, tmp_path, fake)
+    assert [t.value for t in made.study.trials_by_state()] == [0.31, pytest.approx(0.41)]
+    few.axes["LEAKY_SLOPE"] = ["0.4"]
+    assert len(sweep.sweep(few, tmp_path, ["false"]).study.trials_by_state()) == 1
+    few.settings["SEED"] = "2"
+    with pytest.raises(UsageError, match="mine is a sweep with SEED=1, not SEED=2; --name begins another one"):
+        sweep.sweep(few, tmp_path, fake)
+
+
+def test_what_run_sh_takes_a_sweep_takes(monkeypatch):
+    """Other programs' variables and run.sh's have one value, whatever commas are in it; the environment counts."""
+    arguments = types.SimpleNamespace(what=["smoke"], jobs=None)
+    words = {"SEED": "1,2", "SCALE": "tiny", "TENSORBOARD": "1", "CUDA_VISIBLE_DEVICES": "0,1", "WANDB_ENABLED": "1"}
+    made = sweep.plan_of(arguments, words, {"ITERATIONS": "5", "SEED": "7", "RUN_ID": "x", "HOME": "/"})
+    made.check()
+    assert made.axes == {"SEED": ["1", "2"]} and made.settings == {
+        "ITERATIONS": "5", **{key: value for key, value in words.items() if key != "SEED"}}
+    assert made.configuration({"SEED": "1"}).model_dim == 32 and made.configuration({"SEED": "1"}).iterations == 5
+
+
+def test_a_run_that_outlives_its_sweep_is_waited_for(fake, tmp_path):
+    """Two of one name would be refused; it is not started before the other has let go of the log."""
+    path = tmp_path / "runs/mine.0.3/log.txt"
+    path.parent.mkdir(parents=True)
+    log, released = open(path, "w"), []
+    fcntl.flock(log, fcntl.LOCK_EX)
+    threading.Timer(0.5, lambda: (released.append(time.time()), log.close())).start()
+    made = sweep.sweep(sweep.Plan("smoke", {"SEED": "1"}, {"LEAKY_SLOPE": ["0.3"]}, "mine"), tmp_path, fake)
+    assert [t.state.name for t in made.study.trials_by_state()] == ["COMPLETE"]
+    assert (path.parent / "tries").stat().st_mtime >= released[0] - 0.01
 
 
 def test_hopeless_runs_end_early(fake, tmp_path, monkeypatch):
@@ -145,7 +227,7 @@ def test_hopeless_runs_end_early(fake, tmp_path, monkeypatch):
     slow = sweep.Plan("smoke", {"SEED": "1", "MATRIX_LR": "0.3"},
                       {"LEAKY_SLOPE": ["0.1", "0.2", "0.3", "0.4", "0.8"]}, "mine", prune=True)
     made = sweep.sweep(slow, tmp_path, fake)
-    states = {t.params["LEAKY_SLOPE"]: t.state.name for t in made.study.trials_by_state()}
+    states = {study.settings_of(t)["LEAKY_SLOPE"]: t.state.name for t in made.study.trials_by_state()}
     assert states == {"0.1": "COMPLETE", "0.2": "COMPLETE", "0.3": "COMPLETE", "0.4": "COMPLETE", "0.8": "PRUNED"}
 
 
@@ -171,4 +253,4 @@ def test_the_lock_of_a_killed_process_does_not_hold_forever(fake, tmp_path, monk
     lock.touch()
     os.utime(lock, (1, 1))
     monkeypatch.setattr(study, "GRACE_SECONDS", 1)
-    assert study.Study(path, {"SEED": ["1"]}).take().params == {"SEED": "1"}
+    assert study.settings_of(study.Study(path, {"SEED": ["1"]}).take()) == {"SEED": "1"}

@@ -1,8 +1,7 @@
-"""tools/bench.py's reading of logs, what tools share, tools/quant_bench.py."""
+"""tools/bench.py's reading of logs, what tools share, tools/export_bench.py."""
 from __future__ import annotations
 
 import ast
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 import bench  # noqa: E402
 import benchlib  # noqa: E402
-import quant_bench  # noqa: E402
+import export_bench  # noqa: E402
 
 
 def test_no_tool_imports_a_command():
@@ -26,7 +25,7 @@ def test_no_tool_imports_a_command():
     commands = {name for name, tree in trees.items() if any(
         isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)}
     assert set(trees) - commands == {"benchlib", "charts", "check_record", "estimate", "forks", "parity_text",
-                                     "profiles", "runlog", "shell", "stats", "study"}
+                                     "profiles", "runlog", "shell", "stats", "study", "tiny"}
     for name, tree in trees.items():
         for node in ast.walk(tree):
             imported = [node.module] if isinstance(node, ast.ImportFrom) else \
@@ -149,16 +148,27 @@ def test_ranks_that_fail_leave_one_line(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: NUM_LAYERS='many' is not a whole number\n")
 
 
-# ---- quant_bench ------------------------------------------------------------------------------------------
+# ---- export_bench ------------------------------------------------------------------------------------------
 
 def test_a_model_takes_its_own_weights_back(config):
     cfg = config()
     model = tg.GPT(cfg)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rounded = tg.round_model(cfg, model, {})
-    with pytest.raises(KeyError), quant_bench.using_rounded_weights(model, rounded):
+    with pytest.raises(KeyError), export_bench.using_rounded_weights(model, rounded):
         for name, p in model.named_parameters():
             wanted = tg.dequantise(*rounded[name]) if name in rounded else before[name]
             assert torch.equal(p, wanted), name
         raise KeyError
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_rules_are_held_against_each_other_at_equal_loss_and_at_equal_bytes(capsys):
+    # Nats fall by half every 100 bytes; the second rule needs 150 bytes fewer for the same nats, the third never meets.
+    theirs = [(0.08 / 2 ** i, 1000 + 100 * i) for i in range(3)]
+    ours = [(nats, size - 150) for nats, size in theirs]
+    lines = export_bench.compare({"theirs": theirs, "ours": ours[::-1], "far": [(1.0, 10), (0.9, 20)]})
+    ratios = [line.split()[1:] for line in lines[1:]]
+    assert ratios[0] == ["0.08000", "x0.850", f"x{2 ** -1.5:.3f}"]
+    assert ratios[2] == ["0.02000", "x0.875", "-"] and ratios[3][1:] == ["-", "-"]
+    assert export_bench.main(["nowhere.pt"]) == 2 and capsys.readouterr().err.count("\n") == 1

@@ -10,7 +10,7 @@ from conftest import ROOT, scrambled
 from hypothesis import given, settings, strategies as st
 
 sys.path.append(str(ROOT / "tools"))
-from quant_bench import using_rounded_weights  # noqa: E402
+from export_bench import using_rounded_weights  # noqa: E402
 
 
 # ---- Newton-Schulz and Muon

@@ -1,4 +1,5 @@
 """An artifact in use: scored again, looked into, written with."""
+import dataclasses
 import importlib
 import itertools
 import json
@@ -20,7 +21,8 @@ import inspect_artifact  # noqa: E402
 import report  # noqa: E402
 import sample  # noqa: E402
 import shell  # noqa: E402
-import ttt_bench  # noqa: E402
+import study  # noqa: E402
+import sweep  # noqa: E402
 
 SCORES = ("val_bpb_roundtrip", "val_bpb_sliding", "val_bpb_ttt")
 
@@ -206,32 +208,48 @@ def test_every_tool_takes_settings(made, corpus, untouched, tmp_path, capsys):
     assert sample.main([path, tokenizer, "--length", "3", "2+2=4 and"]) == 0
     assert capsys.readouterr().out.startswith("2+2=4 and")
     untouched["TOKENIZER_PATH"] = "none.model"
-    table = [path, "--tokens", "300", tokenizer, f"DATA_PATH={corpus.folder}", "TTT_LR=0.1,0.2", "TTT_EPOCHS=1"]
-    assert ttt_bench.main(table) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("| TTT_LR | TTT_EPOCHS | bpb |") and "| 0.2 | 1 | " in out
     assert inspect_artifact.main([path, "SEED=3"]) == 0
     capsys.readouterr()
-    for tool, arguments in ((sample, [path]), (ttt_bench, [path]), (inspect_artifact, [path]), (report, [])):
+    for tool, arguments in ((sample, [path]), (sweep, [path]), (inspect_artifact, [path]), (report, [])):
         assert tool.main([*arguments, "TTT_LRR=0.1"]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: TTT_LRR is not a setting; did you mean TTT_LR") and err.count("\n") == 1
-    assert ttt_bench.main([*table, "DTYPE=fp32,bf16"]) == 2  # one value only: the run's, not the evaluation's
-    assert "DTYPE='fp32,bf16' is not one of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"no model", None])
-def test_the_bench_refuses_what_is_no_model(corpus, tmp_path, untouched, capsys, content):
-    untouched.update(environment(corpus, tmp_path))
-    for name in ("a.ptz", "a.pt"):
-        (tmp_path / name).write_bytes(content) if content is not None else (tmp_path / name).mkdir()
-        assert ttt_bench.main([str(tmp_path / name)]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and name in err and err.count("\n") == 1
+SCORES_ARTIFACT = """import os, sys
+sys.path.insert(0, {root!r})
+os.environ.update(pair.split("=", 1) for pair in sys.argv if "=" in pair)
+os.environ["EVAL_ARTIFACT"] = sys.argv[2]
+import train_gpt
+sys.exit(train_gpt.main([]))
+"""
+
+
+def test_a_sweep_of_an_artifact_scores_it_on_a_part_of_the_text(made, corpus, untouched, tmp_path, capsys):
+    """As run.sh would: `eval ARTIFACT PROFILE KEY=VALUE...`. Settings of the evaluation vary, on the first tokens."""
+    pytest.importorskip("optuna")
+    shutil.copy(made.summary["artifact_path"], tmp_path / "a.ptz")
+    (tmp_path / "scores.py").write_text(SCORES_ARTIFACT.format(root=str(ROOT)))
+    plan = sweep.Plan("pr1092", {**environment(corpus, tmp_path), "EVAL_STRIDE": "0", "TTT_CHUNK_TOKENS": "32"},
+                      {"TTT_LR": ["0.1", "9"]}, "ttt",
+                      artifact=str(tmp_path / "a.ptz"), tokens=100, start=7)
+    for key in ("RUN_ID", "ARTIFACT_DIR"):
+        del plan.settings[key]
+    plan.check()
+    done = sweep.sweep(plan, tmp_path, [sys.executable, str(tmp_path / "scores.py")])
+    one, other = done.study.trials_by_state()
+    assert study.settings_of(one) == {"TTT_LR": "0.1"} and one.user_attrs["seconds"] > 0
+    assert one.user_attrs["bpb"]["roundtrip"] == other.user_attrs["bpb"]["roundtrip"] and one.value != other.value
+    text = tg.Shard(str(tmp_path / "sweeps/ttt/text/fineweb_val_000000.bin"))[:]
+    assert text.tolist() == corpus.val[7:108].tolist()
+    scored = json.loads((tmp_path / "runs/ttt.0.1/eval.json").read_text())
+    assert scored["tokens"] == 100
+    with pytest.raises(shell.UsageError, match="--tokens 9 is less than a window of 32"):
+        dataclasses.replace(plan, tokens=9).check()
 
 
 @pytest.mark.parametrize("name", ["audit", "bench", "gpu_bench", "inspect_artifact", "mutate", "parity", "prepare",
-                                  "record", "report", "sample", "ttt_bench"])
+                                  "record", "report", "sample", "sweep"])
 def test_a_tool_calls_itself_what_run_sh_calls_it(name, untouched, monkeypatch, capsys):
     """In its usage and in the line about an argument it does not have; test_run_sh.py has what run.sh calls each."""
     tool = importlib.import_module(name)
@@ -299,12 +317,12 @@ def test_an_artifact_brings_its_tokenizer(project):  # noqa: F811
     """No profile's is forced on it, nor text that goes with another; what the user says is passed on."""
     three = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
     found = lambda result: [result.env.get(key) for key in three]
-    for command in ("eval", "audit", "sweep", "sample", "inspect"):
+    for command in ("eval", "audit", "sample", "inspect"):
         for gpus in "01":
             assert found(project(command, "a.ptz", GPUS=gpus)) == [None, None, None]
         assert found(project(command, "a.ptz", DATA_PATH="d", TOKENIZER_PATH="t")) == ["d", "t", None]
-    assert "profile smoke, CPU" in project("sweep", "a.ptz", "DEVICE=cpu", GPUS="1").err
-    assert found(project("sweep", "a.ptz", "DATA_PATH=own"))[0] == "own"
+    assert "profile smoke, CPU" in project("sample", "a.ptz", "DEVICE=cpu", GPUS="1").err
+    assert found(project("sample", "a.ptz", "DATA_PATH=own"))[0] == "own"
     own = project("eval", "a.ptz", "pr1092", "DATA_PATH=d", "TOKENIZER_PATH=t")
     assert found(own) == ["d", "t", None] and own.env["EVAL_ARTIFACT"] == "a.ptz"
 

@@ -2,17 +2,17 @@
 
     python tools/audit.py final_model.ptz                              # as the repository's train_gpt.py makes them
     python tools/audit.py final_model.ptz --script build/train_gpt.py   # as a built one does
-    python tools/audit.py final_model.ptz --tokens 20000 --positions 12 --out logs/mine TTT_EPOCHS=1
+    python tools/audit.py final_model.ptz --tokens 20000 --positions 12 RUN_ID=mine TTT_EPOCHS=1
 
 The script is looked at from outside: its own `final_scores` makes all scores of the piece, and of changed ones, while
 the audit notes every call of the scoring function, every score that enters a sum and every file that is opened. What
 it then says of them it computes itself. Out of its sight: what a script does only on texts longer than the piece
 (--tokens) or when it notices an audit, files that a library opens without Python, other programs.
 
-Settings are those of train_gpt.py, from the environment or as KEY=VALUE; AUDIT_TOKENS=, AUDIT_POSITIONS=, AUDIT_SCRIPT=
-and AUDIT_OUT= are the options. The table goes to PREFIX.audit.txt, with all it depends on to PREFIX.audit.json, whose
-digest signs it. PREFIX is --out, else logs/RUN_ID or logs/ARTIFACT in ARTIFACT_DIR. Exit code 0: all checks pass; 2:
-one line says which do not.
+Settings are those of train_gpt.py, from the environment or as KEY=VALUE; AUDIT_TOKENS=, AUDIT_POSITIONS= and
+AUDIT_SCRIPT= are the options. The table goes to runs/RUN_ID/audit.txt, with all it depends on to audit.json beside it,
+whose digest signs it. Without a RUN_ID it is the run in whose folder the artifact lies, else one with the artifact's
+name. Exit code 0: all checks pass; 2: one line says which do not.
 """
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ import torch.distributed as dist
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from shell import AUDIT, Parser, UsageError, take_settings
+from shell import AUDIT, AUDITED_SCRIPT, Parser, UsageError, one_line_errors, take_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("UserError", "IllegalScore", "Runtime", "RunLog", "Scored", "ValData", "load_model", "settings_from",
@@ -111,7 +111,7 @@ class Opened:
 
 def import_script(path: Path) -> types.ModuleType:
     """A module of exactly the bytes of a file; a built script unpacks itself. Raises AuditError."""
-    module = types.ModuleType("audited_script")
+    module = types.ModuleType(AUDITED_SCRIPT)
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look for it there
     try:
@@ -685,8 +685,8 @@ class Audit:
         first = 1 if self.tokenizer.is_byte(ids[0]) else len(decode(ids[:1]).encode())
         return sum(len(decode(ids[a:b]).encode()) for a, b in zip([0, *starts], [*starts, len(ids)])) - first
 
-    def report(self, prefix: Path, seconds: float) -> None:
-        """Print the table; write it to PREFIX.audit.txt and what it depends on to PREFIX.audit.json."""
+    def report(self, log, seconds: float) -> None:
+        """Print the table; write it to the run's audit.txt and what it depends on to audit.json. log: its RunLog."""
         failed, rt = [f for f in self.findings if not f.holds], self.rt
         verdict, piece = "FAIL" if failed else "pass", self.tokens.cpu().numpy().astype("<u2").tobytes()
         body = json.dumps({
@@ -696,18 +696,17 @@ class Audit:
             "whole_text_tokens": len(self.whole), "whole_text_sha256": digest(self.whole.tobytes()),
             "text_tokens": len(self.tokens), "text_sha256": digest(piece), "settings": self.cfg.non_defaults(),
             "world_size": rt.world_size, "device": str(rt.device), "dtype": str(rt.dtype), "compile": rt.compiles,
-            "torch": torch.__version__, "seconds": round(seconds, 1)}, indent=1, default=str).encode()
+            "torch": torch.__version__, "seconds": round(seconds, 1)}, indent=1, default=str)
         wide = [max(len(finding[i]) for finding in self.findings) for i in (0, 1)]
-        files = [prefix.with_name(f"{prefix.name}.audit{kind}") for kind in (".json", ".txt")]
         table = [f"audit of {self.path} by {self.script.__file__}: the first {len(self.tokens):,} of "
                  f"{len(self.whole):,} tokens, chunks of {self.cfg.ttt_chunk_tokens:,}, world size {rt.world_size}"]
         table += [f"  {'pass' if f.holds else 'FAIL'}  {f.evaluation:<{wide[0]}}  {f.check:<{wide[1]}}  {f.evidence}"
                   for f in self.findings]
         table += [f"audit:{verdict} checks:{len(self.findings)} failed:{len(failed)} "
-                  f"signed:sha256:{digest(body)} of {files[0]}"]
+                  f"signed:sha256:{digest(body.encode())} of {log.folder / 'audit.json'}"]
         if rt.rank == 0:
-            self.script.write_atomically(files[0], body)
-            self.script.write_atomically(files[1], "\n".join([*table, ""]).encode())
+            log.write("audit.json", body)
+            log.write("audit.txt", "\n".join([*table, ""]))
             print("\n".join(table), flush=True)
 
 
@@ -735,12 +734,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--script", metavar="FILE", help="what scores it (default: the repository's train_gpt.py)")
     parser.add_argument("--tokens", metavar="N", help="length of the piece; 0, the default: two and a half chunks")
     parser.add_argument("--positions", metavar="N", help="from how many positions on to change it (default: 6)")
-    parser.add_argument("--out", metavar="PREFIX", help="of the two files")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_intermixed_args(argv)
     environ = {**os.environ, **dict(pair.split("=", 1) for pair in args.settings if "=" in pair)}
-    for name, default, least in (("script", ROOT / "train_gpt.py", None), ("out", "", None), ("tokens", 0, 0),
-                                 ("positions", 6, 1)):
+    for name, default, least in (("script", ROOT / "train_gpt.py", None), ("tokens", 0, 0), ("positions", 6, 1)):
         text = getattr(args, name) or environ.get(f"AUDIT_{name.upper()}") or str(default)
         if least is not None and not (text.isdecimal() and int(text) >= least):
             raise UsageError(f"AUDIT_{name.upper()}={text} is not a whole number from {least} on")
@@ -757,10 +754,18 @@ def settings_of(script, args: argparse.Namespace):
     return script.settings_from({**os.environ, **settings, "EVAL_ARTIFACT": args.artifact})
 
 
+def run_of(artifact: str, cfg) -> tuple[Path, str]:
+    """ARTIFACT_DIR and RUN_ID of the run that the audit belongs to."""
+    folder = Path(artifact).resolve().parent
+    if not cfg.run_id and folder.parent.name == "runs":
+        return folder.parent.parent, folder.name
+    return Path(cfg.artifact_dir), cfg.run_id or Path(artifact).stem
+
+
 def audit(args: argparse.Namespace, script, opened: Opened) -> None:
     """From settings to files. Raises AuditError if a check fails."""
     begun, cfg = time.perf_counter(), settings_of(script, args)
-    prefix = Path(args.out or Path(cfg.artifact_dir) / "logs" / (cfg.run_id or Path(args.artifact).stem))
+    log = script.RunLog(*run_of(args.artifact, cfg))
     with tempfile.TemporaryDirectory() as folder:  # for the logs of the script
         rt = script.Runtime.open(dataclasses.replace(cfg, artifact_dir=folder, run_id="audit", resume=False))
         try:
@@ -770,7 +775,7 @@ def audit(args: argparse.Namespace, script, opened: Opened) -> None:
                 torch.utils.deterministic.fill_uninitialized_memory = False
             auditor = Audit(script, cfg, rt, args.artifact, opened, args.tokens, args.positions)
             failed = [f"{f.check} ({f.evaluation})" for f in auditor.run() if not f.holds]
-            auditor.report(prefix, time.perf_counter() - begun)
+            auditor.report(log, time.perf_counter() - begun)
             rt.agree(0.0)  # no rank leaves before the first has written its files
         finally:
             rt.close()
@@ -778,21 +783,12 @@ def audit(args: argparse.Namespace, script, opened: Opened) -> None:
         raise AuditError(f"the audit failed: {', '.join(failed)}; such a score does not count")
 
 
+@one_line_errors
 def main(argv: list[str]) -> int:
-    script, opened = types.SimpleNamespace(UserError=UsageError), Opened()
-    try:
-        args = parse(argv)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, before CUDA starts
-        with opened:
-            script = import_script(Path(args.script))
-            audit(args, script, opened)
-    except (UsageError, script.UserError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    args, opened = parse(argv), Opened()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, before CUDA starts
+    with opened:
+        audit(args, import_script(Path(args.script)), opened)
     return 0
 
 

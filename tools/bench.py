@@ -1,4 +1,4 @@
-"""Our script and a published one, side by side on this machine's CPU.
+"""Speed and memory of our script and a published one, side by side on this machine's CPU (--gpu: GPU).
 
     python tools/bench.py --peer PR_1092.py                          # embedded text, 3 pairs of runs
     python tools/bench.py --peer PR_1092.py --steps 100 --data FOLDER --tokenizer MODEL --out bench.json
@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 import benchlib
+import runlog
 from benchlib import LABELS, BenchError
 from shell import one_line_errors
 
@@ -31,7 +32,7 @@ ROWS = ("train_tokens_per_s", "sliding_tokens_per_s", "ttt_tokens_per_s", "cpu_s
 NEEDED = {  # number -> the line of a log that has it
     "step_ms": f"`step:N/M train_loss:X train_time:Yms` of {benchlib.SETTLING_STEPS + 1} steps",
     "val_tokens": "`val_loader:… tokens:N`",
-    **{f"{key}_s": f"`{name} … eval_time:Nms`" for key, name in benchlib.SCORES.items()}}
+    **{f"{key}_s": f"`{runlog.PHASES[key]} … eval_time:Nms`" for key in benchlib.SCORES}}
 
 
 def read_log(text: str, batch_tokens: int) -> dict[str, float]:

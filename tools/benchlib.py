@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import statistics
 import struct
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import runlog
 from shell import Parser, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,11 +44,7 @@ LABELS = {  # number -> (what tables call it, format)
     "sliding_bpb": ("bpb, sliding", ".4f"),
     "ttt_bpb": ("bpb, TTT", ".4f"),
     "total_bytes": ("code and artifact, bytes", ",.0f")}
-SCORES = {"roundtrip": r"final_\S+_roundtrip|diagnostic quantized", "sliding": r"final_\S+_sliding_window",
-          "ttt": r"legal_ttt|quantized_ttt_phased"}
-SINGLE_NUMBERS = {"peak_mib": r"^peak memory (?:allocated|resident): (\d+) MiB",
-                  "total_bytes": r"^Total submission size \S+: (\d+) bytes",
-                  "val_tokens": r"^(?:val_loader:.* tokens:|val_tokens: )(\d+)"}
+SCORES = ("roundtrip", "sliding", "ttt")  # phases that both sides have
 
 
 class BenchError(UsageError):
@@ -64,13 +62,19 @@ def build_parser(description: str) -> Parser:
     add("--steps", type=int, default=60, metavar="N", help="optimiser steps (default: %(default)s)")
     add("--repeat", type=int, default=3, metavar="N", help="pairs of runs (default: %(default)s)")
     add("--threads", type=int, default=2, metavar="N", help="threads of each run on a CPU (default: %(default)s)")
+    add("--val-tokens", type=int, default=131_072, metavar="N", help="most validation tokens (%(default)s)")
+    add_files(parser)
+    add("settings", nargs="*", metavar="KEY=VALUE", help="settings for both sides")
+    return parser
+
+
+def add_files(parser: Parser) -> None:
+    """The options of `prepare_data`, and where the result goes."""
+    add = parser.add_argument
     add("--data", type=Path, metavar="FOLDER", help="folder with fineweb_{train,val}_*.bin")
     add("--text", action="append", metavar="FILE", help="instead: text to make shards of; may be given again")
     add("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model (default: a new one)")
-    add("--val-tokens", type=int, default=131_072, metavar="N", help="most validation tokens (%(default)s)")
     add("--out", type=Path, metavar="FILE", help="write all numbers there as JSON")
-    add("settings", nargs="*", metavar="KEY=VALUE", help="settings for both sides")
-    return parser
 
 
 def run_settings(args: argparse.Namespace, defaults: dict) -> dict:
@@ -105,19 +109,26 @@ def prepare_data(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     return next((folder / "datasets").iterdir()), tokenizer
 
 
-def cut_validation(data: Path, folder: Path, tokens: int, window: int) -> Path:
-    """A data set with the same training shards and the first whole windows of the validation text: both sides
-    then score the same tokens, for the published scripts leave out what does not fill a window."""
-    body = b"".join(path.read_bytes()[SHARD_HEADER_BYTES:] for path in sorted(data.glob("fineweb_val_*.bin")))
-    windows = (min(tokens, len(body) // 2) - 1) // window
+def cut_validation(data: Path, folder: Path, tokens: int, window: int = 1, start: int = 0) -> Path:
+    """A data set with the same training shards and the first whole windows of the validation text from a token on: two
+    scripts then score the same tokens, for the published ones leave out what does not fill a window."""
+    kinds = {"": [], "bytes_": []}  # tokens; of transformed text, the bytes of each
+    for path in sorted(data.glob("fineweb_val_*.bin")):
+        kinds["bytes_" * path.name.startswith("fineweb_val_bytes_")].append(path.read_bytes()[SHARD_HEADER_BYTES:])
+    bodies = {kind: b"".join(parts)[2 * start:] for kind, parts in kinds.items() if parts}
+    windows = (min(tokens, len(bodies.get("", b"")) // 2) - 1) // window
     if windows < 1:
-        raise BenchError(f"{data} holds no window of {window} validation tokens (fineweb_val_*.bin)")
+        raise BenchError(f"{data} holds no window of {window} validation tokens from token {start} on "
+                         "(fineweb_val_*.bin)")
     folder.mkdir()
     for path in data.glob("fineweb_train_*.bin"):
         (folder / path.name).symlink_to(path.resolve())
+    if (data / "dataset.json").is_file():
+        shutil.copy(data / "dataset.json", folder)
     count = windows * window + 1
     header = struct.pack("<256i", 20240520, 1, count, *[0] * 253)
-    (folder / "fineweb_val_000000.bin").write_bytes(header + body[:2 * count])
+    for kind, body in bodies.items():
+        (folder / f"fineweb_val_{kind}000000.bin").write_bytes(header + body[:2 * count])
     return folder
 
 
@@ -147,33 +158,19 @@ def last_line(text: str) -> str:
 
 
 # ---- logs --------------------------------------------------------------------------------------------------
-def step_times(text: str, batch_tokens: int) -> list[float]:
-    """Milliseconds of each logged step but the first ones, from PR 1092's kind of line or from PR 1855's."""
-    marks = [(int(step), float(ms)) for step, ms in
-             re.findall(r"^step:(\d+)/\d+ train_loss:\S+ train_time:([\d.]+)ms", text, re.MULTILINE)]
-    marks = marks or [(int(step), 1000 * int(step) * batch_tokens / float(speed)) for step, speed in
-                      re.findall(r"^(\d+)/\d+ train_loss: \S+ train_time: \S+ tok/s: ([\d.]+)", text, re.MULTILINE)]
-    return [(later[1] - mark[1]) / (later[0] - mark[0])
-            for mark, later in zip(marks, marks[1:])][SETTLING_STEPS - 1:]
-
-
 def read_log(text: str, batch_tokens: int) -> dict[str, float]:
-    """The numbers in a log, by the lines that published scripts share; a line it lacks is a key less.
+    """The numbers in a log; a line it lacks is a key less.
 
     step_ms (median), train_tokens_per_s, peak_mib, total_bytes, val_tokens; for roundtrip, sliding and ttt: ..._bpb and
     ..._s, the seconds of that evaluation.
     """
-    found, steps = {}, step_times(text, batch_tokens)
+    run = runlog.parse(text, batch_tokens)
+    found = {key: getattr(run, key) for key in ("peak_mib", "total_bytes", "val_tokens") if getattr(run, key)}
+    steps = [ms for _, _, ms in run.step_times][SETTLING_STEPS - 1:]
     if steps:
         found["step_ms"] = max(statistics.median(steps), 1e-3)
         found["train_tokens_per_s"] = 1000 * batch_tokens / found["step_ms"]
-    for key, pattern in SINGLE_NUMBERS.items():
-        match = re.search(pattern, text, re.MULTILINE)
-        if match:
-            found[key] = float(match[1])
-    for key, name in SCORES.items():
-        line = re.search(rf"^({name}) val_loss:\S+ val_bpb:(\S+) (?:stride:\d+ )?eval_time:(\d+)ms", text, re.MULTILINE)
-        if line:
-            exact = re.search(rf"^{re.escape(line[1])}_exact val_loss:\S+ val_bpb:(\S+)", text, re.MULTILINE)
-            found[f"{key}_bpb"], found[f"{key}_s"] = float(exact[1] if exact else line[2]), int(line[3]) / 1000
+    for phase in SCORES:
+        if phase in run.seconds:
+            found[f"{phase}_bpb"], found[f"{phase}_s"] = run.bpb[phase], run.seconds[phase]
     return found

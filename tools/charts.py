@@ -1,35 +1,67 @@
-"""Runs as one HTML page that needs nothing else: plotly's charts with its JavaScript inside."""
+"""Runs as one HTML page that needs nothing else: plotly's charts, its JavaScript inside. And what pictures share."""
 from __future__ import annotations
 
 import html
+import itertools
 import math
 
+from pathlib import Path
+
 from runlog import PHASES, Run
-from shell import UsageError
+from shell import UsageError, optional
 
 TITLES = {"pre_quant": "before quantisation", "roundtrip": "from the artifact", "sliding": "sliding windows",
           "ttt": "test-time training", "ngram": "counts"}
 COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
+MENTIONED = 0.001  # share of the bytes; the first tokens' few would dwarf all others
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1150px; padding: 0 1em; color: #222 }
 table { border-collapse: collapse } td, th { border-bottom: 1px solid #ddd; padding: .2em .8em; text-align: left }
 td { font-variant-numeric: tabular-nums }"""
 
 
-def plotly():
+# ---- pictures of matplotlib ----------------------------------------------------------------------------------
+def picture(what: str, width: float, height: float):
+    """An empty figure, in inches; `what` wants it. Raises UsageError."""
+    figure = optional("matplotlib.figure", what, "matplotlib")
+    return figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure, path: Path) -> None:
+    """Raises UsageError."""
     try:
-        from plotly import graph_objects, subplots
-    except ImportError:
-        raise UsageError("reports need plotly: pip install -r tools/requirements.txt") from None
-    return graph_objects, subplots
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def bpb(nats: float, size: float) -> float:
-    return nats / math.log(2) / size if size else math.nan
+# ---- eval.json -----------------------------------------------------------------------------------------------
+def bpb(rows: list) -> list[float]:
+    """Bits per byte of rows of (nats, bytes); nan where there is nothing."""
+    return [nats / math.log(2) / size if size else math.nan for nats, size in rows]
 
 
-def step_times(run: Run) -> list[tuple[int, float, float]]:
-    """(step, seconds, milliseconds of each step since the line before)."""
-    return [(b[0], b[1], 1000 * (b[1] - a[1]) / (b[0] - a[0])) for a, b in zip(run.steps, run.steps[1:]) if b[0] > a[0]]
+def running(rows: list) -> list[float]:
+    """Bits per byte of all rows up to each one."""
+    return bpb(list(itertools.accumulate(rows, lambda sums, row: (sums[0] + row[0], sums[1] + row[1]))))
+
+
+def places(traces: dict) -> list[float]:
+    """How many targets are scored at the end of each row of a stream."""
+    count = len(traces["roundtrip"]["stream"])
+    return [traces["tokens"] * (i + 1) / count for i in range(count)]
+
+
+def gains(traces: dict) -> list[tuple[int, float, float, float]]:
+    """Rows (first position in the document, share of the bytes, bpb without adaptation, gain of adaptation)."""
+    plain = traces.get("sliding", traces["roundtrip"])["position"]
+    adapted, total = traces["ttt"]["position"], sum(size for _, size in plain)
+    rows = enumerate(zip(bpb(plain), bpb(adapted), plain))
+    return [(2 ** i - 1, size / total, before, before - after) for i, (before, after, (_, size)) in rows if size]
+
+
+# ---- the page ------------------------------------------------------------------------------------------------
+def plotly():
+    return (optional(f"plotly.{part}", "a report") for part in ("graph_objects", "subplots"))
 
 
 def training(runs: list[Run]):
@@ -37,7 +69,7 @@ def training(runs: list[Run]):
     go, subplots = plotly()
     rows = {"training loss, nats": lambda run: run.steps, "validation, bits per byte": lambda run: run.validations,
             "learning rate, of its peak": lambda run: [row for row in run.lr_scales if row[2] is not None],
-            "ms per step": step_times}
+            "ms per step": lambda run: run.step_times}
     rows = {title: take for title, take in rows.items() if any(take(run) for run in runs)}
     figure = subplots.make_subplots(len(rows), 2, shared_xaxes="columns", shared_yaxes="rows", vertical_spacing=0.04,
                                     horizontal_spacing=0.03)
@@ -76,17 +108,11 @@ def adaptation(runs: list[Run]):
         if "ttt" not in run.traces:
             continue
         plain, adapted = run.traces.get("sliding", run.traces["roundtrip"]), run.traces["ttt"]
-        sums, gain, share = [0.0] * 4, [], []
-        for (nats, size), (after, other) in zip(plain["stream"], adapted["stream"]):
-            sums = [a + b for a, b in zip(sums, (nats, size, after, other))]
-            gain.append(bpb(*sums[:2]) - bpb(*sums[2:]))
-            share.append(run.traces["tokens"] * (len(share) + 1) / len(plain["stream"]))
+        gain = [before - after for before, after in zip(running(plain["stream"]), running(adapted["stream"]))]
         look = {"name": html.escape(run.name), "legendgroup": str(i)}
-        figure.add_trace(go.Scatter(x=share, y=gain, line_color=COLOURS[i % len(COLOURS)], **look), 1, 1)
-        total = sum(size for _, size in plain["position"])
-        rows = [(2 ** k - 1, bpb(*before) - bpb(*after)) for k, (before, after) in
-                enumerate(zip(plain["position"], adapted["position"])) if before[1] > 0.001 * total]
-        figure.add_trace(go.Bar(x=[f"{first:,}" for first, _ in rows], y=[g for _, g in rows], showlegend=False,
+        figure.add_trace(go.Scatter(x=places(run.traces), y=gain, line_color=COLOURS[i % len(COLOURS)], **look), 1, 1)
+        rows = [row for row in gains(run.traces) if row[1] > MENTIONED]
+        figure.add_trace(go.Bar(x=[f"{first:,}" for first, *_ in rows], y=[g for *_, g in rows], showlegend=False,
                                 marker_color=COLOURS[i % len(COLOURS)], **look), 1, 2)
     figure.update_xaxes(title_text="targets scored", row=1, col=1)
     figure.update_xaxes(title_text="from this token on", row=1, col=2)
@@ -123,11 +149,11 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def overview(runs: list[Run]) -> str:
     number = lambda value, form: format(value, form) if value else "-"
-    return table(["run", "state", "steps", *TITLES.values(), "bytes", "training, s"], [
+    return table(["run", "state", "steps", *TITLES.values(), "bytes", "training, s", "audit"], [
         [html.escape(run.name), html.escape(f"{run.state} {run.why}"),
          f"{max((row[0] for row in [*run.steps, *run.validations]), default=0):,}",
          *(number(run.bpb.get(phase), ".4f") for phase in PHASES), number(run.total_bytes, ",d"),
-         number(run.train_seconds, ".1f")] for run in runs])
+         number(run.train_seconds, ".1f"), html.escape(run.audit or "-")] for run in runs])
 
 
 def page(runs: list[Run]) -> str:

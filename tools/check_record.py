@@ -172,14 +172,13 @@ def texts(logs: dict) -> list[Finding]:
     for name, (run, text) in logs.items():
         measured = ratio(run)
         known = [kind for kind, (low, high) in RATIOS.items() if measured and low <= measured <= high]
-        tokens = [int(number) for number in re.findall(r"(?:val_tokens: ?|val_loader:shards \S+ tokens:)(\d+)", text)]
         if measured and not known:
-            caseops = [n for n in tokens if n in CASEOPS_TOKENS]
             said = f"{name}: val_loss/val_bpb is {measured:.6f}, which is that of no canonical validation text"
-            found.append(broken(f"{said}; with its {caseops[0]:,} tokens it would be 2.18837, and the score "
-                                f"{run.score * measured / 2.188371:.4f}") if caseops else look(said))
-        if any(9_000_000 < n < 10_000_000 for n in tokens):
-            found.append(broken(f"{name}: {min(tokens):,} validation tokens are 10,000 documents, not 50,000"))
+            found.append(broken(f"{said}; with its {run.val_tokens:,} tokens it would be 2.18837, and the score "
+                                f"{run.score * measured / 2.188371:.4f}") if run.val_tokens in CASEOPS_TOKENS
+                         else look(said))
+        if 9_000_000 < (run.val_tokens or 0) < 10_000_000:
+            found.append(broken(f"{name}: {run.val_tokens:,} validation tokens are 10,000 documents, not 50,000"))
         first = next((loss for step, _, loss in run.steps if step == 1), None)
         if "CaseOps" in known and str(run.settings.get("seed")) == "42" and first == LEAKED_STEP_1:
             found.append(broken(f"{name}: the first batch has a loss of {first}: training text begins at document "

@@ -12,13 +12,13 @@ import difflib
 import os
 import sys
 
-from shell import (AUDIT, RANKS, check_profile, did_you_mean, one_line_errors, overridden, read_profile, take_settings,
+from shell import (OF_RUN_SH, check_profile, did_you_mean, one_line_errors, overridden, read_profile, take_settings,
                    unknown)
 
 
 def check_arguments(arguments: list[str], names: list[str]) -> None:
     """Raises UsageError."""
-    _, rest = take_settings(arguments, [*names, *AUDIT, *RANKS, "SCALE", "TENSORBOARD"])
+    _, rest = take_settings(arguments, [*names, *OF_RUN_SH])
     for argument in rest:
         raise unknown(argument.partition("=")[0], names)
 

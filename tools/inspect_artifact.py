@@ -1,4 +1,4 @@
-"""Where the bytes of an artifact are.
+"""Where the bytes of an artifact are: by tensor and by stream.
 
     python tools/inspect_artifact.py final_model.ptz
     python tools/inspect_artifact.py final_model.ptz --plot bytes.png    # the same as a bar chart
@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+import charts  # noqa: E402
 import shell  # noqa: E402
 
 LIMIT = 16_000_000  # of the competition, code included
@@ -94,25 +95,18 @@ def tables(found: Contents, code_bytes: int) -> list[str]:
 
 
 def plot(found: Contents, path: Path) -> None:
-    """A bar for each tensor, the largest on top. Raises UserError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise tg.UserError("--plot needs matplotlib: pip install matplotlib") from None
+    """A bar for each tensor, the largest on top. Raises UsageError."""
     parts = sorted([(p.bytes, p.name, p.stream) for p in found.pieces] + [(found.header_bytes, "(header)", "header")])
     parts = [(sum(size for size, _, _ in parts[:-24]), "(smaller ones)", "")] * (len(parts) > 24) + parts[-24:]
     streams = sorted({stream for _, _, stream in parts})
-    figure = Figure(figsize=(9, 1 + 0.28 * len(parts)), layout="constrained")
+    figure = charts.picture("--plot", 9, 1 + 0.28 * len(parts))
     axes = figure.subplots()
     bars = axes.barh([name for _, name, _ in parts], [size for size, _, _ in parts],
                      color=[f"C{streams.index(stream) % 10}" for _, _, stream in parts])
     axes.bar_label(bars, [f" {size:,.0f}" for size, _, _ in parts])
     axes.set(xlabel="bytes", title=f"artifact of {found.file_bytes:,} bytes")
     axes.margins(x=0.15)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise tg.UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    charts.save(figure, path)
 
 
 @shell.one_line_errors

@@ -12,6 +12,7 @@ those of train_gpt.py, from the environment or as KEY=VALUE.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -43,10 +44,12 @@ def scores(path: str, cfg: tg.Hyperparameters, rt: tg.Runtime, text: tg.ValData)
     """(which evaluation was the last one, its scores, its seconds)"""
     model = tg.load_model(tg.read_file(path), rt, text.tokenizer_sha256)
     key, stride = list(tg.final_evaluations(cfg).items())[-1]
-    adapter, trace = tg.adapter_for(model, cfg, rt) if key == "ttt" else None, tg.Trace(text)
+    adapter = tg.adapter_for(model, cfg, rt) if key == "ttt" else None
+    nll = torch.zeros(len(text.tokens) - 1, device=rt.device)
     plan = tg.plan_evaluation(text, cfg, rt, stride, cfg.eval_batch_seqs, adapter is not None)
-    result = tg.evaluate(key, tg.scorer(model, rt, adapter), text, cfg, rt, plan, adapter, observe=trace)
-    return key, trace.nll.double(), result.seconds
+    result = tg.evaluate(key, tg.scorer(model, rt, adapter), text, cfg, rt, plan, adapter,
+                         observe=functools.partial(nll.index_copy_, 0))
+    return key, nll.double(), result.seconds
 
 
 def pick(counts: list, nll: torch.Tensor, start: float = 8.0) -> list[float]:

@@ -1,4 +1,4 @@
-"""Hold train_gpt.py against numbers that a published system's own code has computed.
+"""train_gpt.py against numbers that a published system's own code has computed.
 
     python tools/parity.py FOLDER [--tokenizer MODEL]      # one fixture, one line per quantity
     python tools/parity.py --all FOLDER                    # every fixture below FOLDER, one line each

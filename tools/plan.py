@@ -1,4 +1,4 @@
-"""What a run will take, before an hour of eight GPUs is paid for: parameters, bytes, FLOPs, memory, time.
+"""What a run will take, before eight GPUs are paid for: parameters, bytes, FLOPs, memory, time.
 
     bash run.sh plan pr1092
     bash run.sh plan pr1092 NUM_LAYERS=10 MLP_QUANT_BITS=5

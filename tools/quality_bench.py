@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # profiles.py looks at train_gpt.py
 import benchlib  # noqa: E402
 import profiles  # noqa: E402
+import runlog  # noqa: E402
 from benchlib import BenchError  # noqa: E402
 from shell import Parser, one_line_errors  # noqa: E402
 
@@ -33,8 +34,6 @@ SIZES = dict(
     DEVICE="cpu", DTYPE="fp32", COMPILE=0)
 WHERE_ON = {"NUM_LOOPS": dict(LOOP_START=1, LOOP_END=2), "PARALLEL_START_LAYER": dict(PARALLEL_START_LAYER=3),
             "VE_ENABLED": dict(VE_LAYERS="3,4"), "WARMDOWN_ITERS": dict(WARMDOWN_ITERS=200)}  # if a profile has it
-PRE_QUANT = r"(?im)^diagnostic (?:post\S*|pre-quantization post-ema) val_loss:\S+ val_bpb:(\S+)"
-BYTES = r"(?m)^Serialized model \S+: (\d+) bytes"
 COLUMNS = {"pre_quant_bpb": ".4f", "roundtrip_bpb": ".4f", "ttt_bpb": ".4f", "bytes": ",.0f",
            "train_tokens_per_s": ",.0f"}
 
@@ -67,16 +66,11 @@ def run(system: str, environ: dict[str, str], seed: int) -> dict[str, float]:
 
 def read_published(name: str, path: Path) -> dict[str, float]:
     """The same numbers from the log of a published script. Raises BenchError."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise BenchError(f"{name}: cannot read {path}: {error.strerror}") from None
-    found = benchlib.read_log(text, int(SIZES["TRAIN_BATCH_TOKENS"]))
-    for key, pattern in (("pre_quant_bpb", PRE_QUANT), ("bytes", BYTES)):
-        match = re.search(pattern, text)
-        if match is None:
-            raise BenchError(f"{name}: {path} has no line `{pattern}`")
-        found[key] = float(match[1])
+    text = runlog.read_text(path)
+    run, found = runlog.parse(text), benchlib.read_log(text, int(SIZES["TRAIN_BATCH_TOKENS"]))
+    if "pre_quant" not in run.bpb or not run.artifact_bytes:
+        raise BenchError(f"{name}: {path} has no line with bits per byte before quantisation, or none with the bytes")
+    found |= {"pre_quant_bpb": run.bpb["pre_quant"], "bytes": run.artifact_bytes}
     return {key: found.get(key) for key in COLUMNS}
 
 
@@ -98,13 +92,10 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--quality", action="store_true", help="this bench")
-    add("--data", type=Path, metavar="FOLDER", help="folder with fineweb_{train,val}_*.bin")
-    add("--text", action="append", metavar="FILE", help="instead: text to make shards of; may be given again")
-    add("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model (default: a new one)")
+    benchlib.add_files(parser)
     add("--seeds", default="7", metavar="N,N", help="a run each (default: %(default)s)")
     add("--log", action="append", default=[], metavar="NAME=FILE", help="a published script's log; again for a seed")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every system")
-    add("--out", type=Path, metavar="FILE", help="write all numbers there as JSON")
     add("systems", nargs="+", metavar="PROFILE[:KEY=VALUE,...]", help="what to train")
     return parser
 

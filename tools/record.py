@@ -1,10 +1,10 @@
-"""Makes what is submitted: the small train_gpt.py, and the folder of a run.
+"""What is submitted: the small train_gpt.py, the folder of some runs; and a check of anyone's folder.
 
     python tools/record.py build                                  # train_gpt.py -> build/train_gpt.py
     python tools/record.py build --source FILE --out FILE
     python tools/record.py show FILE                              # the code inside a built file
     python tools/record.py NAME RUN_ID... --author A --github-id G        # the folder to submit, of runs in runs/
-    python tools/record.py folder NAME --log logs/RUN.txt --artifact final_model.ptz --author A --github-id G
+    python tools/record.py folder NAME --log runs/RUN_ID/log.txt --artifact final_model.ptz --author A --github-id G
     python tools/record.py --check FOLDER                         # what of anyone's folder does not hold together
 
 `build` drops comments, docstrings, annotations of arguments and results, and the help texts of settings (class
@@ -17,7 +17,7 @@ counts as code. The same source gives the same bytes, with the pinned minifier a
 
 `folder` writes records/DATE_NAME/ with README.md, submission.json, the built and the readable script and the
 logs. It takes runs that differ in their seed only, each of this train_gpt.py or of the file built from it by the
-sha256 in its log, whose summary says what RUN.txt and RUN.jsonl measured. A run with AUDIT=1 brings its audit along;
+sha256 in its log, whose summary says what its log and its events measured. A run with AUDIT=1 brings its audit along;
 one that failed, or is of another artifact, is refused. NAME RUN_ID... does the same of kept runs, and keeps the rules:
 an audit of each, training and calibration as well as evaluation within 600 s, the canonical data unless --own-data says
 otherwise, and nothing that --check calls broken. --against BPB: the p-value of beating a score by 0.005 nats.
@@ -38,13 +38,14 @@ import re
 import shutil
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
 import check_record
 import runlog
 from check_record import LIMIT_BYTES, LIMIT_SECONDS
-from shell import Parser, UsageError, one_line_errors
+from shell import Parser, UsageError, one_line_errors, optional
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 10)
@@ -109,12 +110,8 @@ def is_text(statement: ast.stmt) -> bool:
 
 def print_densely(tree: ast.Module) -> str:
     """The shortest text of a tree that the oldest Python reads."""
-    try:
-        import python_minifier
-        from python_minifier import f_string
-    except ImportError:
-        raise RecordError("python-minifier is missing: pip install -r requirements.txt") from None
-
+    python_minifier = optional("python_minifier", "building", "-r requirements.txt")
+    f_string = optional("python_minifier.f_string", "building", "-r requirements.txt")
     made = f_string.OuterFString.__init__
     # From Python 3.12 on it nests equal quotes in f-strings, which older Pythons cannot read.
     old = lambda self, node, pep701=False: made(self, node, pep701=False)
@@ -210,12 +207,9 @@ FREE = {"seed", "run_id", "artifact_dir", "profile", "resume", "train_log_every"
 
 
 def read_events(path: Path) -> dict[str, dict]:
-    """The last event of each kind in RUN.jsonl, evaluations by their names. Raises RecordError."""
-    try:
-        events = [json.loads(line) for line in read_source(path).splitlines()]
-        found = {event["name"] if event["event"] == "evaluation" else event["event"]: event for event in events}
-    except (ValueError, LookupError, TypeError):
-        raise RecordError(f"{path} is not the .jsonl of a run") from None
+    """The last event of each kind, evaluations by their names. Raises UsageError."""
+    found = {event["name"] if event["event"] == "evaluation" else event["event"]: event
+             for event in runlog.parse_lines(path)}
     missing = {"settings", "artifact", "validation"} - set(found)
     if missing:
         raise RecordError(f"{path} has no event {min(missing)!r}: not a finished training run")
@@ -223,11 +217,11 @@ def read_events(path: Path) -> dict[str, dict]:
 
 
 class Log:
-    """RUN.txt, RUN.jsonl and RUN.summary.json of one run, compared with each other. Raises RecordError."""
+    """log.txt, events.jsonl and summary.json of one run, compared with each other. Raises UsageError."""
 
     def __init__(self, path: Path, sources: set[str]):
-        self.path, self.text, self.beside = path, read_source(path), path.with_suffix(".summary.json")
-        self.events = read_events(path.with_suffix(".jsonl"))
+        self.path, self.text, self.beside = path, read_source(path), runlog.beside(path, "summary.json")
+        self.events = read_events(runlog.beside(path, "events.jsonl"))
         try:
             self.summary = json.loads(read_source(self.beside))
             logged = json.loads(self.line(r"^summary: (.*)$"))
@@ -250,7 +244,8 @@ class Log:
         """The summary says what was measured and logged. Raises RecordError."""
         def require(key: str, reported, measured, holds=None) -> None:
             if not (reported == measured if holds is None else holds):
-                raise RecordError(f"{self.beside}: {key} is {reported}, but {self.path.stem}'s log says {measured}")
+                name = runlog.name_of(self.path)
+                raise RecordError(f"{self.beside}: {key} is {reported}, but {name}'s log says {measured}")
 
         for key, ending in EVENTS.items():
             name = next((name for name in self.events if name.endswith(ending)), None)
@@ -291,7 +286,8 @@ def read_run(path: Path, sources: set[str]) -> dict:
         changed = {k.upper(): v for k, v in log.events["settings"]["changed"].items() if k not in FREE}
         best = next(key for key in SCORES if log.summary.get(key) is not None)
         loss = next(event["loss"] for name, event in log.events.items() if name.endswith(EVENTS[best]))
-        return {**log.summary, "log": path, "loss": loss, "seed": int(log.line(r"^seed:(\d+)")), "common": log.common(),
+        return {**log.summary, "log": path, "name": runlog.name_of(path), "loss": loss,
+                "seed": int(log.line(r"^seed:(\d+)")), "common": log.common(),
                 "settings": " ".join(f"{k}={v}" for k, v in changed.items()) or "none"}
     except (LookupError, TypeError, AttributeError, StopIteration) as error:
         raise RecordError(f"{path} is not the log of a finished run: it lacks {error}") from None
@@ -331,11 +327,12 @@ def submission(runs: list[dict], args, code_bytes: int) -> dict:
             "pytorch_version": about["PyTorch"]}
 
 
-def audits(runs: list[dict], artifact: bytes) -> list[Path]:
-    """The signed tables beside the logs. Raises RecordError: not passed, or of another artifact than the run's."""
-    found, seen = [], set()
+def audits(runs: list[dict], artifact: bytes) -> dict[str, Path]:
+    """The signed tables beside the logs, by their names in the record. Raises RecordError: not passed, or of another
+    artifact than the run's."""
+    found, seen = {}, set()
     for run in runs:
-        table = run["log"].with_suffix(".audit.json")
+        table = runlog.beside(run["log"], "audit.json")
         if not table.is_file():
             continue
         try:
@@ -348,14 +345,14 @@ def audits(runs: list[dict], artifact: bytes) -> list[Path]:
         if run["artifact_bytes"] == len(artifact) and audited != sha256(artifact) or audited in seen:
             raise RecordError(f"{table} is the audit of another artifact than this run's (sha256 {audited})")
         seen.add(audited)
-        found += [table, table.with_suffix(".txt")]
+        found |= {f"{run['name']}.audit{kind}": table.with_suffix(kind) for kind in (".json", ".txt")}
     return found
 
 
-def readme(record: dict, runs: list[dict], audited: list[Path]) -> str:
+def readme(record: dict, runs: list[dict], audited: Iterable[str]) -> str:
     bpb = lambda r: record["seed_results"][str(r["seed"])]["val_bpb"]
     rows = [f"| {r['seed']} | {bpb(r):.6f} | {r['val_bpb_pre_quant']:.6f} | {r['artifact_bytes']:,} "
-            f"| {r['steps']:,} | {r['seconds']['train']:.1f} | `{r['log'].name}` |" for r in runs]
+            f"| {r['steps']:,} | {r['seconds']['train']:.1f} | `{r['name']}.txt` |" for r in runs]
     spread = f", standard deviation {record['val_bpb_std']:.6f}" if record["val_bpb_std"] is not None else ""
     return "\n".join([
         f"# {record['name']}", "", record["blurb"], "",
@@ -365,21 +362,20 @@ def readme(record: dict, runs: list[dict], audited: list[Path]) -> str:
         "| seed | bpb | bpb before quantisation | artifact bytes | steps | training s | log |",
         "|---|---|---|---|---|---|---|", *rows, "",
         f"Settings other than the defaults: `{runs[0]['settings']}`", "",
-        *([f"Audits of the scores: {', '.join(f'`{path.name}`' for path in audited)}", ""] if audited else []),
+        *([f"Audits of the scores: {', '.join(f'`{name}`' for name in audited)}", ""] if audited else []),
         "`train_gpt.py` is what counts as code; it was built from `train_gpt_readable.py`, the "
         "same program.", ""])
 
 
 def of_runs(args) -> None:
     """The arguments of `folder` for runs that are kept. Raises RecordError where a rule is broken."""
-    args.log = [args.runs / "logs" / f"{name}.txt" for name in args.run_ids]
+    args.log = [args.runs / "runs" / name / "log.txt" for name in args.run_ids]
     args.artifact = args.runs / "runs" / args.run_ids[0] / "final_model.ptz"
     for name, log in zip(args.run_ids, args.log):
         if not log.is_file():
             raise RecordError(f"there is no run {name!r} in {args.runs / 'runs'} (bash run.sh runs lists them)")
-        if not log.with_suffix(".audit.json").is_file():
-            artifact = args.runs / "runs" / name / "final_model.ptz"
-            raise RecordError(f"{name} has no audit: bash run.sh audit {artifact} RUN_ID={name}")
+        if not runlog.beside(log, "audit.json").is_file():
+            raise RecordError(f"{name} has no audit: bash run.sh audit {log.with_name('final_model.ptz')}")
 
 
 def keep_the_rules(args, runs: list[dict], record: dict) -> None:
@@ -425,8 +421,9 @@ def make_folder(args) -> Path:
                        "train_gpt_readable.py": source.encode(),
                        "submission.json": (json.dumps(record, indent=2) + "\n").encode()}.items():
         (half / name).write_bytes(data)
-    for path in (ROOT / "requirements.txt", *args.log, *audited):
-        shutil.copy(path, half)
+    for name, path in {"requirements.txt": ROOT / "requirements.txt", **audited,
+                       **{f"{run['name']}.txt": run["log"] for run in runs}}.items():
+        shutil.copy(path, half / name)
     if args.command == "runs":
         wrong = [finding.text for finding in check_record.check(half) if finding.broken]
         if wrong:
@@ -448,13 +445,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     folder = commands.add_parser("folder", help="write the folder of finished runs")
     folder.add_argument("name")
     folder.add_argument("--log", type=Path, nargs="+", required=True,
-                        help="logs/RUN.txt of each seed, RUN.summary.json beside it")
+                        help="runs/RUN_ID/log.txt of each seed, or its link in logs/")
     folder.add_argument("--artifact", type=Path, required=True,
                         help="of one of the runs; its sha256 is recorded")
     of_kept = commands.add_parser("runs", help="the same of runs in runs/, by their names")
     of_kept.add_argument("name")
     of_kept.add_argument("run_ids", nargs="+", metavar="RUN_ID")
-    of_kept.add_argument("--runs", type=Path, default=Path(os.environ.get("ARTIFACT_DIR") or "."), metavar="FOLDER",
+    of_kept.add_argument("--runs", type=Path, default=runlog.home(os.environ), metavar="FOLDER",
                          help="the ARTIFACT_DIR they are in")
     of_kept.add_argument("--against", type=float, metavar="BPB", help="a score that is to be beaten")
     of_kept.add_argument("--own-data", action="store_true", help="another text than the canonical one is meant")

@@ -1,4 +1,4 @@
-"""Runs as charts: one HTML page that needs nothing else, or a PNG of an evaluation.
+"""Runs and published logs as charts: one HTML page that needs nothing else, or a PNG of an evaluation.
 
     python tools/report.py                                    # the newest run; ARTIFACT_DIR= says where
     python tools/report.py RUN_ID other/train_seed42.log      # laid over each other: ours, and published logs
@@ -15,7 +15,6 @@ document. Right: seconds that each chunk took to score and to learn from.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -43,58 +42,31 @@ def read(path: Path) -> dict:
         raise tg.UserError(f"{path} is not the RUN_ID.eval.json that a run writes beside its log") from None
 
 
-def bpb(rows: list) -> list[float]:
-    """Bits per byte of rows of (nats, bytes); nan where there is nothing."""
-    return [nats / math.log(2) / size if size else math.nan for nats, size in rows]
-
-
-def running(rows: list) -> list:
-    """Sums of all rows up to each one."""
-    sums, total = [], (0.0, 0.0)
-    for nats, size in rows:
-        total = total[0] + nats, total[1] + size
-        sums.append(total)
-    return sums
-
-
-def gains(traces: dict) -> list[tuple[int, float, float, float]]:
-    """Rows (first position in the document, share of the bytes, bpb without adaptation, gain of adaptation)."""
-    plain = traces.get("sliding", traces["roundtrip"])["position"]
-    adapted, total = traces["ttt"]["position"], sum(size for _, size in plain)
-    return [(2 ** i - 1, before[1] / total, bpb([before])[0], bpb([before])[0] - bpb([after])[0])
-            for i, (before, after) in enumerate(zip(plain, adapted)) if before[1]]
-
-
 def tables(traces: dict) -> list[str]:
     evaluations = [key for key in NAMES if key in traces]
     lines = ["bits per byte up to this share of the text:"]
     at = [len(traces["roundtrip"]["stream"]) * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
     for key in evaluations:
-        curve = bpb(running(traces[key]["stream"]))
+        curve = charts.running(traces[key]["stream"])
         lines.append(f"  {NAMES[key]:<20} " + "  ".join(f"{25 * (i + 1):>3} % {curve[at[i]]:.4f}" for i in range(4)))
     if "ttt" in traces:
         lines.append("gain by position in the document:")
         lines += [f"  from token {first:>7,}  {100 * share:5.1f} % of the bytes  bpb {before:.4f}  gain {gain:+.4f}"
-                  for first, share, before, gain in gains(traces)]
+                  for first, share, before, gain in charts.gains(traces)]
     return lines
 
 
 def draw(traces: dict, path: Path) -> None:
     """Raises UserError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise tg.UserError("pictures need matplotlib: pip install matplotlib") from None
     adapted = "ttt" in traces
-    figure = Figure(figsize=(15, 4.2) if adapted else (6, 4.2), layout="constrained")
+    figure = charts.picture("a picture", 15 if adapted else 6, 4.2)
     panels = figure.subplots(1, 3 if adapted else 1, squeeze=False)[0]
     for key in [key for key in NAMES if key in traces]:
-        curve = bpb(running(traces[key]["stream"]))
-        panels[0].plot([traces["tokens"] * (i + 1) / len(curve) for i in range(len(curve))], curve, label=NAMES[key])
+        panels[0].plot(charts.places(traces), charts.running(traces[key]["stream"]), label=NAMES[key])
     panels[0].set(xlabel="targets scored", ylabel="bits per byte so far", title="along the text")
     panels[0].legend()
     if adapted:
-        rows = [row for row in gains(traces) if row[1] > 0.001]  # the first tokens' few bytes would dwarf all others
+        rows = [row for row in charts.gains(traces) if row[1] > charts.MENTIONED]
         panels[1].bar(range(len(rows)), [gain for *_, gain in rows], tick_label=[f"{first:,}" for first, *_ in rows])
         panels[1].tick_params(axis="x", rotation=60)
         panels[1].axhline(0, color="black", linewidth=0.8)
@@ -103,10 +75,7 @@ def draw(traces: dict, path: Path) -> None:
             panels[2].plot(seconds, label=what)
         panels[2].set(xlabel="chunk", ylabel="seconds", title="time per chunk", ylim=(0, None))
         panels[2].legend()
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise tg.UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    charts.save(figure, path)
 
 
 def picture_of(path: Path, out: Path | None) -> None:
@@ -139,7 +108,7 @@ def main(argv: list[str]) -> int:
     if len(args.runs) == 1 and args.runs[0].endswith("eval.json"):
         picture_of(Path(args.runs[0]), args.out)
     else:
-        page_of(args.runs, Path(tg.Hyperparameters.from_env(os.environ).artifact_dir), args.out)
+        page_of(args.runs, runlog.home(os.environ), args.out)
     return 0
 
 

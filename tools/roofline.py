@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import estimate
+import shell
 import train_gpt as tg
 
 BYTES_PER_S, LINK_BYTES_PER_S = 3.35e12, 450e9  # HBM3 of an H100 SXM; NVLink in one direction
@@ -100,12 +101,10 @@ def table(cfg: tg.Hyperparameters, gpus: int = estimate.GPUS) -> str:
     return "\n".join([*lines, f"| all | {flops / 1e9:,.0f} | {moved / 1e9:.2f} | | {total:.2f} | | {saved:.2f} |"])
 
 
+@shell.one_line_errors
 def main(argv: list[str]) -> int:
-    try:
-        print(table(tg.Hyperparameters.from_env(dict(item.partition("=")[::2] for item in argv))))
-    except tg.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _, settings = shell.Parser(__doc__).split(argv)
+    print(table(tg.Hyperparameters.from_env(settings)))
     return 0
 
 

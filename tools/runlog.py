@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from shell import UsageError
 
 # Phases of a run that end in a score, in their order, and how published logs call them (the last match counts).
 PHASES = {"pre_quant": r"DIAGNOSTIC post_\w+|(?:diagnostic )?pre-quantization post-ema",
-          "roundtrip": r"final_int(?!8_zlib_roundtrip)\w[\w+]*_roundtrip|(?:diagnostic )?quantized",
-          "sliding": r"final_int\w[\w+]*_sliding_window|quantized_sliding_window",
+          "roundtrip": r"final_(?:int(?!8_zlib_roundtrip)\w[\w+]*|waterfill)_roundtrip|(?:diagnostic )?quantized",
+          "sliding": r"final_(?:int\w[\w+]*|waterfill)_sliding_window|quantized_sliding_window",
           "ttt": r"legal_ttt(?:_hash)?|quantized_ttt\w*|lora_ttt_eval|final_(?:int8_)?ttt_lora",
           "ngram": r"\S+_ngram"}
 ONLY = {"roundtrip": r"final_int8_zlib_roundtrip"}  # the name of the first scripts; of later ones, an alias
+SINGLE_NUMBERS = {"total_bytes": r"Total submission size(?: \S+)?: (\d+) bytes",  # field of a run -> its line
+                  "artifact_bytes": r"Serialized model \S*\+\S*: (\d+) bytes",
+                  "val_tokens": r"(?:val_loader:.* tokens:|val_tokens: ?)(\d+)",
+                  "peak_mib": r"peak memory (?:allocated|resident): (\d+) MiB"}
+HOME = ("ARTIFACT_DIR", "OUT_DIR")
 STAMP = r"^(?:\d{10}\.\d{3} )?"  # PR 1610's logs begin each line with the time
 
 
@@ -38,17 +44,36 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)                     # phase -> seconds
     total_bytes: int | None = None
     artifact_bytes: int | None = None
+    val_tokens: int | None = None
+    peak_mib: int | None = None                                                 # of memory
     ledger: list[dict] = field(default_factory=list)                            # rows of train_gpt.LedgerRow
     traces: dict = field(default_factory=dict)                                  # eval.json
+    audit: str = ""                                                             # pass or FAIL
+
+    @property
+    def last_phase(self) -> str:
+        """Of those that have a score."""
+        return next((phase for phase in reversed(PHASES) if phase in self.bpb), "")
 
     @property
     def score(self) -> float | None:
         """Of the last phase that has one."""
-        return next((self.bpb[phase] for phase in reversed(PHASES) if phase in self.bpb), None)
+        return self.bpb.get(self.last_phase)
+
+    @property
+    def step_times(self) -> list[tuple[int, float, float]]:
+        """(step, seconds, milliseconds of each step since the line before)."""
+        pairs = zip(self.steps, self.steps[1:])
+        return [(b[0], b[1], round(1000 * (b[1] - a[1]) / (b[0] - a[0]), 6)) for a, b in pairs if b[0] > a[0]]
 
     @property
     def train_seconds(self) -> float:
         return max((s for _, s, _ in [*self.steps, *self.validations]), default=0.0)
+
+
+def home(environ: Mapping[str, str]) -> Path:
+    """The folder that runs/ and sweeps/ are in."""
+    return Path(next(filter(None, map(environ.get, HOME)), "."))
 
 
 def read_text(path: Path) -> str:
@@ -65,10 +90,22 @@ def read(path: Path) -> Run:
     """A run by its folder, its log or its events. Raises UsageError if there is no run in them."""
     if path.is_dir():
         path = path / "events.jsonl"
-    events = path.with_name("events.jsonl") if path.name == "log.txt" else path.with_suffix(".jsonl")
+    events = beside(path, "events.jsonl")
     if events.is_file() and path.suffix in (".jsonl", ".txt"):
         return read_events(events.resolve())
     return read_published(path)
+
+
+def beside(log: Path, name: str) -> Path:
+    """A file of the run whose log or events these are: in runs/RUN_ID/, or a link in logs/ by the name of the run."""
+    if log.name in ("log.txt", "events.jsonl"):
+        return log.with_name(name)
+    return log.with_name(log.stem + {"log.txt": ".txt", "events.jsonl": ".jsonl"}.get(name, f".{name}"))
+
+
+def name_of(log: Path) -> str:
+    """The RUN_ID of a log, or of events."""
+    return log.parent.name if log.name in ("log.txt", "events.jsonl") else log.stem
 
 
 def find(name: str, folder: Path) -> Run:
@@ -109,9 +146,7 @@ PLACES = {"post_average": "pre_quant", "_roundtrip": "roundtrip", "_sliding_wind
 
 def read_events(path: Path) -> Run:
     """runs/RUN_ID/events.jsonl and what lies beside it (of an older version: logs/RUN_ID.jsonl)."""
-    own_folder = path.name == "events.jsonl"
-    run = Run(path.parent.name if own_folder else path.stem, path)
-    beside = lambda name: path.with_name(name if own_folder else f"{path.stem}.{name}")
+    run = Run(name_of(path), path)
     process, steps, lr_scales, validations = {}, {}, {}, {}
     for event in parse_lines(path):
         kind = event["event"]
@@ -136,10 +171,11 @@ def read_events(path: Path) -> Run:
             run.why = event["why"]
     run.steps, run.lr_scales, run.validations = ([rows[step] for step in sorted(rows)]
                                                  for rows in (steps, lr_scales, validations))
-    log = beside("log.txt") if own_folder else path.with_suffix(".txt")
-    run.state = state_of(run, process, log)
-    if beside("eval.json").is_file() and run.state == "done":
-        run.traces = json.loads(read_text(beside("eval.json")))
+    run.state = state_of(run, process, beside(path, "log.txt"))
+    if beside(path, "eval.json").is_file() and run.state == "done":
+        run.traces = json.loads(read_text(beside(path, "eval.json")))
+    if beside(path, "audit.json").is_file():
+        run.audit = json.loads(read_text(beside(path, "audit.json"))).get("verdict", "")
     return run
 
 
@@ -158,15 +194,24 @@ def state_of(run: Run, process: dict, log: Path) -> str:
 
 # ---- published ---------------------------------------------------------------------------------------------
 def read_published(path: Path) -> Run:
-    """The log of a published script, by the lines they share. Raises UsageError if it has none of them."""
-    text = read_text(path)
-    run = Run(path.stem if path.parent.name in ("", "logs", ".") else f"{path.parent.name}/{path.stem}", path)
+    """The log of a published script. Raises UsageError if it has none of the lines they share."""
+    run = parse(read_text(path))
+    run.name, run.path = path.stem if path.parent.name in ("", "logs", ".") else f"{path.parent.name}/{path.stem}", path
+    if not run.steps and not run.bpb:
+        raise UsageError(f"{path} has no line of a run that is known: no train_loss, no val_bpb with its eval_time")
+    run.state = "done" if run.bpb else "stopped"
+    return run
+
+
+def parse(text: str, batch_tokens: int = 0) -> Run:
+    """What a log says by the lines that published scripts share. batch_tokens: of a step, where it does not say."""
+    run = Run("", Path())
     all_of = lambda pattern: re.findall(STAMP + pattern, text, re.MULTILINE)
     for name, value in all_of(r"  (\w+): (.*)$") + all_of(r"(seed):(\d+)"):
         run.settings[name] = value
     for key, value in re.findall(r"\b(train_batch_tokens|iterations|train_seq_len|warmup_steps):(\d+)", text):
         run.settings.setdefault(key, value)
-    batch = float(run.settings.get("train_batch_tokens") or 0)
+    batch = float(run.settings.get("train_batch_tokens") or batch_tokens)
     run.steps = [(int(step), float(ms) / 1000, float(loss)) for step, loss, ms in
                  all_of(r"step:(\d+)/\d+ train_loss:(\S+) train_time:([\d.]+)ms")]
     run.steps += [(int(step), int(step) * batch / float(speed) if batch else 60 * float(minutes), float(loss))
@@ -181,11 +226,7 @@ def read_published(path: Path) -> Run:
             run.loss[phase], run.bpb[phase], run.seconds[phase] = float(loss), float(bpb), int(ms) / 1000
         for loss, bpb in all_of(rf"(?:{names})_exact val_loss:(\S+) val_bpb:([\d.]+)"):
             run.loss[phase], run.bpb[phase] = float(loss), float(bpb)
-    sizes = all_of(r"Total submission size (?:\S+): (\d+) bytes") or all_of(r"Total submission size: (\d+) bytes")
-    run.total_bytes = int(sizes[-1]) if sizes else None
-    sizes = all_of(r"Serialized model \S*\+\S*: (\d+) bytes")
-    run.artifact_bytes = int(sizes[-1]) if sizes else None
-    if not run.steps and not run.bpb:
-        raise UsageError(f"{path} has no line of a run that is known: no train_loss, no val_bpb with its eval_time")
-    run.state = "done" if run.bpb else "stopped"
+    for name, pattern in SINGLE_NUMBERS.items():
+        found = all_of(pattern)
+        setattr(run, name, int(found[-1]) if found else None)
     return run

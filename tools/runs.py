@@ -1,4 +1,4 @@
-"""The runs of a folder as a table: when, profile and what differs from it, steps, bits per byte, bytes, state.
+"""Every run that is kept: when, profile and what differs from it, steps, bits per byte, bytes, state.
 
     bash run.sh runs
     python tools/runs.py
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     parser = shell.Parser(__doc__)
     parser.add_argument("--last", type=int, default=0, metavar="N", help="the newest N only")
     args = parser.parse(argv)
-    folder = Path(os.environ.get("ARTIFACT_DIR") or os.environ.get("OUT_DIR") or ".")
+    folder = runlog.home(os.environ)
     found = runlog.all_runs(folder)[-args.last:]
     if not found:
         raise shell.UsageError(f"no runs in {folder / 'runs'}: bash run.sh makes one")

@@ -10,6 +10,7 @@ environment variables, or KEY=VALUE among the arguments. `bash run.sh sample` se
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import sys
@@ -27,15 +28,9 @@ import transforms  # noqa: E402
 
 
 def open_runtime(cfg: tg.Hyperparameters) -> tg.Runtime:
-    """One process, as Runtime.open chooses device and kernels, without a log."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise tg.UserError("DEVICE=cuda was asked for, but this PyTorch sees no CUDA device")
-    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-    half = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda"
-    dtype = torch.bfloat16 if half else torch.float32
-    attention, attend = tg.pick_attention(cfg.attention, device, dtype)
-    log = tg.RunLog(Path(), "sample", active=False)
-    return tg.Runtime(0, 1, device, dtype, False, attention, attend, "sample", Path(), log)
+    """A run's, without compilation and without a log."""
+    rt = tg.Runtime.open(dataclasses.replace(cfg, compile="0"))
+    return dataclasses.replace(rt, log=tg.RunLog(Path(), "sample", active=False))
 
 
 def barred_ids(tokenizer) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import importlib
 import os
 import re
 import sys
@@ -14,12 +15,22 @@ OTHERS = ("AOT", "CUBLAS", "CUDA", "CUDNN", "GLOO", "HF_", "INDUCTOR", "KMP", "L
           "MPL", "NCCL", "NUMEXPR", "NVIDIA", "OMP", "OPENBLAS", "PYTHON", "PYTORCH", "RANK", "TMPDIR", "TORCH", "TQDM",
           "TRITON", "WANDB", "WORLD_SIZE")
 # Variables that run.sh and tools/audit.py read.
-AUDIT = ["AUDIT", "AUDIT_OUT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
+AUDIT = ["AUDIT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
 RANKS = ["NNODES", "NODE_RANK", "RDZV_ENDPOINT", "NPROC_PER_NODE", "MAX_RESTARTS"]
+AUDITED_SCRIPT = "audited_script"  # what tools/audit.py calls the module
+OF_RUN_SH = [*AUDIT, *RANKS, "SCALE", "TENSORBOARD"]  # all that its command line takes besides settings
 
 
 class UsageError(Exception):
     """The arguments are not what the tool takes. `one_line_errors` prints it as one line, exit code 2."""
+
+
+def optional(module: str, what: str, install: str = "-r tools/requirements.txt"):
+    """A module of a package that only `what` needs. Raises UsageError where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(f"{what} needs {module.partition('.')[0]}: pip install {install}") from None
 
 
 def did_you_mean(near: list[str]) -> str:
@@ -98,13 +109,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message} ({self.prog} --help says more)")
 
-    def split(self, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-        """(the tool's own arguments, the settings among them). Raises UsageError."""
+    def split(self, argv: list[str], more: Iterable[str] = ()) -> tuple[argparse.Namespace, dict[str, str]]:
+        """(the tool's own arguments, the settings and the variables in `more` among them). Raises UsageError."""
         import dataclasses
 
         import train_gpt as tg
         names = [name for f in dataclasses.fields(tg.Hyperparameters) for name in tg.env_names(f)]
-        settings, rest = take_settings(argv, names)
+        settings, rest = take_settings(argv, [*names, *more])
         return self.parse_intermixed_args(rest), settings
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
@@ -115,8 +126,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """train_gpt.UserError if train_gpt is imported; not every tool needs it, and with it PyTorch."""
-    return (sys.modules["train_gpt"].UserError,) if "train_gpt" in sys.modules else ()
+    """UserError of train_gpt.py if it is imported; not every tool needs it, and with it PyTorch."""
+    modules = filter(None, map(sys.modules.get, ("train_gpt", AUDITED_SCRIPT)))
+    return tuple(module.UserError for module in modules if hasattr(module, "UserError"))
 
 
 def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
@@ -128,7 +140,8 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
             sys.stdout.flush()
             return code
         except (UsageError, *user_errors()) as error:
-            print(f"error: {error}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
         except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0

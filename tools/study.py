@@ -11,11 +11,12 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from shell import UsageError
+from shell import UsageError, optional
 
 # Settings that are lists: their alternatives stand between slashes.
-LISTS = ("TTT_LORA_TARGETS", "TTT_LORA_LAYERS", "TTT_LORA_LAYER_RATES", "VE_LAYERS", "NGRAM_ORDERS",
-         "NGRAM_CONCENTRATIONS")
+LISTS = ("TTT_LORA_TARGETS", "TTT_LORA_LAYERS", "TTT_LORA_LAYER_RATES", "TTT_CHUNK_LADDER",
+         "TTT_SHORT_SCORE_FIRST_STEPS", "TRAIN_SEQ_SCHEDULE", "VE_LAYERS", "NGRAM_ORDERS", "NGRAM_CONCENTRATIONS",
+         "CONTROL_TENSOR_NAME_PATTERNS", "FP16_KEEP_NAME_PATTERNS", "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS")
 HOST = os.uname().nodename
 GRACE_SECONDS = 30  # a lock older than this is of a killed process
 
@@ -52,21 +53,19 @@ def grid(axes: dict[str, list[str]]) -> list[dict[str, str]]:
 
 
 def optuna():
-    try:
-        import optuna
-    except ImportError:
-        raise UsageError("sweeps need Optuna: pip install -r tools/requirements.txt") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
+    library = optional("optuna", "a sweep")
+    library.logging.set_verbosity(library.logging.ERROR)
+    return library
 
 
 class Study:
-    """Trials of the settings in `axes`. sampler: grid, each combination once, or tpe, `trials` in all. Raises
-    UsageError."""
+    """Trials of the settings in `axes`. sampler: grid, each combination once, or tpe, `trials` in all; `fixed`: what
+    all trials have in common, also those of an earlier process. Raises UsageError."""
 
     def __init__(self, path: Path, axes: dict[str, list[str] | Range], sampler: str = "grid", trials: int = 0,
-                 prune: bool = False, seed: int = 0):
-        self.axes, self.path, self.trials, self.lock = axes, path, trials, threading.Lock()
+                 prune: bool = False, seed: int = 0, fixed: dict[str, str] | None = None):
+        self.axes, self.path, self.lock = axes, path, threading.Lock()
+        self.trials = trials if sampler == "tpe" else 0
         library = optuna()
         storages, self.states = library.storages, library.trial.TrialState
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,12 +77,22 @@ class Study:
                 sampler=library.samplers.TPESampler(seed=seed, constant_liar=True) if sampler == "tpe"
                 else library.samplers.RandomSampler(),  # of a grid, every trial is in the queue
                 pruner=library.pruners.MedianPruner(n_startup_trials=4) if prune else library.pruners.NopPruner())
+            self.require_the_same(fixed or {})
             self.requeue_the_dead()
             for changes in grid(axes) if sampler == "grid" else ():
                 self.study.enqueue_trial(changes, {"queued": changes}, skip_if_exists=True)
 
     def guarded(self):
         return Guard(self.path)
+
+    def require_the_same(self, fixed: dict[str, str]) -> None:
+        before = self.study.user_attrs.get("fixed")
+        if before is None:
+            self.study.set_user_attr("fixed", fixed)
+        elif before != fixed:
+            key = min(key for key in before.keys() | fixed.keys() if before.get(key) != fixed.get(key))
+            raise UsageError(f"{self.path.parent} is a sweep with {key}={before.get(key, '')}, not "
+                             f"{key}={fixed.get(key, '')}; --name begins another one")
 
     def requeue_the_dead(self) -> None:
         """Trials of processes of this machine that are no more begin again."""
@@ -101,11 +110,11 @@ class Study:
                 if not waiting and len(counted) >= self.trials:
                     return None
                 trial = self.study.ask()
-                if self.trials or "queued" in trial.user_attrs:
+                if self.trials or self.holds(trial):
                     break
-                self.study.tell(trial, state=self.states.FAIL)  # another process was faster
+                self.study.tell(trial, state=self.states.FAIL)  # another process was faster, or it is not wanted now
             trial.set_user_attr("process", f"{HOST}:{os.getpid()}")
-            for key, axis in self.axes.items():
+            for key, axis in self.axes.items() if self.trials else ():
                 if isinstance(axis, list):
                     trial.suggest_categorical(key, axis)
                 elif isinstance(axis.low, int) and isinstance(axis.high, int):
@@ -149,7 +158,13 @@ class Study:
         """All that count: not those which began again, or were one too many."""
         with self.lock, self.guarded():
             return [trial for trial in self.study.get_trials()
-                    if not trial.user_attrs.get("again") and settings_of(trial)]
+                    if not trial.user_attrs.get("again") and self.holds(trial)]
+
+    def holds(self, trial) -> bool:
+        """Is it one of the axes as they are now? An earlier process may have had other values."""
+        settings = settings_of(trial)
+        return settings.keys() == self.axes.keys() and all(
+            isinstance(axis, Range) or settings[key] in axis for key, axis in self.axes.items())
 
 
 def settings_of(trial) -> dict[str, str]:

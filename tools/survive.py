@@ -1,4 +1,4 @@
-"""Does a run survive? Kill it, stop it, damage its files, take its disk or one of its ranks away, and see what remains.
+"""Does a run survive? Kill it, stop it, damage its files, take its disk or a rank away, and see what remains.
 
     bash run.sh survive                                   # the whole table; exit code 1 if a figure is missed
     bash run.sh survive --kills 5 --terms 0 --mutants 200 --ranks 0 --disks 2 DATA_PATH=... KEY=VALUE...

@@ -1,19 +1,23 @@
-"""Sweeps of whole runs: settings and their values, as a table with means, differences and p-values, and a picture.
+"""Runs, or scores of an artifact, with each combination of some settings: a table with p-values, and a picture.
 
-    bash run.sh sweep smoke LEAKY_SLOPE=0.3,0.5,0.75 SEED=1,2,3            # every combination (grid)
+    bash run.sh sweep smoke LEAKY_SLOPE=0.3,0.5,0.75 SEED=1,2,3            # every combination (grid), a run each
     bash run.sh sweep smoke MATRIX_LR=0.01..0.1 --sampler tpe --trials 30  # what looks best so far is tried next
     bash run.sh sweep profiles/sweeps/slope.toml --jobs 8
-    python tools/sweep.py smoke XSA_LAST_N=0,4 SEED=1,2 ITERATIONS=200
+    bash run.sh sweep final_model.ptz TTT_LORA_RANK=2,4,8 --tokens 100000  # test-time training of one artifact
+    bash run.sh sweep profiles/sweeps/lora_rank.toml final_model.ptz       # the same of a file's table
 
 Alternatives stand between commas, those of settings that are lists themselves between slashes (VE_LAYERS=1,2/2,3); a
 range for the TPE sampler is low..high. Everything lies in sweeps/NAME/ in ARTIFACT_DIR, the runs in runs/NAME.VALUES/.
-The same command goes on where an earlier one was stopped, from the checkpoints of its runs; on several machines with one
-file system it shares the work. A run that fails is tried once more. --prune ends runs that validate worse than the
+The same command goes on where an earlier one was stopped, from its runs' checkpoints; on several machines with one file
+system it shares the work. A run that fails is tried once more. --prune ends runs that validate worse than the
 median at the same step (tpe: always). The table's first combination is the baseline: p is two-sided, of equal means
 (Welch).
 
-FILE.toml: profile = "smoke"; sampler, trials, jobs, prune, name as above; [settings] that all runs share; [sweep] with
-lists of values, or ranges as texts ("0.01..0.1").
+Of an artifact, settings of the evaluation and SEED can vary; those that it does not have itself are a profile's, named
+beside it or else this machine's. --tokens and --start score a part of the validation text only.
+
+FILE.toml: profile = "smoke"; artifact, sampler, trials, jobs, prune, name, tokens, start as above; [settings] that all
+runs share; [sweep] with lists of values, or ranges as texts ("0.01..0.1").
 """
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ import argparse
 import csv
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import io
 import os
@@ -31,18 +36,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+import benchlib  # noqa: E402
+import charts  # noqa: E402
 import profiles  # noqa: E402
 import runlog  # noqa: E402
 import shell  # noqa: E402
 import stats  # noqa: E402
 import study  # noqa: E402
+import tiny  # noqa: E402
 
 NAMES = [name for f in dataclasses.fields(tg.Hyperparameters) for name in tg.env_names(f)]
+OF_ARTIFACTS = {"SEED", *(name for f in tg.settings_by_section()["Evaluation"] for name in tg.env_names(f))}
+OF_DATA = {"DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE"}
 POLL_SECONDS = 1.0
 RESERVED = {"RUN_ID", "ARTIFACT_DIR", "OUT_DIR", "RESUME", "PROFILE", "CODE_BYTES", "EVAL_ARTIFACT"}
 
@@ -58,34 +69,72 @@ class Plan:
     trials: int = 0
     jobs: int = 1
     prune: bool = False
+    artifact: str = ""                                  # score this one, instead of training
+    tokens: int = 0                                     # of the validation text; 0: all
+    start: int = 0
 
     def check(self) -> None:
         """Every combination, before anything runs. Raises UsageError, and UserError of the settings."""
         for key in [*self.settings, *self.axes]:
             if key in RESERVED:
                 raise shell.UsageError(f"{key} is what a sweep sets itself")
-            if key not in NAMES and key != "SCALE" and not key.startswith(shell.OTHERS):
+            if key not in [*NAMES, *shell.OF_RUN_SH] and not key.startswith(shell.OTHERS):
                 raise shell.unknown(key, NAMES)
         if not self.axes:
             raise shell.UsageError("nothing varies: a sweep needs KEY=a,b or a range KEY=low..high")
+        self.check_artifact()
         ranges = [key for key, axis in self.axes.items() if isinstance(axis, study.Range)]
         if self.sampler == "grid" and ranges:
             raise shell.UsageError(f"{ranges[0]} is a range, which needs --sampler tpe")
+        if self.sampler == "grid" and self.trials:
+            raise shell.UsageError("--trials is for --sampler tpe: a grid has every combination once")
         if self.sampler == "tpe" and (self.trials < 1 or "SEED" in self.axes):
             raise shell.UsageError("--sampler tpe needs --trials N, and one SEED")
-        if self.jobs < 1:
-            raise shell.UsageError(f"--jobs {self.jobs} is out of range: 1 or more")
-        profile = profiles.load(self.profile)
-        here = {key: value for key, value in os.environ.items() if key in NAMES and key not in RESERVED}
-        ends = {key: axis if isinstance(axis, list) else [str(axis.low), str(axis.high)]
-                for key, axis in self.axes.items()}
-        for changes in study.grid(ends):
-            profiles.settings(profile, {**here, **self.settings, **changes})
+        for option, least in (("jobs", 1), ("tokens", 0), ("start", 0)):
+            if getattr(self, option) < least:
+                raise shell.UsageError(f"--{option} {getattr(self, option)} is out of range: {least} or more")
+        for changes in self.ends():
+            window = self.configuration(changes).window
+            if 0 < self.tokens < window:
+                raise shell.UsageError(f"--tokens {self.tokens} is less than a window of {window}")
+
+    def check_artifact(self) -> None:
+        fixed = [key for key in self.axes if key not in OF_ARTIFACTS]
+        if self.artifact and fixed:
+            raise shell.UsageError(f"{fixed[0]} cannot vary over an artifact: it is no setting of the evaluation")
+        if self.artifact and "SCALE" in self.settings:
+            raise shell.UsageError("SCALE shrinks a model before training; an artifact has its size")
+        if not self.artifact and (self.tokens or self.start):
+            raise shell.UsageError("--tokens and --start are for sweeps of an artifact")
+
+    def ends(self) -> list[dict[str, str]]:
+        """Every combination, of a range both ends."""
+        return study.grid({key: axis if isinstance(axis, list) else [str(axis.low), str(axis.high)]
+                           for key, axis in self.axes.items()})
+
+    def configuration(self, changes: dict[str, str]) -> tg.Hyperparameters:
+        """The settings of a run, as run.sh makes them. Raises UsageError, UserError."""
+        profile, given = profiles.load(self.profile), {**self.settings, **changes}
+        if self.artifact:
+            own = {key: value for key, value in profiles.variables(profile, given).items() if key not in OF_DATA}
+            return tg.settings_from({**own, **given, "EVAL_ARTIFACT": self.artifact})
+        if "SCALE" in given:
+            given |= {key: value for key, value, _ in tiny.shrunk(given["SCALE"], profile, given)}
+        return profiles.settings(profile, given)
+
+    def fixed(self) -> dict[str, str]:
+        """What makes runs those of this sweep: all but the values that vary."""
+        found = {"profile": self.profile, **self.settings}
+        if self.artifact:
+            digest = hashlib.sha256(tg.read_file(self.artifact)).hexdigest()
+            found |= {"artifact": digest[:12], "tokens": str(self.tokens or "all"), "start": str(self.start)}
+        return found
 
     def title(self) -> str:
         """The name, or one that the same sweep has again."""
-        text = repr((self.profile, sorted(self.settings.items()), self.axes, self.sampler))
-        return self.name or f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        text = repr((sorted(self.fixed().items()), self.axes, self.sampler))
+        what = Path(self.artifact).stem if self.artifact else self.profile
+        return self.name or f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def read_toml(path: Path) -> Plan:
@@ -101,29 +150,34 @@ def read_toml(path: Path) -> Plan:
     settings = {key: as_text(value) for key, value in given.pop("settings", {}).items()}
     axes = {key: [as_text(value) for value in values] if isinstance(values, list) else study.read_axis(key, str(values))
             for key, values in given.pop("sweep", {}).items()}
-    kinds = {"profile": str, "name": str, "sampler": str, "trials": int, "jobs": int, "prune": bool}
+    kinds = {f.name: {"str": str, "int": int, "bool": bool}.get(f.type, ()) for f in dataclasses.fields(Plan)}
     for key, value in given.items():
         if not isinstance(value, kinds.get(key, ())):
             raise shell.UsageError(f"{path}: {key} = {value!r} is not understood (python tools/sweep.py --help)")
-    return Plan(given.pop("profile", "smoke"), settings, axes, **{"name": path.stem, **given})
+    return Plan(given.pop("profile", ""), settings, axes, **{"name": path.stem, **given})
 
 
-def plan_of(args: argparse.Namespace, given: dict[str, str]) -> Plan:
-    """From the arguments, over those of a file."""
-    if args.what.endswith(".toml"):
-        plan = read_toml(Path(args.what))
-    else:
-        plan = Plan(args.what, {}, {})
+def plan_of(args: argparse.Namespace, given: dict[str, str], environ: Mapping[str, str]) -> Plan:
+    """From the arguments, over those of a file, over settings in the environment."""
+    files = [word for word in args.what if word.endswith(".toml")]
+    artifacts = [word for word in args.what if word.endswith((".ptz", ".pt"))]
+    named = [word for word in args.what if word not in files + artifacts]
+    if max(map(len, (files, artifacts, named))) > 1:
+        raise shell.UsageError(f"{' '.join(args.what)}: a sweep is of one profile, one file, one artifact")
+    plan = read_toml(Path(files[0])) if files else Plan("", {}, {})
+    here = {key: value for key, value in environ.items() if key in NAMES and key not in {*RESERVED, *plan.axes}}
+    plan.settings = {**here, **plan.settings}
     for key, text in given.items():
-        axis = study.read_axis(key, text)
+        axis = study.read_axis(key, text) if key in NAMES else [text]
         plan.settings.pop(key, None), plan.axes.pop(key, None)
         if isinstance(axis, list) and len(axis) == 1:
             plan.settings[key] = axis[0]
         else:
             plan.axes[key] = axis
-    changes = {key: value for key in ("name", "sampler", "trials", "jobs", "prune")
-               if (value := getattr(args, key)) is not None}
-    return dataclasses.replace(plan, **changes)
+    options = {key: value for key, value in vars(args).items() if key != "what" and value is not None}
+    plan = dataclasses.replace(plan, **options, **({"artifact": artifacts[0]} if artifacts else {}))
+    profile = (named or [plan.profile or ("default" if gpus_here() else "smoke")])[0]
+    return dataclasses.replace(plan, profile=profile)
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
@@ -134,25 +188,41 @@ def die_with_parent() -> None:
 
 
 class Sweep:
+    """command: what runs one, given a profile and KEY=VALUE."""
+
     def __init__(self, plan: Plan, folder: Path, command: list[str]):
-        self.plan, self.folder, self.command = plan, folder, command
+        self.plan, self.folder, self.shared = plan, folder, dict(plan.settings)
+        scores = ["eval", str(Path(plan.artifact).resolve())] if plan.artifact else []
+        self.command = [*command, *scores, plan.profile]
         self.place = folder / "sweeps" / plan.title()
         self.study = study.Study(self.place / "study.journal", plan.axes, plan.sampler, plan.trials,
-                                 plan.prune or plan.sampler == "tpe")
+                                 plan.prune or plan.sampler == "tpe", fixed=plan.fixed())
         self.stop, self.error, self.tables = threading.Event(), None, threading.Lock()
+        first = plan.configuration(plan.ends()[0])
+        self.gpus = gpus_here() if first.device != "cpu" else []
+        if plan.tokens or plan.start:
+            self.cut_text(first)
+
+    def cut_text(self, cfg: tg.Hyperparameters) -> None:
+        """Let the runs score a part of the validation text. Raises BenchError."""
+        text, half = self.place / "text", self.place / f"text.{os.getpid()}"
+        if not text.exists():
+            benchlib.cut_validation(Path(cfg.data_path), half, 1 + (self.plan.tokens or sys.maxsize),
+                                    start=self.plan.start)
+            half.replace(text)
+        self.shared |= {"DATA_PATH": str(text.resolve()), "TOKENIZER_PATH": str(Path(cfg.tokenizer_path).resolve())}
 
     def run_id(self, settings: dict) -> str:
         values = re.sub(r"[^\w.+-]", "-", "_".join(f"{value}" for value in settings.values()))
         short = values if len(values) < 60 else hashlib.sha256(values.encode()).hexdigest()[:12]
-        return f"{self.plan.title()}.{short}"
+        return f"{self.place.name}.{short}"
 
     def environment(self, settings: dict, job: int) -> dict[str, str]:
         """One job's share of the GPUs or of the cores, and where its files go."""
         env = {**os.environ, "RUN_ID": self.run_id(settings), "ARTIFACT_DIR": str(self.folder.resolve())}
-        gpus = gpus_here()
-        if gpus:
-            share = max(len(gpus) // self.plan.jobs, 1)
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(job * share + i) % len(gpus)] for i in range(share))
+        if self.gpus:
+            share, count = max(len(self.gpus) // self.plan.jobs, 1), len(self.gpus)
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[(job * share + i) % count] for i in range(share))
         else:
             share = max((os.cpu_count() or 1) // self.plan.jobs, 1)
             env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(share)
@@ -168,18 +238,20 @@ class Sweep:
             self.stop.set()
 
     def run(self, trial, job: int) -> None:
-        settings, begun = dict(trial.params), time.time()
+        settings, begun = study.settings_of(trial), time.time()
         env, out = self.environment(settings, job), self.place / "output" / f"{trial.number}.txt"
         files = self.folder / "runs" / env["RUN_ID"]
         if (files / "checkpoint.pt").exists() and trial.user_attrs.get("attempt", 1) == 1:
             env["RESUME"] = "1"
+        while in_use(files / "log.txt") and not self.stop.wait(POLL_SECONDS):
+            pass  # a run that outlives a sweep which was killed ends soon, with a checkpoint
         found = runlog.read(files) if (files / "events.jsonl").exists() else None
         hopeless, code = False, 0
         if found is None or found.state != "done":
             out.parent.mkdir(parents=True, exist_ok=True)
-            pairs = [f"{key}={value}" for key, value in {**self.plan.settings, **settings}.items()]
+            pairs = [f"{key}={value}" for key, value in {**self.shared, **settings}.items()]
             with open(out, "w", encoding="utf-8") as file:
-                child = subprocess.Popen([*self.command, self.plan.profile, *pairs], cwd=ROOT, env=env, stdout=file,
+                child = subprocess.Popen([*self.command, *pairs], cwd=ROOT, env=env, stdout=file,
                                          stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
                 hopeless = self.watch(trial, child, files)
             code = child.returncode
@@ -195,10 +267,11 @@ class Sweep:
             again = self.study.failed(trial, why)
             self.say(f"{name}: failed{', once more' if again else ''}: {why}")
         else:
+            seconds = found.train_seconds or found.seconds[found.last_phase]
             self.study.done(trial, found.score, bpb=found.bpb, bytes=found.total_bytes, run=env["RUN_ID"],
-                            seconds=found.train_seconds, steps=max((step for step, *_ in found.validations), default=0))
-            self.say(f"{name}: {found.score:.4f} bits per byte, {found.total_bytes or 0:,} bytes, "
-                     f"{time.time() - begun:.0f} s ({env['RUN_ID']})")
+                            seconds=seconds, steps=max((step for step, *_ in found.validations), default=0))
+            size = f" {found.total_bytes:,} bytes," if found.total_bytes else ""
+            self.say(f"{name}: {found.score:.4f} bits per byte,{size} {time.time() - begun:.0f} s ({env['RUN_ID']})")
         self.write_tables()
 
     def watch(self, trial, child: subprocess.Popen, files: Path) -> bool:
@@ -229,13 +302,25 @@ class Sweep:
     def write_tables(self) -> None:
         with self.tables:  # else the table of fewer trials could be written last
             trials = self.study.trials_by_state()
-            for name, text in (("table.csv", csv_of(trials, list(self.plan.axes))), ("table.md", self.markdown(trials))):
-                tg.write_atomically(self.place / name, text.encode())
+            tg.write_atomically(self.place / "table.csv", csv_of(trials, list(self.plan.axes)).encode())
+            tg.write_atomically(self.place / "table.md", self.markdown(trials).encode())
 
     def markdown(self, trials: list) -> str:
-        return "\n".join([f"# {self.plan.title()}", "", f"Profile `{self.plan.profile}`, all runs with: "
-                          f"`{' '.join(f'{k}={v}' for k, v in self.plan.settings.items()) or 'nothing else'}`", "",
-                          *table(rows_of(trials, self.plan.axes), [key for key in self.plan.axes if key != "SEED"]), ""])
+        of = f"Artifact `{self.plan.artifact}`, profile" if self.plan.artifact else "Profile"
+        shared = " ".join(f"{key}={value}" for key, value in self.plan.settings.items()) or "nothing else"
+        rows = table(rows_of(trials, self.plan.axes), [key for key in self.plan.axes if key != "SEED"])
+        return "\n".join([f"# {self.place.name}", "", f"{of} `{self.plan.profile}`, all runs with: `{shared}`", "",
+                          *rows, ""])
+
+
+def in_use(log: Path) -> bool:
+    """Is there a run that holds this log?"""
+    try:
+        with open(log) as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
 
 
 def last_error(path: Path) -> str:
@@ -247,7 +332,7 @@ def last_error(path: Path) -> str:
 
 
 def gpus_here() -> list[str]:
-    if os.environ.get("DEVICE") == "cpu" or not tg.torch.cuda.is_available():
+    if not tg.torch.cuda.is_available():
         return []
     count = tg.torch.cuda.device_count()
     return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
@@ -295,7 +380,7 @@ def table(rows: list[Row], keys: list[str]) -> list[str]:
             number(mean - statistics.fmean(base) if got and base and row is not rows[0] else None, "+.5f"),
             number(stats.welch(got, base) if row is not rows[0] else None, ".3g"),
             *(number(row.mean(phase), ".5f") for phase in runlog.PHASES),
-            number(max((t.user_attrs["bytes"] or 0 for t in done), default=None), ",d"),
+            number(max(filter(None, (t.user_attrs["bytes"] for t in done)), default=None), ",d"),
             number(statistics.fmean(t.user_attrs["seconds"] for t in done) if done else None, ".0f")]) + " |")
     ended = {"FAIL": "failed", "PRUNED": "ended early, worse than the median at the same step", "RUNNING": "is running"}
     lines += [""] + [f"- {' '.join(f'{k}={v}' for k, v in study.settings_of(t).items())}: {ended[t.state.name]}"
@@ -317,13 +402,9 @@ def csv_of(trials: list, keys: list[str]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Each run as a dot, each mean as a line, by combination. Raises UserError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise tg.UserError("pictures need matplotlib: pip install matplotlib") from None
+    """Each run as a dot, each mean as a line, by combination. Raises UsageError."""
     rows = [row for row in rows if row.scores]
-    figure = Figure(figsize=(max(4.0, 1.6 * len(rows)), 4.5), layout="constrained")
+    figure = charts.picture("the picture", max(4.0, 1.6 * len(rows)), 4.5)
     panel = figure.subplots()
     for i, row in enumerate(rows):
         panel.plot([i] * len(row.scores), row.scores, "o", color="C0")
@@ -331,7 +412,7 @@ def draw(rows: list[Row], path: Path) -> None:
     panel.set_xticks(range(len(rows)), ["\n".join(f"{k}={v}" for k, v in row.settings.items()) for row in rows],
                      rotation=60 if len(rows) > 6 else 0, fontsize=8)
     panel.set(ylabel="bits per byte", title=f"{path.parent.name}: runs and their means")
-    figure.savefig(path, dpi=110)
+    charts.save(figure, path)
 
 
 # ---- command line ------------------------------------------------------------------------------------------
@@ -364,16 +445,17 @@ def code_bytes() -> str:
 @shell.one_line_errors
 def main(argv: list[str]) -> int:
     parser = shell.Parser(__doc__, epilog="KEY=a,b,c: settings and their values")
-    parser.add_argument("what", metavar="PROFILE or FILE.toml")
+    parser.add_argument("what", nargs="*", metavar="PROFILE, FILE.toml or ARTIFACT")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time; they share GPUs, or CPU cores, out")
     parser.add_argument("--sampler", choices=("grid", "tpe"))
     parser.add_argument("--trials", type=int, metavar="N", help="of tpe: runs in all")
     parser.add_argument("--prune", action="store_true", default=None, help="end runs that look hopeless")
     parser.add_argument("--name", metavar="NAME", help="of the folder in sweeps/")
-    args, given = parser.split(argv)
-    places = [where.pop(key, "") for where in (given, dict(os.environ)) for key in ("ARTIFACT_DIR", "OUT_DIR")]
-    folder = Path(next(filter(None, places), "."))
-    plan = plan_of(args, given)
+    parser.add_argument("--tokens", type=int, metavar="N", help="score an artifact on N validation tokens")
+    parser.add_argument("--start", type=int, metavar="N", help="the first of them")
+    args, given = parser.split(argv, shell.OF_RUN_SH)
+    folder = runlog.home({**os.environ, **{key: given.pop(key) for key in runlog.HOME if key in given}})
+    plan = plan_of(args, given, os.environ)
     plan.check()
     study.optuna()
     os.environ.setdefault("CODE_BYTES", code_bytes())

@@ -9,6 +9,7 @@ It follows runs/RUN_ID/events.jsonl, so the numbers are those of the file; a tra
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from shell import Parser, UsageError, one_line_errors, take_settings
+from shell import Parser, UsageError, one_line_errors, optional, take_settings
 import runlog
 
 POLL_SECONDS = 1.0
@@ -51,11 +52,8 @@ def follow(path: Path, ended) -> Iterator[dict]:
 
 class TensorBoard:
     def __init__(self, folder: Path, settings: dict):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UsageError("TENSORBOARD=1 needs tensorboard: pip install -r tools/requirements.txt") from None
-        self.writer = SummaryWriter(str(folder))
+        optional("tensorboard", "TENSORBOARD=1")
+        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
         self.writer.add_text("settings", "\n".join(f"    {key.upper()}={value}" for key, value in settings.items()))
 
     def log(self, values: dict[str, float], step: int, at: float) -> None:
@@ -69,12 +67,8 @@ class TensorBoard:
 
 class WandB:
     def __init__(self, folder: Path, settings: dict):
-        try:
-            import wandb
-        except ImportError:
-            raise UsageError("WANDB_ENABLED=1 needs wandb: pip install -r tools/requirements.txt") from None
-        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "parameter-golf"), name=folder.name,
-                              config=settings, dir=str(folder))
+        self.run = optional("wandb", "WANDB_ENABLED=1").init(project=os.environ.get("WANDB_PROJECT", "parameter-golf"),
+                                                                name=folder.name, config=settings, dir=str(folder))
 
     def log(self, values: dict[str, float], step: int, at: float) -> None:
         self.run.log({**values, "step": step, "time": at})
@@ -109,8 +103,7 @@ def main(argv: list[str]) -> int:
     kinds = [kind for key, kind in (("TENSORBOARD", TensorBoard), ("WANDB_ENABLED", WandB)) if asked(key)]
     if not run_id or not kinds:
         raise UsageError("track needs a RUN_ID, and TENSORBOARD=1 or WANDB_ENABLED=1")
-    given = {**os.environ, **settings}
-    folder = Path(given.get("ARTIFACT_DIR") or given.get("OUT_DIR") or ".") / "runs" / run_id
+    folder = runlog.home({**os.environ, **settings}) / "runs" / run_id
     over = []
     signal.signal(signal.SIGTERM, lambda *_: over.append(True))  # run.sh: the run has ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run is interrupted, too, and its last lines are wanted

@@ -1,16 +1,13 @@
-"""Measure the packers on the codes of a trained model, or attack the reader of artifacts.
+"""Attack the reader of artifacts: files damaged at random, and well-formed ones with odd contents and right checksums.
 
-    python tools/pack_bench.py final_model.pt                        # or a checkpoint of a run (its EMA is taken)
-    python tools/pack_bench.py final_model.pt --clip sdclip          # another clip rule than the default
-    python tools/pack_bench.py final_model.pt --synthetic 27e6       # its banks repeated up to so many weights: seconds
-    python tools/pack_bench.py --fuzz 10000                          # mutated artifacts of a tiny model
+    python tools/fuzz_artifact.py 10000        # so many mutants of small artifacts, of every codec and two clip rules
+
+Each must be refused in one line or be an artifact whose weights are finite and in range; the first that is not ends it.
 """
 from __future__ import annotations
 
 import hashlib
 import json
-import lzma
-import os
 import random
 import resource
 import sys
@@ -20,84 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg  # noqa: E402
 from shell import Parser, one_line_errors  # noqa: E402
 
 TINY = {"vocab_size": 64, "num_layers": 2, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 2,
         "ve_layers": "1", "ve_dim": 8, "bigram_vocab_size": 32, "bigram_dim": 8}
-
-
-def lzma6(parts: tg.Parts) -> bytes:
-    """What PR 1092 does: an xz container, preset 6."""
-    return lzma.compress(b"".join(tg.byte_planes(array).tobytes() for array, _ in parts), preset=6)
-
-
-CODECS = {"zstd-22": "zstd", "lzma-9e": "lzma", "range": "range"}
-
-
-def load_streams(path: Path, cfg: tg.Hyperparameters) -> dict[str, tg.Parts]:
-    """The code streams of a float model on disk, rounded as `cfg` says."""
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    if "averager" in held and held["averager"]["ema"]:  # a checkpoint; the EMA is in the model's order
-        held = dict(zip(held["model"], held["averager"]["ema"]))
-    weights = held.get("model", held)
-    stored = []
-    for name, spec in tg.quant_specs(cfg, weights).items():
-        codes, scales = tg.quantise(weights[name], spec)
-        family = tg.route(cfg, [name])[name].name
-        stored.append(tg.Stored(name, family, spec.bits, codes.numpy(), scales.numpy()))
-    return tg.streams_of(stored)
-
-
-def grown(streams: dict[str, tg.Parts], weights: float) -> dict[str, tg.Parts]:
-    """The banks repeated up to so many weights; rows and columns of each copy are shuffled to hide it from LZ."""
-    banks = {name: parts for name, parts in streams.items() if name != "scales" and parts[0][0].ndim == 3}
-    copies = max(round(weights / sum(array.size for parts in banks.values() for array, _ in parts)), 1)
-    rng = np.random.default_rng(0)
-
-    def copy(array: np.ndarray) -> np.ndarray:
-        return array[:, rng.permutation(array.shape[1])][..., rng.permutation(array.shape[2])]
-    return streams | {name: [(np.concatenate([copy(array) for _ in range(copies)]), bits) for array, bits in parts]
-                      for name, parts in banks.items()}
-
-
-def bench(streams: dict[str, tg.Parts]) -> None:
-    """Prints bytes of each packer for each stream, their sums and ratios, and seconds."""
-    columns = ["lzma-6", *CODECS]
-    print(f"{'stream':<8} {'values':>11} {'entropy':>11} " + " ".join(f"{c:>11}" for c in columns), flush=True)
-    totals, seconds = np.zeros(2 + len(columns)), dict.fromkeys(columns, 0.0)
-    for name, parts in streams.items():
-        row = [sum(a.size for a, _ in parts), tg.order0_bytes(tg.joined(parts))]
-        for column in columns:
-            begun = time.process_time()
-            codec = CODECS.get(column)
-            packed = b"" if codec == "range" and not parts[0][1] else \
-                tg.pack_stream(codec, parts) if codec else lzma6(parts)
-            seconds[column] += time.process_time() - begun
-            row.append(len(packed) or min(row[3:]))  # floats are not for the range coder
-        print(f"{name:<8} " + " ".join(f"{int(v):>11,}" for v in row), flush=True)
-        totals += row * np.array(name != "scales")
-    print(f"{'codes':<8} " + " ".join(f"{int(v):>11,}" for v in totals))
-    print(f"{'cpu s':<8} {'':>23} " + " ".join(f"{seconds[c]:>11.1f}" for c in columns))
-    best = min(totals[3:5])
-    print(f"range / best of zstd and LZMA: {totals[5] / best:.4f}   range / lzma-6: {totals[5] / totals[2]:.4f}   "
-          f"range / order-0 entropy: {totals[5] / totals[1]:.4f}")
-
-
-def time_packing(wanted: str, streams: dict[str, tg.Parts]) -> None:
-    """Seconds of COMPRESS=`wanted` and of reading the result, on the cores this machine has free."""
-    begun, cpu = time.perf_counter(), time.process_time()
-    packed = tg.pack_streams(wanted, streams)
-    middle, cpu_middle = time.perf_counter(), time.process_time()
-    for name, (codec, data) in packed.items():
-        blank = [(np.zeros_like(array), bits) for array, bits in streams[name]]
-        tg.unpack_stream(codec, data, blank)
-        assert np.array_equal(tg.joined(blank), tg.joined(streams[name])), name
-    print(f"COMPRESS={wanted} takes {', '.join(f'{name} {codec}' for name, (codec, _) in packed.items())}: packed in "
-          f"{middle - begun:.1f} s (cpu {cpu_middle - cpu:.1f} s), unpacked in {time.perf_counter() - middle:.1f} s "
-          f"(cpu {time.process_time() - cpu_middle:.1f} s)", flush=True)
 
 
 def tiny_artifact(compress: str = "auto", seed: int = 0, clip: str = "percentile") -> bytes:
@@ -219,22 +144,8 @@ def fuzz(count: int, seed: int = 0) -> dict[str, int]:
 @one_line_errors
 def main(argv: list[str]) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("model", nargs="?", type=Path, help="float weights: final_model.pt or a checkpoint")
-    parser.add_argument("--clip", help="clip rule (default: that of the settings)")
-    parser.add_argument("--synthetic", type=float, default=0, metavar="WEIGHTS", help="tile the banks to so many")
-    parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="read N mutated artifacts instead")
-    args = parser.parse_args(argv)
-    if args.fuzz:
-        fuzz(args.fuzz)
-        return 0
-    if args.model is None or not args.model.is_file():
-        parser.error("no such file" if args.model else "needs a model file, or --fuzz N")
-    environ = {**os.environ, **({"CLIP_RULE": args.clip} if args.clip else {})}
-    streams = load_streams(args.model, tg.Hyperparameters.from_env(environ))
-    if args.synthetic:
-        streams = grown(streams, args.synthetic)
-    time_packing("range", streams)
-    bench(streams)
+    parser.add_argument("count", type=int, metavar="N", help="mutants")
+    fuzz(parser.parse_args(argv).count)
     return 0
 
 
