@@ -4215,10 +4215,10 @@ class EvalClock:
             raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
                             "more (0: no limit) or raise EVAL_STRIDE")
 
-    def begin(self, plan: list[ScoredChunk], epochs: int, in_step: bool) -> None:
-        """An evaluation starts. in_step: the ranks train together and must agree."""
+    def begin(self, plan: list[ScoredChunk], epochs: int) -> None:
+        """An evaluation starts."""
         self.epochs = self.most = epochs
-        self.in_step, self.chunks = in_step, len(plan)
+        self.chunks = len(plan)
         self.planned, self.left_out = epochs * sum(chunk.train_tokens > 0 for chunk in plan), 0
         self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
         self.graphs = set()  # that a lap has used
@@ -4324,11 +4324,11 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     """
     start_s, scored, clock = time.perf_counter(), Scored(val, rt), clock or EvalClock(0.0, rt)
     temperature, hook, rows = (cfg.ttt_temp, adapter.hook, adapter.rows) if adapter else (1.0, None, 0)
-    clock.begin(plan, cfg.ttt_epochs if adapter else 0, in_step=not rows)
+    clock.begin(plan, cfg.ttt_epochs if adapter else 0)
     bar = Progress(rt.log, sum(len(chunk.batches) for chunk in plan), name)
     for i, chunk in enumerate(plan):
         phase = chunk.finished is not None
-        clock.in_step = phase or not rows
+        clock.in_step = phase or not rows  # the ranks train together and must agree
         epochs = clock.affordable_epochs(chunk.train_tokens, i)
         if chunk.resets:
             adapter.reset(chunk.keeps_a)
