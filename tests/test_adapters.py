@@ -599,7 +599,7 @@ def test_every_mode_from_its_variables(run, variables, said):
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_POLYAK_DECAY": 0.9}, "works along a stream"),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_EVAL_SEQ_LEN": 8}, "TTT_DOC_CHUNK_TOKENS=16 is longer"),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_EVAL_SEQ_LEN": 64, "ROPE_TRAIN_SEQ_LEN": 16},
-     "TTT_EVAL_SEQ_LEN=64 is more than TRAIN_SEQ_LEN=32, up to which ROPE_TRAIN_SEQ_LEN=16 gives one rotary base"),
+     "TTT_EVAL_SEQ_LEN=64 over TRAIN_SEQ_LEN=32 would change the rotary base"),
     *(({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_CHUNK_LADDER": ladder}, "TTT_CHUNK_LADDER='")
       for ladder in ("64:8,32:4", "32:8,64:4", "32:8,32:9", "32:16", "32:0", "32", "a:b", "32:4:5")),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_WARM_START_A": 1, "NGRAM_ORDERS": "2,3"},
