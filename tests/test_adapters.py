@@ -607,7 +607,7 @@ def test_every_mode_from_its_variables(run, variables, said):
     ({"TTT_LORA_ALPHA": -1}, "TTT_LORA_ALPHA=-1 is out of range"), ({"TTT_WARM_CHAINS": 0}, "TTT_WARM_CHAINS=0 is out"),
     ({"TTT_LOCAL_LR_MULT": "nan"}, "TTT_LOCAL_LR_MULT=nan is out of range"),
     ({"TTT_CHUNK_TOKENS": 16}, "holds no sequence"),
-    ({"TTT_CHUNK_TOKENS": 40, "EVAL_STRIDE": 48, "EVAL_SEQ_LEN": 64}, "shorter than the 48 tokens")])
+    ({"TTT_CHUNK_TOKENS": 40, "EVAL_STRIDE": 48, "EVAL_SEQ_LEN": 64}, "is less than the 48 a window")])
 def test_refusals(corpus, tmp_path, variables, said):
     with pytest.raises(tg.UserError) as refused:
         tg.Hyperparameters.from_env(environment(corpus, tmp_path, **{"TTT_MODE": "lora", **variables}))
