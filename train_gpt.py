@@ -313,6 +313,14 @@ class Hyperparameters:
     ttt_eval_seq_len: int = env_field(0, "tokens of context inside a document; 0: EVAL_SEQ_LEN", lo=0)
     ttt_warm_start_a: bool = env_field(False, "the first factors, A, go on to the next batch of documents (PR 1767)")
     ttt_warm_chains: int = env_field(8, "in this many chains of batches, whatever the number of ranks", lo=1, hi=4096)
+    phased_ttt_num_phases: int = env_field(0, "times that the weights train on finished documents, between those that "
+                                           "adapt by themselves (PR 1610, 1626); 0: never", lo=0, hi=999)
+    phased_ttt_prefix_docs: int = env_field(2000, "documents, the longest ones, finished at the last such phase", lo=1)
+    global_ttt_lr: float = env_field(0.001, "learning rate of its SGD, a cosine over the chunks", lo=0, hi=100)
+    global_ttt_momentum: float = env_field(0.9, "its momentum", lo=0, hi=0.9999)
+    global_ttt_chunk_tokens: int = env_field(32_768, "tokens of a step, over all ranks", lo=1)
+    global_ttt_epochs: int = env_field(1, "steps on each chunk", lo=1, hi=1000)
+    global_ttt_grad_clip: float = env_field(1.0, "norm its gradient is clipped to; 0: no clipping", lo=0, hi=1e6)
     hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
     ngram_orders: str = env_field("", "context lengths at which counts of scored tokens join the last score's "
@@ -383,7 +391,7 @@ class Hyperparameters:
     @property
     def lengths_known(self) -> bool:
         """Whether scores depend on the lengths of documents, which a decoder would have to be told."""
-        return self.ttt_warm_start_a or bool(self.ttt_chunk_ladder)
+        return self.ttt_warm_start_a or bool(self.ttt_chunk_ladder) or self.phased_ttt_num_phases > 0
 
     def visits(self, looped: bool) -> list[int]:
         """The layers in the order in which they are applied; `looped`: those of the loop again and again."""
@@ -476,6 +484,8 @@ WITHOUT_EFFECT = {  # published variables that cannot mean anything here -> why;
     **dict.fromkeys(("ONLINE_BIAS", "BIAS_LR"), "PR 550's online bias learned from padding; test-time training adapts"),
     **dict.fromkeys(("NORM_RECAL_EPOCHS", "NORM_RECAL_LR", "NORM_RECAL_SEQS", "FISHER_VAL_SEQS"),
                     "training on validation text before it is scored is not legal"),
+    **dict.fromkeys(("GLOBAL_TTT_WARMUP_CHUNKS", "GLOBAL_TTT_WARMUP_START_LR"), "no published run's rate rises first"),
+    "GLOBAL_TTT_BATCH_SEQS": "each chunk is one step", "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES": "no document reads another",
     "TTT_MAX_SEQS": "every token is scored", "SPEED_MEASURE_STEPS": "the warm-down follows the clock at every step",
     "WANDB_ENABLED": "run.sh and tools/track.py send what runs/RUN_ID/events.jsonl has"}
 
@@ -600,6 +610,7 @@ def combination_rules(cfg: Hyperparameters):
 def adaptation_rules(cfg: Hyperparameters):
     """The rules of test-time training."""
     if cfg.ttt_reset == "stream":
+        yield not cfg.phased_ttt_num_phases, "{phased_ttt_num_phases} has no finished documents with {ttt_reset}"
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
         yield cfg.ttt_chunk_tokens >= cfg.stride, "{ttt_chunk_tokens} is less than the {scored} a window scores"
     else:
@@ -607,8 +618,11 @@ def adaptation_rules(cfg: Hyperparameters):
         yield cfg.doc_chunks[-1][1] <= cfg.doc_context, "{ttt_doc_chunk_tokens} is longer than a window of {context}"
         yield not cfg.rope_train_seq_len or cfg.ttt_eval_seq_len <= cfg.train_seq_len, (
             "{ttt_eval_seq_len} over {train_seq_len} would change the rotary base; ROPE_TRAIN_SEQ_LEN=0 never does")
-        yield not (cfg.ngrams and cfg.ttt_warm_start_a), (
-            "{ngram_orders} follows the text, {ttt_warm_start_a} the lengths: no order of decoding serves both")
+        learns = "phased_ttt_num_phases" if cfg.phased_ttt_num_phases else "ttt_warm_start_a"
+        yield not (cfg.ngrams and getattr(cfg, learns)), (
+            f"{{ngram_orders}} follows the text, {{{learns}}} the lengths: no order of decoding serves both")
+        yield cfg.phased_ttt_num_phases <= cfg.phased_ttt_prefix_docs, (
+            "{phased_ttt_prefix_docs} leaves some of {phased_ttt_num_phases} without documents to learn from")
         yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
         yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
     if cfg.ttt_mode == "lora":
@@ -1603,8 +1617,7 @@ class Steps(NamedTuple):
     rows: Tensor     # int16 [..., rows, 1]
     columns: Tensor  # int16 [..., 1, columns]
 
-    def float(self) -> Tensor:
-        """The steps.  # float32 [..., rows, columns]"""
+    def float(self) -> Tensor:  # [..., rows, columns]
         sizes = [2.0 ** (k / STEPS_PER_OCTAVE) for k in range(-2 * STEP_LIMIT, 2 * STEP_LIMIT + 1)]
         return torch.tensor(sizes, device=self.rows.device)[self.rows.int() + self.columns.int() + 2 * STEP_LIMIT]
 
@@ -1651,12 +1664,12 @@ def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None, hessian: Tensor | None = None,
-             names: list[str] = ()) -> tuple[Tensor, Tensor | Steps]:
+             name: str = "") -> tuple[Tensor, Tensor | Steps]:
     """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight: to the
     nearest or, with a `hessian`, by `gptq`."""
     weight = weight.float()
     scale = (steps or row_scales(weight, spec)).float()
-    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, names)
+    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, name)
     return codes.to(torch.int8 if spec.bits <= 8 else torch.int16), steps or scale.half()
 
 
@@ -1698,29 +1711,29 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
     return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
-def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> Tensor:
+def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, name: str) -> Tensor:
     """Codes, as floats, where the columns still to be rounded compensate the error of those already rounded.
 
-    Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
+    Lowers trace(error hessian error^T), the squared change of the outputs of weight [(n,) rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
     without input become 0. `scale`: of the rows as they are, on which late QAT trained, not as they are compensated.
-    Source: GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be
-    used.
+    Source: GPTQ, arXiv 2210.17323. Raises UserError for a Hessian that cannot be used.
     """
-    dead, order, factor = column_order(hessian, names)
-    weight, grid = weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale.expand_as(weight)
-    codes = round_columns(weight, grid.take_along_dim(order, -1), factor, spec)
-    return codes.take_along_dim(order.argsort(dim=-1), -1)
+    dead, order, factor = column_order(hessian, name)
+    matrices, grid = (t.reshape(-1, *weight.shape[-2:]) for t in (weight, scale.expand_as(weight)))
+    matrices = matrices.masked_fill(dead[:, None], 0).take_along_dim(order, -1)
+    codes = round_columns(matrices, grid.take_along_dim(order, -1), factor, spec)
+    return codes.take_along_dim(order.argsort(dim=-1), -1).view_as(weight)
 
 
-def column_order(hessian: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+def column_order(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Which columns have no input [n, columns], the order of rounding [n, 1, columns] and `inverse_factor` in it."""
     hessian = hessian.float()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]
     hessian = (hessian + torch.diag_embed(dead.float())).take_along_dim(order, -1).take_along_dim(order.mT, -2)
-    return dead, order, inverse_factor(hessian.double(), names)
+    return dead, order, inverse_factor(hessian.double(), name)
 
 
 def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
@@ -1739,7 +1752,7 @@ def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec
     return codes
 
 
-def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
+def inverse_factor(hessian: Tensor, name: str) -> Tensor:
     """Upper-triangular U with U^T U = (hessian + damping)^-1: row j says how the columns after j best compensate an
     error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
     identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
@@ -1751,11 +1764,11 @@ def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
         if not failed.any():  # flipped back: hessian + damping = R R^T with R upper-triangular
             return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True).float()
         damping = torch.where(failed[:, None, None], 10 * damping, damping)
-    raise UserError(f"GPTQ: the Hessian of {names[int(failed.nonzero()[0])]} is singular or not finite, even damped; "
+    raise UserError(f"GPTQ: the Hessian of {name}[{int(failed.nonzero()[0])}] is singular or not finite, even damped; "
                     "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
 
 
-def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tuple[Tensor, Tensor]:
+def curvature(squares: Tensor, hessian: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
     """Second derivative of the loss by each weight once GPTQ has made up for its error: a factor of its row times one
     of its column, whose geometric mean in a matrix is 1.  # [n, rows, 1], [n, 1, columns]
 
@@ -1766,10 +1779,10 @@ def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tupl
     mean = squares.mean((-2, -1))
     bad = ~mean.isfinite() | (mean <= 0)
     if bad.any():
-        raise UserError(f"CLIP_RULE=waterfill: the gradient of {names[int(bad.nonzero()[0])]} is zero or not finite")
+        raise UserError(f"CLIP_RULE=waterfill: the gradient of {name}[{int(bad.nonzero()[0])}] is zero or not finite")
     columns = squares.new_ones(*squares.shape[:-2], 1, squares.size(-1))
     if hessian is not None:
-        dead, order, factor = column_order(hessian, names)
+        dead, order, factor = column_order(hessian, name)
         squares = squares.div(hessian.diagonal(dim1=-2, dim2=-1)[:, None]).masked_fill(dead[:, None], 0)
         columns = factor.diagonal(dim1=-2, dim2=-1)[:, None].pow(-2).take_along_dim(order.argsort(dim=-1), -1)
         columns = columns.masked_fill(dead[:, None], columns.mean())
@@ -1808,84 +1821,108 @@ def suits_triton(kernels: str, dtype: torch.dtype, *sizes: int) -> bool:
     return kernels == "triton" and dtype.itemsize == 2 and not any(size % 8 for size in sizes)
 
 
+# The Triton kernels of torch.ops.golf.*, which torch.compile takes as they are; each has its reference, in plain
+# operations, where it is used. `load_kernels` compiles them: importing this file must not need Triton. The products are
+# for Hopper: blocks stay on their SM and take tile after tile, TMA moves the tiles and cuts them off at the edges.
+# tests/test_sm90.py compiles all kernels for it; tile sizes are not tuned.
+def capped_row(logits, targets, losses, vocab, cap, scale, BLOCK: tl.constexpr):
+    """A row of logits -> its loss, and in its place the gradient times `scale`.
+
+    With q = 1 / (exp(2 logit / cap) + 1) the capped logit is cap - 2 cap q: softmax needs no largest logit, as
+    exp(-2 cap q) cannot vanish while cap <= LARGEST_CAP, and the derivative of the cap is 4 q (1 - q)."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    logits += row * vocab
+    target, partition = tl.load(targets + row), tl.zeros((BLOCK,), tl.float32)
+    reached = tl.load(logits + target).to(tl.float32)  # before the sum, at which all threads wait, and the stores
+    for start in range(0, vocab, BLOCK):
+        logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+        exps = tl.exp(-2 * cap / (tl.exp(2 / cap * logit) + 1))
+        partition += tl.where(start + at < vocab, exps, 0.0)
+    total = tl.sum(partition, axis=0)
+    tl.store(losses + row, tl.log(total) + 2 * cap / (tl.exp(2 / cap * reached) + 1))
+    for start in range(0, vocab, BLOCK):
+        logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+        q = 1 / (tl.exp(2 / cap * logit) + 1)
+        grad = tl.exp(-2 * cap * q) / total - (start + at == target).to(tl.float32)
+        tl.store(logits + start + at, (grad * 4 * q * (1 - q) * scale).to(logits.dtype.element_ty),
+                 mask=start + at < vocab)
+
+
+def mlp_tiles(a, b, leaky, out, tiles, across, depth, slope, FORWARD: tl.constexpr, SIDE: tl.constexpr,
+              DEPTH: tl.constexpr):
+    """LeakyReLU²(a b^T) and half its derivative, `leaky`, in the forward pass; 2 leaky (a b) in the backward."""
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FORWARD):
+        r, c = tile // across * SIDE, tile % across * SIDE  # b, the weight, stays in the cache
+        product = tl.zeros((SIDE, SIDE), tl.float32)
+        for k in range(0, depth, DEPTH):
+            product = tl.dot(a.load([r, k]), b.load([c, k]).T if FORWARD else b.load([k, c]), product)
+        halves = product.reshape(SIDE, 2, SIDE // 2).permute(0, 2, 1).split()
+        for half in tl.static_range(2):  # half a tile waits in shared memory, so that two blocks fit on an SM
+            x, column = halves[half], c + half * (SIDE // 2)
+            if FORWARD:
+                t = tl.where(x > 0, x, x * slope * slope)
+                leaky.store([r, column], t.to(leaky.dtype))
+                x = x * t
+            else:
+                x = 2 * x * leaky.load([r, column]).to(tl.float32)
+            out.store([r, column], x.to(out.dtype))
+
+
+def symmetric_tiles(x, add, out, batch, across, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
+                    DEPTH: tl.constexpr):
+    """Tiles of alpha x x^T + beta add on and above the diagonal, and their mirror images below."""
+    above = across * (across + 1) // 2
+    for tile in tl.range(tl.program_id(0), batch * above, tl.num_programs(0), flatten=True):
+        n, t = tile // above, tile % above
+        j = ((tl.sqrt_rn(8.0 * t + 1) - 1) / 2).to(tl.int32)  # tile t, column by column: (0,0) (0,1) (1,1) (0,2)
+        i = t - j * (j + 1) // 2
+        product = tl.zeros((SIDE, SIDE), tl.float32)
+        for k in range(0, depth, DEPTH):
+            left, right = x.load([n, i * SIDE, k]), x.load([n, j * SIDE, k])
+            product = tl.dot(left.reshape(SIDE, DEPTH), right.reshape(SIDE, DEPTH).T, product)
+        product = alpha * product
+        if ADDS:
+            product += beta * add.load([n, i * SIDE, j * SIDE]).reshape(SIDE, SIDE).to(tl.float32)
+        half, r = product.to(out.dtype), tl.arange(0, SIDE)
+        if i == j:  # exactly symmetric, in whatever order the tensor cores add
+            half = tl.where(r[:, None] <= r[None, :], half, half.T)
+        else:
+            out.store([n, j * SIDE, i * SIDE], half.T.reshape(1, SIDE, SIDE))
+        out.store([n, i * SIDE, j * SIDE], half.reshape(1, SIDE, SIDE))
+
+
+def tiled(x: Tensor, *block: int):
+    return TensorDescriptor.from_tensor(x.contiguous(), list(block))
+
+
+def launch_capped_rows(losses, logits, targets, cap, scale):
+    capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=1024, num_warps=4)
+
+
+def launch_mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
+    down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
+    mlp_tiles[min(down * across, MOST_BLOCKS),](
+        tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
+        tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
+        FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
+
+
+def launch_symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
+    across = triton.cdiv(x.size(1), side)
+    symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
+        tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
+        len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
+        num_stages=3)
+
+
 @functools.cache
 def load_kernels() -> None:
-    """Define the Triton kernels and register them as torch.ops.golf.*, which torch.compile takes as they are.
-
-    Each has its reference, in plain operations, where it is used. They are defined in here because importing this file
-    must not need Triton. The products are for Hopper: blocks stay on their SM and take tile after tile, TMA moves the
-    tiles and cuts them off at the edges. tests/test_sm90.py compiles all kernels for it; tile sizes are not tuned.
-    """
-    global triton, tl  # Triton looks up what a kernel calls among the module's globals
+    """Make the functions above Triton's, and operators of their launchers."""
+    global triton, tl, TensorDescriptor, capped_row, mlp_tiles, symmetric_tiles  # among which kernels look names up
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-
-    @triton.jit
-    def capped_row(logits, targets, losses, vocab, cap, scale, BLOCK: tl.constexpr):
-        """A row of logits -> its loss, and in its place the gradient times `scale`.
-
-        With q = 1 / (exp(2 logit / cap) + 1) the capped logit is cap - 2 cap q: softmax needs no largest logit, as
-        exp(-2 cap q) cannot vanish while cap <= LARGEST_CAP, and the derivative of the cap is 4 q (1 - q)."""
-        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        logits += row * vocab
-        target, partition = tl.load(targets + row), tl.zeros((BLOCK,), tl.float32)
-        reached = tl.load(logits + target).to(tl.float32)  # before the sum, at which all threads wait, and the stores
-        for start in range(0, vocab, BLOCK):
-            logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
-            exps = tl.exp(-2 * cap / (tl.exp(2 / cap * logit) + 1))
-            partition += tl.where(start + at < vocab, exps, 0.0)
-        total = tl.sum(partition, axis=0)
-        tl.store(losses + row, tl.log(total) + 2 * cap / (tl.exp(2 / cap * reached) + 1))
-        for start in range(0, vocab, BLOCK):
-            logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
-            q = 1 / (tl.exp(2 / cap * logit) + 1)
-            grad = tl.exp(-2 * cap * q) / total - (start + at == target).to(tl.float32)
-            tl.store(logits + start + at, (grad * 4 * q * (1 - q) * scale).to(logits.dtype.element_ty),
-                     mask=start + at < vocab)
-
-    @triton.jit
-    def mlp_tiles(a, b, leaky, out, tiles, across, depth, slope, FORWARD: tl.constexpr, SIDE: tl.constexpr,
-                  DEPTH: tl.constexpr):
-        """LeakyReLU²(a b^T) and half its derivative, `leaky`, in the forward pass; 2 leaky (a b) in the backward."""
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FORWARD):
-            r, c = tile // across * SIDE, tile % across * SIDE  # b, the weight, stays in the cache
-            product = tl.zeros((SIDE, SIDE), tl.float32)
-            for k in range(0, depth, DEPTH):
-                product = tl.dot(a.load([r, k]), b.load([c, k]).T if FORWARD else b.load([k, c]), product)
-            halves = product.reshape(SIDE, 2, SIDE // 2).permute(0, 2, 1).split()
-            for half in tl.static_range(2):  # half a tile waits in shared memory, so that two blocks fit on an SM
-                x, column = halves[half], c + half * (SIDE // 2)
-                if FORWARD:
-                    t = tl.where(x > 0, x, x * slope * slope)
-                    leaky.store([r, column], t.to(leaky.dtype))
-                    x = x * t
-                else:
-                    x = 2 * x * leaky.load([r, column]).to(tl.float32)
-                out.store([r, column], x.to(out.dtype))
-
-    @triton.jit
-    def symmetric_tiles(x, add, out, batch, across, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
-                        DEPTH: tl.constexpr):
-        """Tiles of alpha x x^T + beta add on and above the diagonal, and their mirror images below."""
-        above = across * (across + 1) // 2
-        for tile in tl.range(tl.program_id(0), batch * above, tl.num_programs(0), flatten=True):
-            n, t = tile // above, tile % above
-            j = ((tl.sqrt_rn(8.0 * t + 1) - 1) / 2).to(tl.int32)  # tile t, column by column: (0,0) (0,1) (1,1) (0,2)
-            i = t - j * (j + 1) // 2
-            product = tl.zeros((SIDE, SIDE), tl.float32)
-            for k in range(0, depth, DEPTH):
-                left, right = x.load([n, i * SIDE, k]), x.load([n, j * SIDE, k])
-                product = tl.dot(left.reshape(SIDE, DEPTH), right.reshape(SIDE, DEPTH).T, product)
-            product = alpha * product
-            if ADDS:
-                product += beta * add.load([n, i * SIDE, j * SIDE]).reshape(SIDE, SIDE).to(tl.float32)
-            half, r = product.to(out.dtype), tl.arange(0, SIDE)
-            if i == j:  # exactly symmetric, in whatever order the tensor cores add
-                half = tl.where(r[:, None] <= r[None, :], half, half.T)
-            else:
-                out.store([n, j * SIDE, i * SIDE], half.T.reshape(1, SIDE, SIDE))
-            out.store([n, i * SIDE, j * SIDE], half.reshape(1, SIDE, SIDE))
+    capped_row, mlp_tiles, symmetric_tiles = map(triton.jit, (capped_row, mlp_tiles, symmetric_tiles))
 
     def register(schema: str, allocate, launch, mutates: tuple = ()) -> None:
         """An operator: `launch` fills what `allocate` returns. Tracing, which has no data, stops at `allocate`."""
@@ -1897,36 +1934,16 @@ def load_kernels() -> None:
         torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
                                 schema=schema.removeprefix(name)).register_fake(allocate)
 
-    def tiled(x: Tensor, *block: int):
-        return TensorDescriptor.from_tensor(x.contiguous(), list(block))
-
-    def capped_rows(losses, logits, targets, cap, scale):
-        capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=1024, num_warps=4)
-
-    def mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
-        down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
-        mlp_tiles[min(down * across, MOST_BLOCKS),](
-            tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
-            tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
-            FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
-
-    def symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
-        across = triton.cdiv(x.size(1), side)
-        symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
-            tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
-            len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
-            num_stages=3)
-
     register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor",
-             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), capped_rows, mutates=("logits",))
+             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), launch_capped_rows, ("logits",))
     register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)",
              lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))),
-             lambda out, x, weight, slope: mlp(out[0], x, weight, out[1], slope, True))
+             lambda out, x, weight, slope: launch_mlp(out[0], x, weight, out[1], slope, True))
     register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor",
              lambda upstream, weight, leaky: torch.empty_like(leaky),
-             lambda out, upstream, weight, leaky: mlp(out, upstream, weight, leaky, 0.0, False))
+             lambda out, upstream, weight, leaky: launch_mlp(out, upstream, weight, leaky, 0.0, False))
     register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor",
-             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), symmetric)
+             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), launch_symmetric)
 
 
 class ScaledNorm(torch.autograd.Function):
@@ -2120,7 +2137,7 @@ def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
 
 def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
     """x weight^T. Instead of a matrix, `weight` may be a function of x and of `source`, the input of attention or MLP
-    as a whole (by default x): see `GPT.hidden`."""
+    as a whole (by default x): what a hook of `GPT.hidden` made of it."""
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x, x if source is None else source)
 
 
@@ -2194,15 +2211,15 @@ class Attention(nn.Module):
         self.sparse_scale = cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
-    def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
+    def forward(self, x, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int):
         """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
         those of the first layer [batch, T, kv_heads, d]."""
-        (query_w, key_w, value_w, out_w), (cos, sin, documents), recent = weights, positions, x[:, -keep:]
-        q = project(recent, query_w).unflatten(-1, (self.heads, -1))
-        k = project(x, key_w).unflatten(-1, (self.kv_heads, -1))
+        (cos, sin, documents), recent = positions, x[:, -keep:]
+        q = project(recent, weights.query).unflatten(-1, (self.heads, -1))
+        k = project(x, weights.key).unflatten(-1, (self.kv_heads, -1))
         if self.q_gain is not None:
             q, k = norm(q, eps=self.eps), norm(k, eps=self.eps)
-        value = project(x, value_w)
+        value = project(x, weights.value)
         if value_embedding is not None:
             value = value + value_embedding
         v = value = value.unflatten(-1, (self.kv_heads, -1))
@@ -2219,7 +2236,7 @@ class Attention(nn.Module):
         if self.sparse_gate is not None:
             channels = recent[..., :self.sparse_gate.in_features]
             y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
-        return project(y.flatten(2), out_w, recent), value
+        return project(y.flatten(2), weights.out, recent), value
 
 
 class Block(nn.Module):
@@ -2237,22 +2254,23 @@ class Block(nn.Module):
         self.dtg_gate = CastedLinear(cfg.model_dim, 1, bias=2.0) if cfg.dtg_enabled else None  # fairly open
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
-    def forward(self, x, lane, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int,
-                keeps=None, takes=None):
+    def forward(self, x, lanes, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value,
+                keep: int):
         """Last `keep` positions of the stream after this block and of the MLP's lane, and the attention's values.
 
-        Where the MLP has no `lane`, it reads what attention has written or, in the joint form, what attention reads. In
-        two lanes (PR 1204) each keeps a share of itself, keeps [lane], and takes of both outputs, takes [output, lane].
+        Where the MLP has no lane, it reads what attention has written or, in the joint form, what attention reads. In
+        two (PR 1204) each keeps a share of itself and takes of both outputs: lanes = (the MLP's, keeps [lane],
+        takes [output, lane]).
         """
         before = x[:, -keep:]
         if self.mixes:
             mix = self.resid_mix.to(x.dtype)
             x = torch.addcmul(mix[0] * x, mix[1], x0)
         add = lambda x, name, y: torch.addcmul(x, getattr(self, name).to(x.dtype), y) if self.mixes else x + y
-        y, value = self.attn(self.attn_norm(x), weights[:4], positions, value_embedding, first_value, keep)
+        y, value = self.attn(self.attn_norm(x), weights, positions, value_embedding, first_value, keep)
         x = x[:, -keep:]
-        if lane is not None:
-            lane = lane[:, -keep:]
+        if lanes is not None:
+            lane, keeps, takes = lanes[0][:, -keep:], *(weight.to(x.dtype) for weight in lanes[1:])
             z = self.mlp(self.mlp_norm(lane), weights)
             y, z = (y * self.attn_scale.to(x.dtype), z * self.mlp_scale.to(x.dtype)) if self.mixes else (y, z)
             x, lane = (keeps[i] * old + takes[0, i] * y + takes[1, i] * z for i, old in enumerate((before, lane)))
@@ -2401,10 +2419,10 @@ class GPT(nn.Module):
         ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions only.
         With `documents`, ids are a flat stream [1, N], and each document is computed as if it were a row by itself.
 
-        `hook(kind, visit, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
-        input, for instance to add a low-rank term to its output or to record its input. A visit is a place in the order
-        of layers, of which a loop has several for a layer. The token table (a function of ids) and the output matrix
-        are kinds "embed" and "head", of visit -1.
+        `hook(kind, visit, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function, see
+        `project`: to add a low-rank term to its output or to record its input. A visit is a place in the order of
+        layers, of which a loop has several for a layer. The token table (a function of ids) and the output matrix are
+        kinds "embed" and "head", of visit -1.
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
@@ -2417,12 +2435,11 @@ class GPT(nn.Module):
             place = visit - len(order) // 2
             if lane is None and place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
                 lane = x
-            lanes = () if lane is None else (self.lane_keeps[layer].to(x.dtype), self.lane_takes[layer].to(x.dtype))
+            lanes = None if lane is None else (lane, self.lane_keeps[layer], self.lane_takes[layer])
             if place >= 0 and skips:
                 x = self.merge_skip(x, skips.pop(), place)
             kept = keep or length if visit == len(order) - 1 else length
-            x, lane, value = self.blocks[layer](x, lane, x0, weights, positions, extra.get(layer), first_value, kept,
-                                                *lanes)
+            x, lane, value = self.blocks[layer](x, lanes, x0, weights, positions, extra.get(layer), first_value, kept)
             first_value = value if visit == 0 else first_value
             if place < 0 and cfg.unet_skips:
                 skips.append(x)
@@ -3131,13 +3148,11 @@ def self_generated_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
     The first token is uniform, each next one is drawn at temperature 0.8. Batch i depends on SEED and i alone.
     """
     for i in range(rt.rank, cfg.gptq_calibration_batches, rt.world_size):
-        dice = torch.rand(SELF_TEXT_ROWS, cfg.train_seq_len + 1, generator=torch.Generator().manual_seed(cfg.seed + i))
-        dice = dice.to(rt.device)
-        text = (dice[:, :1] * cfg.vocab_size).long()
-        for drawn in dice[:, 1:].split(1, dim=1):
+        dice = torch.Generator(rt.device).manual_seed(cfg.seed + i)
+        text = torch.randint(cfg.vocab_size, (SELF_TEXT_ROWS, 1), generator=dice, device=rt.device)
+        while text.size(1) <= cfg.train_seq_len:
             logits = model.logits(model.hidden(text, keep=1)[:, 0]) / SELF_TEXT_TEMPERATURE
-            token = torch.searchsorted(logits.softmax(-1).cumsum(-1), drawn.contiguous()).clamp(max=cfg.vocab_size - 1)
-            text = torch.cat((text, token), dim=1)
+            text = torch.cat((text, torch.multinomial(logits.softmax(-1), 1, generator=dice)), dim=1)
         yield text[:, :-1], text[:, 1:]
 
 
@@ -3200,14 +3215,9 @@ def loss_curvature(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainDat
     rt.log(f"waterfill:gradients of {int(tokens)} tokens in {watch.elapsed():.1f}s")
     factors = {}
     for name, square in squares.items():
-        parts = curvature(square.view(-1, *square.shape[-2:]) / tokens, hessians.get(name), labels(name, square))
+        parts = curvature(square.view(-1, *square.shape[-2:]) / tokens, hessians.get(name), name)
         factors[name] = tuple(part.view(*square.shape[:-2], *part.shape[-2:]) for part in parts)
     return factors
-
-
-def labels(name: str, weight: Tensor) -> list[str]:
-    """A name for each matrix of a parameter."""
-    return [f"{name}[{i}]" for i in range(len(weight))] if weight.ndim == 3 else [name]
 
 
 @torch.no_grad()
@@ -3215,14 +3225,10 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
                 factors: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, tuple[Tensor, Tensor | Steps]]:
     """(codes, scales) of each parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest.
     `factors`: what `loss_curvature` returned."""
-    params, rounded = dict(model.named_parameters()), {}
-    filled = water_fill(factors, cfg.waterfill_nats, cfg.waterfill_exponent) if factors else {}
-    for name, spec in quant_specs(cfg, params).items():
-        weight = prune(params[name].detach().float(), cfg.prune_frac)
-        matrices, steps = weight.view(-1, *weight.shape[-2:]), filled.get(name)
-        codes, scales = quantise(matrices, spec, steps, hessians.get(name), labels(name, weight))
-        rounded[name] = codes.view_as(weight), steps or scales.view(*weight.shape[:-1], 1)
-    return rounded
+    params = dict(model.named_parameters())
+    steps = water_fill(factors, cfg.waterfill_nats, cfg.waterfill_exponent) if factors else {}
+    return {name: quantise(prune(params[name].detach().float(), cfg.prune_frac), spec, steps.get(name),
+                           hessians.get(name), name) for name, spec in quant_specs(cfg, params).items()}
 
 
 def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, code_bytes: int):
@@ -3276,20 +3282,18 @@ class Stored:
 
     def weight(self) -> Tensor:
         values = torch.from_numpy(self.values)
-        if self.bits == WATER_BITS:
-            steps = self.steps()
-            return dequantise(values.view(len(steps.rows), *values.shape[-2:]), steps).view_as(values)
-        return dequantise(values, torch.from_numpy(self.scales)) if self.bits else values.float()
+        if not self.bits:
+            return values.float()
+        return dequantise(values, self.steps() if self.bits == WATER_BITS else torch.from_numpy(self.scales))
 
     def steps(self) -> Steps:
         """What `store_steps` stored; whatever a file holds is brought into the range that it stores."""
         exponents = torch.from_numpy(self.scales.ravel().cumsum(dtype=np.int64).clip(-STEP_LIMIT, STEP_LIMIT)).short()
-        count = math.prod(self.values.shape[:-1])
-        rows = exponents[:count].view(-1, self.values.shape[-2], 1)
+        shape, count = self.values.shape, math.prod(self.values.shape[:-1])
+        rows = exponents[:count].view(*shape[:-1], 1)
         if not self.queries:
-            return Steps(rows, exponents[count:].view(-1, 1, self.values.shape[-1]))
-        half = len(rows) // 2
-        return Steps(rows, self.queries.steps().columns[:half].repeat(2, 1, 1))
+            return Steps(rows, exponents[count:].view(*shape[:-2], 1, shape[-1]))
+        return Steps(rows, self.queries.steps().columns[:len(rows) // 2].repeat(2, 1, 1))
 
 
 def store_steps(steps: Steps, with_columns: bool) -> np.ndarray:
@@ -3314,14 +3318,12 @@ def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[S
             codes, scales = rounded.get(name) or quantise(weight, specs[name])
             queries = shared_columns(name, specs[name].bits, stored)
             scales = store_steps(scales, not queries) if isinstance(scales, Steps) else scales.cpu().numpy()
-            finite = weight.isfinite().all() and np.isfinite(scales).all()
             stored.append(Stored(name, families[name].name, specs[name].bits, codes.cpu().numpy(), scales, queries))
         else:
             kind = "float" if named_in(cfg.int8_keep_float_fp32_name_patterns, name) else "half"
-            values = weight if kind == "float" else weight.half()
-            finite = values.isfinite().all()
-            stored.append(Stored(name, kind, 0, values.numpy()))
-        if not finite:
+            stored.append(Stored(name, kind, 0, (weight if kind == "float" else weight.half()).numpy()))
+        held = stored[-1]
+        if not (weight.isfinite().all() and np.isfinite(held.scales if held.bits else held.values).all()):
             raise UserError(f"parameter {name} is not finite{' in fp16' * bool(weight.isfinite().all())}: "
                             "the training diverged, or it belongs into INT8_KEEP_FLOAT_FP32_NAME_PATTERNS")
     return stored
@@ -3432,21 +3434,22 @@ class SpreadHistograms:
         for b in np.unique(bucket):
             here = bucket == b
             model = models.Categorical(self.counts[b].astype(np.float64), perfect=False)
-            if self.decoder:
-                near[here] = self.decoder.decode(model, int(here.sum())) - self.reach
-            shifted = near[here] + self.reach
-            self.encoder.encode(shifted.astype(np.int32), model)
+            shifted = self.exchange(near[here] + self.reach, model)
+            near[here] = shifted - self.reach
             seen = np.bincount(shifted, minlength=2 * self.reach + 1)
             self.counts[b] += 32 * (seen + seen[::-1])
         far = np.abs(near) == ESCAPE
-        if self.beyond <= 0 or not far.any():
-            return near
-        model, rest = models.Uniform(self.beyond + 1), np.abs(symbols[far]) - ESCAPE
-        if self.decoder:
-            rest = self.decoder.decode(model, int(far.sum()))
-        self.encoder.encode(rest.astype(np.int32), model)
-        near[far] += np.sign(near[far]) * rest
+        if self.beyond > 0 and far.any():
+            rest = self.exchange(np.abs(symbols[far]) - ESCAPE, models.Uniform(self.beyond + 1))
+            near[far] += np.sign(near[far]) * rest
         return near
+
+    def exchange(self, symbols: np.ndarray, model) -> np.ndarray:
+        """The symbols, or what the decoder has in their place, encoded."""
+        if self.decoder:
+            symbols = self.decoder.decode(model, len(symbols))
+        self.encoder.encode(symbols.astype(np.int32), model)
+        return symbols
 
 
 class RowPredictor:
@@ -3498,8 +3501,9 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
     With `steps` these are magnitudes of weights, and a code's is so much larger as its step is finer than the mean.
     """
     columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
+    matrices = (t.reshape(-1, *codes.shape[-2:]) for t in (codes, finer_sixteenths(steps, codes.shape)))
     histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
-    for matrix, finer in zip(codes.reshape(-1, *codes.shape[-2:]), finer_sixteenths(steps, codes)):
+    for matrix, finer in zip(*matrices):
         predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
         column_sum, level_sum, done, block = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0, matrix[:0]
         while done < len(matrix):
@@ -3518,13 +3522,13 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
             done += len(block)
 
 
-def finer_sixteenths(steps: Steps | None, codes: np.ndarray):
-    """Yields for each matrix by how many sixteenths of an octave steps are finer than the mean.  # [rows, columns]"""
+def finer_sixteenths(steps: Steps | None, shape: tuple[int, ...]) -> np.ndarray:
+    """By how many sixteenths of an octave each step is finer than the mean.  # int16 [..., rows, columns]"""
     if steps is None:
-        yield from itertools.repeat(np.zeros(codes.shape[-2:], np.int64))
-    rows, columns = (t.numpy().astype(np.int64) for t in steps)
+        return np.broadcast_to(np.int16(0), shape)
+    rows, columns = (t.numpy() for t in steps)
     mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
-    yield from ((16 // STEPS_PER_OCTAVE * (mean - row - column)).clip(-96, 96) for row, column in zip(rows, columns))
+    return (16 // STEPS_PER_OCTAVE * (mean - rows - columns)).clip(-96, 96)
 
 
 def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column,
@@ -3664,8 +3668,8 @@ def pack_streams(wanted: str, streams: dict[str, Parts]) -> dict[str, tuple[str,
 
 
 def unpack_streams(streams: dict[str, Parts], rows: list, payload: bytes) -> None:
-    """Fills the arrays from a payload, given [codec, bytes, crc32] of each stream. Raises ValueError
-    unless the payload is exactly these streams, of values that can be in them."""
+    """Fills the arrays of the streams, given [codec, bytes, crc32] of each. Raises ValueError unless the payload is
+    exactly these streams, of values that can be in them."""
     if any(type(n) is not int or n < 0 for _, *numbers in rows for n in numbers) or len(rows) != len(streams) \
             or sum(size for _, size, _ in rows) != len(payload):
         raise ValueError("its streams are not those of its parameters, or do not fill the file")
@@ -3821,8 +3825,7 @@ class Adapter:
         length, cfg = self.cfg.train_seq_len, self.cfg
         rows = (len(tokens) - 1) // length
         inputs, targets = (t[:rows * length].long().view(rows, length) for t in (tokens[:-1], tokens[1:]))
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["full_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+        self.set_progress(progress)
         self.swap_averages()
         for start in [*range(0, rows, cfg.ttt_batch_seqs)] * epochs:
             count = min(cfg.ttt_batch_seqs, rows - start)
@@ -3842,6 +3845,31 @@ class Adapter:
         for epoch in range(epochs):
             ((rescore() if epoch else nll) * weight).sum().backward()
             self.step()
+
+    def learn_documents(self, tokens: Tensor, targets: Tensor, bos_id: int) -> None:
+        """One step of all ranks on the mean loss of scored documents end to end.  # int64 [n] each
+
+        They are computed in rows of the context's length, in which no document reads another. The rows' gradients are
+        summed in float64, so that any number of ranks makes the same step.
+        """
+        length, sums = self.cfg.doc_context, [torch.zeros_like(t, dtype=torch.float64) for t in self.trained]
+        weights = torch.full(tokens.shape, length / len(tokens), device=tokens.device)
+        rows = list(zip(*(t.split(length) for t in (tokens, targets, weights))))
+        for row in [rows[i] for i in self.rt.share_of(len(rows))]:
+            x, y, weights = (F.pad(t, (0, length - len(t)))[None] for t in row)  # one length, so one compiled graph
+            begins = torch.from_numpy(document_starts(x[0].cpu().numpy(), bos_id, length)).to(x.device)
+            self.loss_fn(x, y, token_weights=weights, documents=Documents(begins, length)).backward()
+            for total, tensor in zip(sums, self.trained):
+                total += 0 if tensor.grad is None else tensor.grad
+            self.optimiser.zero_grad()
+        for tensor, total in zip(self.trained, self.rt.sum_many_(sums)):
+            tensor.grad = total.to(tensor.dtype)
+        self.step()
+
+    def set_progress(self, progress: float) -> None:
+        """The learning rates' cosine, from 0 to 1."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["full_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
 
     def step(self) -> None:
         """One optimiser step on the gradients in `.grad`, which a stream sums over ranks."""
@@ -3895,6 +3923,8 @@ class LoraAdapter(Adapter):
 
     def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
         rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
+        self.model, phased = model, cfg.phased_ttt_num_phases > 0
+        self.weights = [(p, p.detach().clone()) for p in model.parameters() if p.numel() and phased]
         self.scale, self.pairs, self.initial, trained = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
         generator = torch.Generator().manual_seed(cfg.seed)
         self.parallel = ("out", "down") if cfg.ttt_lora_parallel else ()
@@ -3931,6 +3961,26 @@ class LoraAdapter(Adapter):
         torch._foreach_copy_(trained, [start.expand_as(t) for start, t in zip(initial, trained)])
         for state in self.optimiser.state.values():
             torch._foreach_zero_(list(state.values()))
+
+    def train_weights(self, tokens: Tensor, targets: Tensor, bos_id: int) -> None:
+        """A phase of PR 1610, 1626, 1855: SGD on the weights themselves over scored documents end to end, in chunks;
+        each phase has an optimiser of its own. (Published, a BOS learns to be followed by the next document's, what a
+        chunk has beyond whole sequences is left out, and sequences weigh less on ranks that have more of them.)"""
+        cfg, weights = self.cfg, [(1.0, p) for p, _ in self.weights]
+        sgd = dataclasses.replace(cfg, ttt_momentum=cfg.global_ttt_momentum, ttt_grad_clip=cfg.global_ttt_grad_clip)
+        trainer = Adapter(self.model, sgd, self.rt, weights, cfg.global_ttt_lr, "sgd", rows=1)
+        chunks = list(zip(tokens.split(cfg.global_ttt_chunk_tokens), targets.split(cfg.global_ttt_chunk_tokens)))
+        for i, chunk in enumerate(chunks[:-1] or chunks):  # the last one's rate would be 0
+            trainer.set_progress(i / max(len(chunks) - 1, 1))
+            for _ in range(cfg.global_ttt_epochs):
+                trainer.learn_documents(*chunk, bos_id)
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def restore_weights(self) -> None:
+        """As they were before the first phase."""
+        for p, before in self.weights:
+            p.copy_(before)
 
 
 def adapter_for(model: GPT, cfg: Hyperparameters, rt: Runtime) -> Adapter:
@@ -4017,6 +4067,7 @@ class ScoredChunk:
     resets: bool = False    # the adapter starts afresh: other documents begin here
     keeps_a: bool = False   # but for the first factors of its additions
     goes_on: Tensor | None = None  # which documents have more chunks, bool [rows]: the others have no use of a lesson
+    finished: Tensor | None = None  # documents on which all ranks train the weights: first target and end, [n, 2]
 
     @property
     def reads(self) -> int:
@@ -4047,35 +4098,54 @@ def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Scor
     counted from the BOS, and every batch has the same number of rows.
 
     If the lengths of documents are known (PR 1855, 2014), they do more: chunks may grow with them, a last window
-    reaches back as far as any, and first factors pass along a chain of whole batches, longest documents first. The
-    chains are the plan's, not the ranks': what a batch goes on from depends on no rank's speed.
+    reaches back as far as any, and the longest documents come first, so that others profit from what they teach. For
+    phases all ranks stop when enough of them are finished, to train the weights on the shortest of these.
     """
-    targets, rows, warm = len(val.tokens) - 1, cfg.ttt_batch_docs, cfg.ttt_warm_start_a
-    starts = (val.tokens[:-1] == val.bos_id).nonzero().flatten().cpu()
+    starts, targets = (val.tokens[:-1] == val.bos_id).nonzero().flatten().cpu(), len(val.tokens) - 1
     bounds = torch.unique(F.pad(F.pad(starts, (1, 0), value=0), (0, 1), value=targets))
-    first, stop = bounds[:-1], bounds[1:]
-    groups = (stop - first).argsort(descending=not cfg.lengths_known, stable=True).split(rows)
-    longest_of = lambda group: int((stop - first)[group].max())
-    if cfg.lengths_known:  # among equals a batch that is not full comes first: no other goes on from it
-        groups = sorted(groups, key=lambda group: (-longest_of(group), len(group) == rows))
+    documents, length = torch.stack((bounds[:-1], bounds[1:]), dim=1), bounds.diff()
+    phases, prefix = cfg.phased_ttt_num_phases, min(cfg.phased_ttt_prefix_docs, len(documents))
+    ends = [prefix * (i + 1) // phases or 1 for i in range(phases)]
+    order = length.argsort(descending=not cfg.lengths_known, stable=True)
+    groups = order.split(cfg.ttt_batch_docs)
+    if cfg.lengths_known:
+        groups = sorted(groups, key=lambda group: -int(length[group].max()))
+    plan, begun, finished = [], 0, torch.zeros(len(documents), dtype=torch.bool)
+    for i, group in enumerate(groups[:-1], 1):  # no document would profit from a phase after the last batch
+        finished[group] = True
+        if ends and finished.sum() >= ends[0]:
+            lesson = order[finished[order]][:ends.pop(0)]
+            tokens = cfg.global_ttt_epochs * int(length[lesson].sum())
+            plan += plan_chains([documents[group] for group in groups[begun:i]], cfg, rt)
+            plan.append(ScoredChunk([], -(-tokens // rt.world_size), finished=documents[lesson]))
+            begun = i
+    return plan + plan_chains([documents[group] for group in groups[begun:]], cfg, rt)
+
+
+def plan_chains(groups: list[Tensor], cfg: Hyperparameters, rt: Runtime) -> list[ScoredChunk]:
+    """This rank's part of batches of documents ([rows, 2]: first target and end). First factors pass along a chain of
+    whole batches; the chains are the plan's, not the ranks': what a batch goes on from depends on no rank's speed."""
+    rows, warm = cfg.ttt_batch_docs, cfg.ttt_warm_start_a
+    if warm:  # a batch that is not full comes first: no other goes on from it
+        groups = sorted(groups, key=lambda group: len(group) == rows)
     chains = [[] for _ in range(cfg.ttt_warm_chains if warm else rt.world_size)]
     loads, carried = [0] * len(chains), [False] * len(chains)
-    for group in groups:
-        longest = longest_of(group)
+    for first, stop in (group.unbind(1) for group in groups):
+        longest = int((stop - first).max())
         chunk = next(tokens for limit, tokens in cfg.doc_chunks if longest + 1 <= limit)  # with the BOS after it
         steps = -(-longest // chunk)
         owner = loads.index(min(loads))  # the longest to the chain with the least to do
         for step in range(steps if owner % rt.world_size == rt.rank else 0):
             end = chunk * (step + 1)
-            low, high = ((first[group] + at).minimum(stop[group]) for at in (end - chunk, end))
-            length, reach = min(end, cfg.doc_context), high if cfg.lengths_known else first[group] + end
-            windows = Windows((reach - length).maximum(first[group]), low, high, length, chunk).filled(rows)
+            low, high = ((first + at).minimum(stop) for at in (end - chunk, end))
+            length, reach = min(end, cfg.doc_context), high if cfg.lengths_known else first + end
+            windows = Windows((reach - length).maximum(first), low, high, length, chunk).filled(rows)
             trains = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
             chains[owner].append(ScoredChunk(
                 [windows], rows * length if trains else 0, resets=step == 0, keeps_a=carried[owner],
-                goes_on=F.pad(stop[group] - first[group] > end, (0, rows - len(group)))))
+                goes_on=F.pad(stop - first > end, (0, rows - len(first)))))
         loads[owner] += steps
-        carried[owner] = warm and len(group) == rows  # where a row had no document, nothing was learnt
+        carried[owner] = warm and len(first) == rows  # where a row had no document, nothing was learnt
     return [chunk for chain in chains for chunk in chain]
 
 
@@ -4120,10 +4190,10 @@ class EvalClock:
             raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
                             "more (0: no limit) or raise EVAL_STRIDE")
 
-    def begin(self, plan: list[ScoredChunk], epochs: int, in_step: bool) -> None:
-        """An evaluation starts. in_step: the ranks train together and must agree."""
+    def begin(self, plan: list[ScoredChunk], epochs: int) -> None:
+        """An evaluation starts."""
         self.epochs = self.most = epochs
-        self.in_step, self.chunks = in_step, len(plan)
+        self.chunks = len(plan)
         self.planned, self.left_out = epochs * sum(chunk.train_tokens > 0 for chunk in plan), 0
         self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
         self.graphs = set()  # that a lap has used
@@ -4206,6 +4276,12 @@ class Scored:
         self.require_scored_once(self.rt.sum_(self.times[first:first + count].clone()))
         return self.tokens[first:first + count + 1]
 
+    def training_documents(self, documents: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64 [n] each, of documents [n, 2] end to end. Raises IllegalScore likewise."""
+        numbers = torch.cat([torch.arange(first, end) for first, end in documents.tolist()]).to(self.tokens.device)
+        self.require_scored_once(self.rt.sum_(self.times[numbers]))
+        return self.tokens[numbers].long(), self.tokens[numbers + 1].long()
+
     def result(self, name: str, start_s: float) -> EvalResult:
         """The total. Raises IllegalScore if the ranks together did not score every target once."""
         self.require_scored_once(self.rt.sum_(self.times.clone()))
@@ -4223,9 +4299,11 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     """
     start_s, scored, clock = time.perf_counter(), Scored(val, rt), clock or EvalClock(0.0, rt)
     temperature, hook, rows = (cfg.ttt_temp, adapter.hook, adapter.rows) if adapter else (1.0, None, 0)
-    clock.begin(plan, cfg.ttt_epochs if adapter else 0, in_step=not rows)
+    clock.begin(plan, cfg.ttt_epochs if adapter else 0)
     bar = Progress(rt.log, sum(len(chunk.batches) for chunk in plan), name)
     for i, chunk in enumerate(plan):
+        phase = chunk.finished is not None
+        clock.in_step = phase or not rows  # the ranks train together and must agree
         epochs = clock.affordable_epochs(chunk.train_tokens, i)
         if chunk.resets:
             adapter.reset(chunk.keeps_a)
@@ -4242,13 +4320,18 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
         clock.lap("score", chunk.resets, chunk.reads)
         if adapter:
             report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
-        if epochs and rows:
+        if epochs and phase:
+            adapter.train_weights(*scored.training_documents(chunk.finished), val.bos_id)
+            rt.log(f"ttpr: documents:{len(chunk.finished)} t:{time.perf_counter() - start_s:.1f}s")
+        elif epochs and rows:
             scored.require_scored_once(scored.times[numbers])
             adapter.learn_rows(nll, counted & chunk.goes_on.to(counted.device)[:, None], epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
-        clock.lap("learn", chunk.resets, chunk.train_tokens, epochs)
+        clock.lap("learn", None if phase else chunk.resets, chunk.train_tokens, epochs)
         nll = rescore = None  # frees the graph of the forward pass
+    if rows:
+        adapter.restore_weights()
     bar.close()
     clock.end()
     return scored.result(name, start_s)
@@ -4256,8 +4339,8 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
 
 def final_evaluations(cfg: Hyperparameters) -> dict[str, int]:
     """The final scores in their order, each with the stride of its windows. "ttt" adapts, the others do not."""
-    return {"roundtrip": cfg.window, **({"sliding": cfg.stride} if cfg.eval_stride else {}),
-            **({"ttt": cfg.stride} if cfg.ttt_enabled else {})}
+    strides = {"roundtrip": cfg.window, "sliding": cfg.eval_stride, "ttt": cfg.stride if cfg.ttt_enabled else 0}
+    return {key: stride for key, stride in strides.items() if stride}
 
 
 def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):
@@ -4485,13 +4568,20 @@ def precision_tag(cfg: Hyperparameters) -> str:
     return f"int{mlp}" if mlp == attn else f"int{mlp}mlp+int{attn}attn"
 
 
-def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapter, val: ValData) -> None:
+def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapter, val: ValData,
+                   plan: list[ScoredChunk]) -> None:
     """What is about to adapt, in the lines that this field's log readers know."""
     targets, lora, stride = len(val.tokens) - 1, cfg.ttt_mode == "lora", cfg.stride
     trained = sum(t.numel() for t in adapter.trained) // max(adapter.rows, 1)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if adapter.rows:
-        rt.log(f"ttt_document:start documents={int((val.tokens[:-1] == val.bos_id).sum())} "
+        documents = int((val.tokens[:-1] == val.bos_id).sum())
+        phases = [len(chunk.finished) for chunk in plan if chunk.finished is not None]
+        if cfg.phased_ttt_num_phases:
+            rt.log(f"ttt_phased: total_docs:{documents} prefix_docs:{max(phases, default=0)} num_phases:{len(phases)} "
+                   f"boundaries:{phases}" + "; the text has documents for no more" * (
+                       len(phases) < cfg.phased_ttt_num_phases or max(phases) < cfg.phased_ttt_prefix_docs))
+        rt.log(f"ttt_document:start documents={documents} "
                f"side_by_side={adapter.rows} chunk_tokens={cfg.ttt_doc_chunk_tokens} ttt_epochs={cfg.ttt_epochs} "
                f"min_doc_tokens={cfg.ttt_min_doc_tokens}")
     else:
@@ -4527,7 +4617,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         adapter, label, nll = None, labels[key], torch.zeros(len(val.tokens) - 1, device=rt.device)
         if key == "ttt":
             adapter = adapter_for(model, cfg, rt)
-            log_adaptation(cfg, rt, model, adapter, val)
+            log_adaptation(cfg, rt, model, adapter, val, plan)
             score_fn = scorer(model, rt, adapter)
         r = results[key] = evaluate(label, score_fn, val, cfg, rt, plan, adapter, clock,
                                     functools.partial(nll.index_copy_, 0))
