@@ -2221,11 +2221,9 @@ class Attention(nn.Module):
         y = self.attend(q, rotate(k, cos, sin), v, self.window, documents)      # [batch, keep, heads, d]
         if self.exclusive:
             y = subtract_own_value(y, v[:, -keep:])
-        if self.attn_gate is not None:
-            y = y * torch.sigmoid(self.attn_gate(recent)).unsqueeze(-1)
-        if self.sparse_gate is not None:
-            channels = recent[..., :self.sparse_gate.in_features]
-            y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
+        for gate, steepness in ((self.attn_gate, 1.0), (self.sparse_gate, self.sparse_scale)):
+            if gate is not None:
+                y = y * torch.sigmoid(steepness * gate(recent[..., :gate.in_features])).unsqueeze(-1)
         return project(y.flatten(2), weights.out, recent), value
 
 
