@@ -2093,14 +2093,6 @@ def rope_table(cfg: Hyperparameters, length: int, device, longest: int = 0) -> t
     return angle.cos(), angle.sin()
 
 
-class Positions(NamedTuple):
-    """Where the tokens of a forward pass are: their rotation angles, and the documents of a flat stream."""
-
-    cos: Tensor
-    sin: Tensor
-    documents: Documents | None
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first dimensions of each head as pairs (i, i + half), keep the rest.  # [batch, T, heads, d]"""
     half = cos.size(-1)
@@ -2201,9 +2193,9 @@ class Attention(nn.Module):
         self.sparse_scale = cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
-    def forward(self, x, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int):
+    def forward(self, x, weights: LayerWeights, positions, value_embedding, first_value, keep: int):
         """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
-        those of the first layer [batch, T, kv_heads, d]."""
+        those of the first layer [batch, T, kv_heads, d]. positions: of `rope_table`, and the Documents or None."""
         (cos, sin, documents), recent = positions, x[:, -keep:]
         q = project(recent, weights.query).unflatten(-1, (self.heads, -1))
         k = project(x, weights.key).unflatten(-1, (self.kv_heads, -1))
@@ -2242,8 +2234,7 @@ class Block(nn.Module):
         self.dtg_gate = CastedLinear(cfg.model_dim, 1, bias=2.0) if cfg.dtg_enabled else None  # fairly open
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
-    def forward(self, x, lanes, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value,
-                keep: int):
+    def forward(self, x, lanes, x0, weights: LayerWeights, positions, value_embedding, first_value, keep: int):
         """Last `keep` positions of the stream after this block and of the MLP's lane, and the attention's values.
 
         Where the MLP has no lane, it reads what attention has written or, in the joint form, what attention reads. In
@@ -2414,7 +2405,7 @@ class GPT(nn.Module):
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
-        positions = Positions(*rope_table(cfg, length, ids.device, longest), documents)
+        positions = *rope_table(cfg, length, ids.device, longest), documents
         shared = None if self.ve_shared is None else self.look_up("ve_shared", ids, qat)
         extra = {layer: shared * scale.to(self.dtype) for layer, scale in zip(cfg.ve_layer_ids, self.ve_layer_scales)}
         x = x0 = self.embed(ids, qat, hook, documents)
