@@ -1682,12 +1682,6 @@ def soft_round(codes: Tensor) -> Tensor:
     return codes - torch.sin(2 * math.pi * codes) / (2 * math.pi)
 
 
-def entropy_bytes(codes: Tensor) -> float:
-    """Order-0 entropy of int8 codes, in bytes."""
-    counts = torch.bincount(codes.flatten().int() + 128).double()
-    return float(-torch.special.xlogy(counts, counts / counts.sum()).sum()) / math.log(2) / 8
-
-
 def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tensor | None = None) -> Tensor:
     """Straight-through rounding: with scale = row_scales(weight), the value is dequantise(*quantise(weight)) and the
     gradient the identity's. With `hardness` (0-d, in 0..1) the value goes from soft_round to rounding, and the gradient
@@ -3383,7 +3377,8 @@ def byte_planes(array: np.ndarray) -> np.ndarray:
 
 def order0_bytes(array: np.ndarray) -> float:
     """Order-0 entropy of an array's byte planes, each by itself: the bound of packers without context."""
-    return sum(entropy_bytes(torch.tensor(plane)) for plane in byte_planes(array))
+    counts = [count[count > 0] for count in map(np.bincount, byte_planes(array))]
+    return sum(float((count * np.log2(array.size / count)).sum()) for count in counts) / 8
 
 
 # The range coder. The library constriction codes the symbols; this file models their probabilities by adaptive
