@@ -38,8 +38,6 @@ Where a technique lives:
     growing context, all graphs of a run    stage, stage_shares; warm_up, TrainState.rewarmed
     parallel residuals, two lanes or joint  Block.forward; where the lanes begin and end: GPT.hidden
     documents in a flat stream              TrainData.training_batch, document_starts; Documents, attend_varlen
-    initial weights                         GPT.init_weights
-    learning rate, decay, bits of a tensor  its row of FAMILIES, which names the settings
     Muon, Newton-Schulz, Polar Express      Muon, newton_schulz; NorMuon: normalise_rows_; MuonEq-R: launch_update
     late QAT, soft rounding                 when: qat_progress; how: fake_quantise, soft_round
     complementary training                  BigramCounts; pruning: prune
@@ -315,6 +313,14 @@ class Hyperparameters:
     ttt_eval_seq_len: int = env_field(0, "tokens of context inside a document; 0: EVAL_SEQ_LEN", lo=0)
     ttt_warm_start_a: bool = env_field(False, "the first factors, A, go on to the next batch of documents (PR 1767)")
     ttt_warm_chains: int = env_field(8, "in this many chains of batches, whatever the number of ranks", lo=1, hi=4096)
+    phased_ttt_num_phases: int = env_field(0, "times that the weights train on finished documents, between those that "
+                                           "adapt by themselves (PR 1610, 1626); 0: never", lo=0, hi=999)
+    phased_ttt_prefix_docs: int = env_field(2000, "documents, the longest ones, finished at the last such phase", lo=1)
+    global_ttt_lr: float = env_field(0.001, "learning rate of its SGD, a cosine over the chunks", lo=0, hi=100)
+    global_ttt_momentum: float = env_field(0.9, "its momentum", lo=0, hi=0.9999)
+    global_ttt_chunk_tokens: int = env_field(32_768, "tokens of a step, over all ranks", lo=1)
+    global_ttt_epochs: int = env_field(1, "steps on each chunk", lo=1, hi=1000)
+    global_ttt_grad_clip: float = env_field(1.0, "norm its gradient is clipped to; 0: no clipping", lo=0, hi=1e6)
     hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
     ngram_orders: str = env_field("", "context lengths at which counts of scored tokens join the last score's "
@@ -385,7 +391,7 @@ class Hyperparameters:
     @property
     def lengths_known(self) -> bool:
         """Whether scores depend on the lengths of documents, which a decoder would have to be told."""
-        return self.ttt_warm_start_a or bool(self.ttt_chunk_ladder)
+        return self.ttt_warm_start_a or bool(self.ttt_chunk_ladder) or self.phased_ttt_num_phases > 0
 
     def visits(self, looped: bool) -> list[int]:
         """The layers in the order in which they are applied; `looped`: those of the loop again and again."""
@@ -478,6 +484,8 @@ WITHOUT_EFFECT = {  # published variables that cannot mean anything here -> why;
     **dict.fromkeys(("ONLINE_BIAS", "BIAS_LR"), "PR 550's online bias learned from padding; test-time training adapts"),
     **dict.fromkeys(("NORM_RECAL_EPOCHS", "NORM_RECAL_LR", "NORM_RECAL_SEQS", "FISHER_VAL_SEQS"),
                     "training on validation text before it is scored is not legal"),
+    **dict.fromkeys(("GLOBAL_TTT_WARMUP_CHUNKS", "GLOBAL_TTT_WARMUP_START_LR"), "no published run's rate rises first"),
+    "GLOBAL_TTT_BATCH_SEQS": "each chunk is one step", "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES": "no document reads another",
     "TTT_MAX_SEQS": "every token is scored", "SPEED_MEASURE_STEPS": "the warm-down follows the clock at every step",
     "WANDB_ENABLED": "run.sh and tools/track.py send what runs/RUN_ID/events.jsonl has"}
 
@@ -602,18 +610,19 @@ def combination_rules(cfg: Hyperparameters):
 def adaptation_rules(cfg: Hyperparameters):
     """The rules of test-time training."""
     if cfg.ttt_reset == "stream":
+        yield not cfg.phased_ttt_num_phases, "{phased_ttt_num_phases} has no finished documents with {ttt_reset}"
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
-        yield cfg.ttt_chunk_tokens >= cfg.stride, (
-            "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
+        yield cfg.ttt_chunk_tokens >= cfg.stride, "{ttt_chunk_tokens} is less than the {scored} a window scores"
     else:
         yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
         yield cfg.doc_chunks[-1][1] <= cfg.doc_context, "{ttt_doc_chunk_tokens} is longer than a window of {context}"
         yield not cfg.rope_train_seq_len or cfg.ttt_eval_seq_len <= cfg.train_seq_len, (
-            "{ttt_eval_seq_len} is more than {train_seq_len}, up to which {rope_train_seq_len} gives one rotary base; "
-            "ROPE_TRAIN_SEQ_LEN=0 never changes it")
-        yield not (cfg.ngrams and cfg.ttt_warm_start_a), (
-            "{ngram_orders} counts along the text, {ttt_warm_start_a} learns from long documents first: no order of "
-            "decoding serves both")
+            "{ttt_eval_seq_len} over {train_seq_len} would change the rotary base; ROPE_TRAIN_SEQ_LEN=0 never does")
+        learns = "phased_ttt_num_phases" if cfg.phased_ttt_num_phases else "ttt_warm_start_a"
+        yield not (cfg.ngrams and getattr(cfg, learns)), (
+            f"{{ngram_orders}} follows the text, {{{learns}}} the lengths: no order of decoding serves both")
+        yield cfg.phased_ttt_num_phases <= cfg.phased_ttt_prefix_docs, (
+            "{phased_ttt_prefix_docs} leaves some of {phased_ttt_num_phases} without documents to learn from")
         yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
         yield not cfg.ttt_polyak_decay, "{ttt_polyak_decay} works along a stream; {ttt_reset} restarts"
     if cfg.ttt_mode == "lora":
@@ -1261,17 +1270,20 @@ class Shard:
 
     def __init__(self, path: str):
         self.path = path
-        try:
-            self.file = open(path, "rb", buffering=0)
-            header, size = np.fromfile(self.file, "<i4", 256), os.path.getsize(path)
-        except OSError as error:
-            raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+        header = self.read("<i4", 0, 256)
         if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
             raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
-        self.count = int(header[2])
+        self.count, size = int(header[2]), os.path.getsize(path)
         if self.count <= 0 or size != SHARD_HEADER_BYTES + 2 * self.count:
             raise UserError(f"{path} is damaged: {self.count:,} tokens by its header, "
                             f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
+
+    def read(self, dtype: str, start: int, count: int) -> np.ndarray:
+        """`count` numbers from byte `start`, or those there are."""
+        try:
+            return np.fromfile(self.path, dtype, count, offset=start)
+        except OSError as error:
+            raise UserError(f"cannot read shard {self.path}: {error.strerror}") from None
 
     def __len__(self) -> int:
         return self.count
@@ -1279,11 +1291,7 @@ class Shard:
     def __getitem__(self, part: slice) -> np.ndarray:
         """uint16 [tokens of the slice]"""
         start, stop, _ = part.indices(self.count)
-        try:
-            self.file.seek(SHARD_HEADER_BYTES + 2 * start)
-            tokens = np.fromfile(self.file, "<u2", stop - start)
-        except OSError as error:
-            raise UserError(f"cannot read shard {self.path}: {error.strerror}") from None
+        tokens = self.read("<u2", SHARD_HEADER_BYTES + 2 * start, stop - start)
         if len(tokens) < stop - start:
             raise UserError(f"{self.path} has become shorter since the run began; download it again, then RESUME=1")
         return tokens
@@ -1327,12 +1335,11 @@ class TrainData:
     """Batches as a pure function of the step: nothing to rewind after warm-up, nothing to store in a checkpoint.
 
     A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size. Its length may
-    change from step to step; ranks and micro-batches hold whole units of `unit` tokens, which all lengths divide.
+    change from step to step: ranks and micro-batches hold whole sequences of every length.
     """
 
     stream: TokenStream
     seq_len: int
-    unit: int
     batch_tokens: int
     micro_steps: int
     rt: Runtime
@@ -1352,15 +1359,16 @@ class TrainData:
             bos_id = open_tokenizer(cfg)[0].bos_id()
             if bos_id not in stream.read(0, min(len(stream), 10 ** 7)):
                 raise UserError(f"PACK=documents: no document begins in {cfg.train_files} (BOS, token {bos_id})")
-        return cls(stream, cfg.train_seq_len, cfg.seq_unit, cfg.train_batch_tokens, micro_steps, rt, bos_id)
+        return cls(stream, cfg.train_seq_len, cfg.train_batch_tokens, micro_steps, rt, bos_id)
 
-    def units(self) -> range:
-        """This rank's part of a global batch, in units."""
-        return self.rt.share_of(self.batch_tokens // self.unit)
+    @property
+    def share(self) -> range:
+        """This rank's tokens of a global batch."""
+        return self.rt.share_of(self.batch_tokens)
 
-    def read(self, step: int, units: range) -> np.ndarray:
-        """The tokens of a part of a step and the one that follows them.  # int32 [len(units) * unit + 1]"""
-        return self.stream.read(step * self.batch_tokens + units.start * self.unit, len(units) * self.unit + 1)
+    def read(self, step: int, part: range) -> np.ndarray:
+        """Part of the tokens of a step and the one that follows them.  # int32 [len(part) + 1]"""
+        return self.stream.read(step * self.batch_tokens + part.start, len(part) + 1)
 
     def to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -1377,11 +1385,11 @@ class TrainData:
 
     def batch(self, step: int):
         """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, TRAIN_SEQ_LEN] each"""
-        return self.rows(self.read(step, self.units()), self.seq_len)
+        return self.rows(self.read(step, self.share), self.seq_len)
 
     def training_batch(self, step: int, seq_len: int):
         """Yields what `batch` does and nothing more or, with PACK=documents, in one row, and the documents in it."""
-        ids, seq_len = self.read(step, self.units()), seq_len or self.seq_len
+        ids, seq_len = self.read(step, self.share), seq_len or self.seq_len
         for part, (inputs, targets) in zip(ids[:-1].reshape(self.micro_steps, -1), self.rows(ids, seq_len)):
             if self.bos_id < 0:
                 yield inputs, targets, {}
@@ -2449,7 +2457,7 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------ PARAMETERS
 @dataclass(frozen=True)
 class Family:
-    """How one kind of parameter is trained and stored; `lr` to `widen` name settings."""
+    """How one kind of parameter is trained and stored; `lr` to `clip` name settings."""
 
     name: str
     pattern: str
@@ -2457,24 +2465,17 @@ class Family:
     lr: str
     decay: str = ""       # "": none
     bits: str = ""        # "": stored as float
-    sigmas: str = ""      # its clip under sdclip
-    widen: str = ""       # what SIZE_FIT may change
+    clip: str = ""        # its clip under sdclip and what SIZE_FIT may change: CLIP_clip_sigmas, CLIP_clip_widen
     exported: bool = True
 
 
 FAMILIES = (
-    Family("attn", r"(qo|kv)_bank", "muon", "matrix_lr", "muon_wd", "attn_qat_bits", "attn_clip_sigmas",
-           "attn_clip_widen"),
-    Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp_clip_sigmas",
-           "mlp_clip_widen"),
-    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "table_wd", "embed_bits", "embed_clip_sigmas",
-           "embed_clip_widen"),
-    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "table_wd", "bigram_bits",
-           "embed_clip_sigmas", "embed_clip_widen"),
-    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "table_wd", "ve_bits", "embed_clip_sigmas",
-           "embed_clip_widen"),
-    Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas",
-           "embed_clip_widen"),
+    Family("attn", r"(qo|kv)_bank", "muon", "matrix_lr", "muon_wd", "attn_qat_bits", "attn"),
+    Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp"),
+    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "table_wd", "embed_bits", "embed"),
+    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "table_wd", "bigram_bits", "embed"),
+    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "table_wd", "ve_bits", "embed"),
+    Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed"),
     Family("mtp", r"mtp_heads\.\d+\.weight", "adamw", "head_lr", exported=False),
     Family("proj", r"(bigram|trigram|ve_shared)\.proj\.weight", "adamw", "scalar_lr", "adam_wd"),
     Family("control", r"skip_(weights|gates)|lane_(keeps|takes)|final_norm\.weight|smear\..+|"
@@ -2502,7 +2503,7 @@ def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
     kept = f"{cfg.fp16_keep_name_patterns},{cfg.int8_keep_float_fp32_name_patterns}"
     fill = cfg.clip_rule == "waterfill"
     return {name: QuantSpec(WATER_BITS if fill else getattr(cfg, family.bits), cfg.clip_rule,
-                            getattr(cfg, family.sigmas), getattr(cfg, family.widen))
+                            getattr(cfg, f"{family.clip}_clip_sigmas"), getattr(cfg, f"{family.clip}_clip_widen"))
             for name, family in route(cfg, names).items() if family.bits and not named_in(kept, name)}
 
 
@@ -2578,9 +2579,8 @@ class Muon:
             update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels,
                                    POLAR_EXPRESS if self.cfg.polar_express else NEWTON_SCHULZ)
             if self.row_memory:
-                before = self.row_memory[i].clone()
-                update = normalise_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
-                self.row_memory[i] = torch.where(self.skipped, before, self.row_memory[i])
+                fresh = torch.where(self.skipped, 0.0, 1 - self.cfg.muon_beta2)
+                update = normalise_rows_(update.float(), self.row_memory[i], fresh)
             started.append(self.rt.launch_all_gather(update.contiguous()))
         return started
 
@@ -2604,10 +2604,11 @@ class Muon:
                 shard.zero_()[:len(mine)].copy_(mine)
 
 
-def normalise_rows_(update: Tensor, memory: Tensor, beta2: float) -> Tensor:
-    """NorMuon: divide rows by a running mean of their size, then restore the matrix norm (PR 173)."""
+def normalise_rows_(update: Tensor, memory: Tensor, fresh: Tensor | float) -> Tensor:
+    """NorMuon: divide rows by a running mean of their squares, in which `fresh` is the weight of the present ones, then
+    restore the matrix norm (PR 173)."""
     size = update.norm(dim=(-2, -1), keepdim=True)
-    memory.lerp_(update.square().mean(-1, keepdim=True), 1 - beta2)
+    memory.lerp_(update.square().mean(-1, keepdim=True), fresh)
     update /= memory.sqrt() + 1e-10
     return update.mul_(size / (update.norm(dim=(-2, -1), keepdim=True) + 1e-10))
 
@@ -2748,10 +2749,6 @@ class Averager:
     def copy_params(self) -> list[Tensor]:
         return [p.detach().float().clone() for p in self.params]
 
-    def restart_ema(self) -> None:
-        """Start the EMA from the present weights. Its decay does not ramp up again: the memory would be too short."""
-        self.ema = self.copy_params()
-
     @torch.no_grad()
     def update(self, step: int, plan: StepPlan) -> None:
         """Take in the weights after step number `step` (counted from 1)."""
@@ -2814,10 +2811,10 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span, mine = data.to_device(data.read(step, range(data.batch_tokens // data.unit))).long(), data.units()
+        span = data.to_device(data.read(step, range(data.batch_tokens))).long()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
-        return data.micro_batches((weights / weights.mean())[mine.start * data.unit:mine.stop * data.unit])
+        return data.micro_batches((weights / weights.mean())[data.share.start:data.share.stop])
 
 
 MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
@@ -2885,13 +2882,13 @@ def checkpoint_path(rt: Runtime, kind: str = "") -> Path:
     return rt.run_folder / f"checkpoint{kind}.pt"
 
 
-def resumable_settings(cfg: Hyperparameters) -> str:
-    """JSON of the settings a checkpoint must share with the run that resumes from it."""
+def resumable_settings(cfg: Hyperparameters) -> dict:
+    """The settings a checkpoint must share with the run that resumes from it."""
     free = {"resume", "run_id", "device", "compile", "attention", "kernels", "checkpoint_every", "checkpoint_seconds",
             "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens", "profile", "iterations",
             "max_wallclock_seconds", "code_bytes", "size_fit"}
     late = "eval_", "ttt_", "hash_embed_", "ngram_", "compress", "artifact_", "gptq_", "waterfill_"
-    return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)}
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
@@ -2942,7 +2939,7 @@ def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> flo
     path, data = found
     try:
         packed = torch.load(io.BytesIO(data), map_location=rt.device, weights_only=True)
-        then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
+        then, now = packed["settings"], resumable_settings(cfg)
         changed = sorted(name.upper() for name in now if then.get(name) != now[name])
         if not changed:
             spent_s = float(packed["elapsed_s"])
@@ -3021,13 +3018,13 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     model.train()
     rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
     elapsed = saved_s = rt.agree(state.watch.elapsed())
+    ended = state.ended(cfg, elapsed)
     while True:
-        done = state.ended(cfg, elapsed)
-        if done or state.due(cfg.val_loss_every):
+        if ended or state.due(cfg.val_loss_every):
             with state.watch.paused(rt.synchronize), rt.signals.act(at_once=True):  # the last step is saved
                 result = validate("validation", score_fn)
             log_losses(cfg, rt, state, elapsed, "validation", {"val_loss": result.loss, "val_bpb": result.bpb})
-        if done:
+        if ended:
             break
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
@@ -3078,7 +3075,7 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
         state.qat = True
         rt.log(f"late_qat:enabled step:{state.step} scale:{plan.lr_scale:.4f}", "late_qat", step=state.step)
         if cfg.ema_reset_at_qat and state.averager.ema and state.step:
-            state.averager.restart_ema()  # keeps weights from before rounding out of the average
+            state.averager.ema = state.averager.copy_params()  # without the weights from before rounding
             rt.log(f"ema:restarted step:{state.step}")
     if state.step in (0, 10) and not cfg.warmdown_frac and plan.lr_scale < 1:
         rt.log(f"warning: the run is shorter than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate is at "
@@ -3805,8 +3802,7 @@ class Adapter:
         length, cfg = self.cfg.train_seq_len, self.cfg
         rows = (len(tokens) - 1) // length
         inputs, targets = (t[:rows * length].long().view(rows, length) for t in (tokens[:-1], tokens[1:]))
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["full_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+        self.set_progress(progress)
         self.swap_averages()
         for start in [*range(0, rows, cfg.ttt_batch_seqs)] * epochs:
             count = min(cfg.ttt_batch_seqs, rows - start)
@@ -3826,6 +3822,31 @@ class Adapter:
         for epoch in range(epochs):
             ((rescore() if epoch else nll) * weight).sum().backward()
             self.step()
+
+    def learn_documents(self, tokens: Tensor, targets: Tensor, bos_id: int) -> None:
+        """One step of all ranks on the mean loss of scored documents end to end.  # int64 [n] each
+
+        They are computed in rows of the context's length, in which no document reads another. The rows' gradients are
+        summed in float64, so that any number of ranks makes the same step.
+        """
+        length, sums = self.cfg.doc_context, [torch.zeros_like(t, dtype=torch.float64) for t in self.trained]
+        weights = torch.full(tokens.shape, length / len(tokens), device=tokens.device)
+        rows = list(zip(*(t.split(length) for t in (tokens, targets, weights))))
+        for row in [rows[i] for i in self.rt.share_of(len(rows))]:
+            x, y, weights = (F.pad(t, (0, length - len(t)))[None] for t in row)  # one length, so one compiled graph
+            begins = torch.from_numpy(document_starts(x[0].cpu().numpy(), bos_id, length)).to(x.device)
+            self.loss_fn(x, y, token_weights=weights, documents=Documents(begins, length)).backward()
+            for total, tensor in zip(sums, self.trained):
+                total += 0 if tensor.grad is None else tensor.grad
+            self.optimiser.zero_grad()
+        for tensor, total in zip(self.trained, self.rt.sum_many_(sums)):
+            tensor.grad = total.to(tensor.dtype)
+        self.step()
+
+    def set_progress(self, progress: float) -> None:
+        """The learning rates' cosine, from 0 to 1."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["full_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
 
     def step(self) -> None:
         """One optimiser step on the gradients in `.grad`, which a stream sums over ranks."""
@@ -3879,6 +3900,8 @@ class LoraAdapter(Adapter):
 
     def __init__(self, model: GPT, cfg: Hyperparameters, rt: Runtime):
         rows, rank = cfg.ttt_batch_docs if cfg.ttt_reset == "document" else 0, cfg.ttt_lora_rank
+        self.model, phased = model, cfg.phased_ttt_num_phases > 0
+        self.weights = [(p, p.detach().clone()) for p in model.parameters() if p.numel() and phased]
         self.scale, self.pairs, self.initial, trained = (cfg.ttt_lora_alpha or rank) / rank, {}, [], []
         generator = torch.Generator().manual_seed(cfg.seed)
         self.parallel = ("out", "down") if cfg.ttt_lora_parallel else ()
@@ -3915,6 +3938,26 @@ class LoraAdapter(Adapter):
         torch._foreach_copy_(trained, [start.expand_as(t) for start, t in zip(initial, trained)])
         for state in self.optimiser.state.values():
             torch._foreach_zero_(list(state.values()))
+
+    def train_weights(self, tokens: Tensor, targets: Tensor, bos_id: int) -> None:
+        """A phase of PR 1610, 1626, 1855: SGD on the weights themselves over scored documents end to end, in chunks;
+        each phase has an optimiser of its own. (Published, a BOS learns to be followed by the next document's, what a
+        chunk has beyond whole sequences is left out, and sequences weigh less on ranks that have more of them.)"""
+        cfg, weights = self.cfg, [(1.0, p) for p, _ in self.weights]
+        sgd = dataclasses.replace(cfg, ttt_momentum=cfg.global_ttt_momentum, ttt_grad_clip=cfg.global_ttt_grad_clip)
+        trainer = Adapter(self.model, sgd, self.rt, weights, cfg.global_ttt_lr, "sgd", rows=1)
+        chunks = list(zip(tokens.split(cfg.global_ttt_chunk_tokens), targets.split(cfg.global_ttt_chunk_tokens)))
+        for i, chunk in enumerate(chunks[:-1] or chunks):  # the last one's rate would be 0
+            trainer.set_progress(i / max(len(chunks) - 1, 1))
+            for _ in range(cfg.global_ttt_epochs):
+                trainer.learn_documents(*chunk, bos_id)
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def restore_weights(self) -> None:
+        """As they were before the first phase."""
+        for p, before in self.weights:
+            p.copy_(before)
 
 
 def adapter_for(model: GPT, cfg: Hyperparameters, rt: Runtime) -> Adapter:
@@ -4001,6 +4044,7 @@ class ScoredChunk:
     resets: bool = False    # the adapter starts afresh: other documents begin here
     keeps_a: bool = False   # but for the first factors of its additions
     goes_on: Tensor | None = None  # which documents have more chunks, bool [rows]: the others have no use of a lesson
+    finished: Tensor | None = None  # documents on which all ranks train the weights: first target and end, [n, 2]
 
     @property
     def reads(self) -> int:
@@ -4031,35 +4075,54 @@ def plan_documents(val: ValData, cfg: Hyperparameters, rt: Runtime) -> list[Scor
     counted from the BOS, and every batch has the same number of rows.
 
     If the lengths of documents are known (PR 1855, 2014), they do more: chunks may grow with them, a last window
-    reaches back as far as any, and first factors pass along a chain of whole batches, longest documents first. The
-    chains are the plan's, not the ranks': what a batch goes on from depends on no rank's speed.
+    reaches back as far as any, and the longest documents come first, so that others profit from what they teach. For
+    phases all ranks stop when enough of them are finished, to train the weights on the shortest of these.
     """
-    targets, rows, warm = len(val.tokens) - 1, cfg.ttt_batch_docs, cfg.ttt_warm_start_a
-    starts = (val.tokens[:-1] == val.bos_id).nonzero().flatten().cpu()
+    starts, targets = (val.tokens[:-1] == val.bos_id).nonzero().flatten().cpu(), len(val.tokens) - 1
     bounds = torch.unique(F.pad(F.pad(starts, (1, 0), value=0), (0, 1), value=targets))
-    first, stop = bounds[:-1], bounds[1:]
-    groups = (stop - first).argsort(descending=not cfg.lengths_known, stable=True).split(rows)
-    longest_of = lambda group: int((stop - first)[group].max())
-    if cfg.lengths_known:  # among equals a batch that is not full comes first: no other goes on from it
-        groups = sorted(groups, key=lambda group: (-longest_of(group), len(group) == rows))
+    documents, length = torch.stack((bounds[:-1], bounds[1:]), dim=1), bounds.diff()
+    phases, prefix = cfg.phased_ttt_num_phases, min(cfg.phased_ttt_prefix_docs, len(documents))
+    ends = [prefix * (i + 1) // phases or 1 for i in range(phases)]
+    order = length.argsort(descending=not cfg.lengths_known, stable=True)
+    groups = order.split(cfg.ttt_batch_docs)
+    if cfg.lengths_known:
+        groups = sorted(groups, key=lambda group: -int(length[group].max()))
+    plan, begun, finished = [], 0, torch.zeros(len(documents), dtype=torch.bool)
+    for i, group in enumerate(groups[:-1], 1):  # no document would profit from a phase after the last batch
+        finished[group] = True
+        if ends and finished.sum() >= ends[0]:
+            lesson = order[finished[order]][:ends.pop(0)]
+            tokens = cfg.global_ttt_epochs * int(length[lesson].sum())
+            plan += plan_chains([documents[group] for group in groups[begun:i]], cfg, rt)
+            plan.append(ScoredChunk([], -(-tokens // rt.world_size), finished=documents[lesson]))
+            begun = i
+    return plan + plan_chains([documents[group] for group in groups[begun:]], cfg, rt)
+
+
+def plan_chains(groups: list[Tensor], cfg: Hyperparameters, rt: Runtime) -> list[ScoredChunk]:
+    """This rank's part of batches of documents ([rows, 2]: first target and end). First factors pass along a chain of
+    whole batches; the chains are the plan's, not the ranks': what a batch goes on from depends on no rank's speed."""
+    rows, warm = cfg.ttt_batch_docs, cfg.ttt_warm_start_a
+    if warm:  # a batch that is not full comes first: no other goes on from it
+        groups = sorted(groups, key=lambda group: len(group) == rows)
     chains = [[] for _ in range(cfg.ttt_warm_chains if warm else rt.world_size)]
     loads, carried = [0] * len(chains), [False] * len(chains)
-    for group in groups:
-        longest = longest_of(group)
+    for first, stop in (group.unbind(1) for group in groups):
+        longest = int((stop - first).max())
         chunk = next(tokens for limit, tokens in cfg.doc_chunks if longest + 1 <= limit)  # with the BOS after it
         steps = -(-longest // chunk)
         owner = loads.index(min(loads))  # the longest to the chain with the least to do
         for step in range(steps if owner % rt.world_size == rt.rank else 0):
             end = chunk * (step + 1)
-            low, high = ((first[group] + at).minimum(stop[group]) for at in (end - chunk, end))
-            length, reach = min(end, cfg.doc_context), high if cfg.lengths_known else first[group] + end
-            windows = Windows((reach - length).maximum(first[group]), low, high, length, chunk).filled(rows)
+            low, high = ((first + at).minimum(stop) for at in (end - chunk, end))
+            length, reach = min(end, cfg.doc_context), high if cfg.lengths_known else first + end
+            windows = Windows((reach - length).maximum(first), low, high, length, chunk).filled(rows)
             trains = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
             chains[owner].append(ScoredChunk(
                 [windows], rows * length if trains else 0, resets=step == 0, keeps_a=carried[owner],
-                goes_on=F.pad(stop[group] - first[group] > end, (0, rows - len(group)))))
+                goes_on=F.pad(stop - first > end, (0, rows - len(first)))))
         loads[owner] += steps
-        carried[owner] = warm and len(group) == rows  # where a row had no document, nothing was learnt
+        carried[owner] = warm and len(first) == rows  # where a row had no document, nothing was learnt
     return [chunk for chain in chains for chunk in chain]
 
 
@@ -4104,10 +4167,10 @@ class EvalClock:
             raise UserError(f"EVAL_MAX_SECONDS={self.limit:g}: scoring alone would take about {needed:.1f} s; allow "
                             "more (0: no limit) or raise EVAL_STRIDE")
 
-    def begin(self, plan: list[ScoredChunk], epochs: int, in_step: bool) -> None:
-        """An evaluation starts. in_step: the ranks train together and must agree."""
+    def begin(self, plan: list[ScoredChunk], epochs: int) -> None:
+        """An evaluation starts."""
         self.epochs = self.most = epochs
-        self.in_step, self.chunks = in_step, len(plan)
+        self.chunks = len(plan)
         self.planned, self.left_out = epochs * sum(chunk.train_tokens > 0 for chunk in plan), 0
         self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
         self.graphs = set()  # that a lap has used
@@ -4190,6 +4253,12 @@ class Scored:
         self.require_scored_once(self.rt.sum_(self.times[first:first + count].clone()))
         return self.tokens[first:first + count + 1]
 
+    def training_documents(self, documents: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64 [n] each, of documents [n, 2] end to end. Raises IllegalScore likewise."""
+        numbers = torch.cat([torch.arange(first, end) for first, end in documents.tolist()]).to(self.tokens.device)
+        self.require_scored_once(self.rt.sum_(self.times[numbers]))
+        return self.tokens[numbers].long(), self.tokens[numbers + 1].long()
+
     def result(self, name: str, start_s: float) -> EvalResult:
         """The total. Raises IllegalScore if the ranks together did not score every target once."""
         self.require_scored_once(self.rt.sum_(self.times.clone()))
@@ -4207,9 +4276,11 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     """
     start_s, scored, clock = time.perf_counter(), Scored(val, rt), clock or EvalClock(0.0, rt)
     temperature, hook, rows = (cfg.ttt_temp, adapter.hook, adapter.rows) if adapter else (1.0, None, 0)
-    clock.begin(plan, cfg.ttt_epochs if adapter else 0, in_step=not rows)
+    clock.begin(plan, cfg.ttt_epochs if adapter else 0)
     bar = Progress(rt.log, sum(len(chunk.batches) for chunk in plan), name)
     for i, chunk in enumerate(plan):
+        phase = chunk.finished is not None
+        clock.in_step = phase or not rows  # the ranks train together and must agree
         epochs = clock.affordable_epochs(chunk.train_tokens, i)
         if chunk.resets:
             adapter.reset(chunk.keeps_a)
@@ -4226,13 +4297,18 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
         clock.lap("score", chunk.resets, chunk.reads)
         if adapter:
             report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
-        if epochs and rows:
+        if epochs and phase:
+            adapter.train_weights(*scored.training_documents(chunk.finished), val.bos_id)
+            rt.log(f"ttpr: documents:{len(chunk.finished)} t:{time.perf_counter() - start_s:.1f}s")
+        elif epochs and rows:
             scored.require_scored_once(scored.times[numbers])
             adapter.learn_rows(nll, counted & chunk.goes_on.to(counted.device)[:, None], epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
-        clock.lap("learn", chunk.resets, chunk.train_tokens, epochs)
+        clock.lap("learn", None if phase else chunk.resets, chunk.train_tokens, epochs)
         nll = rescore = None  # frees the graph of the forward pass
+    if rows:
+        adapter.restore_weights()
     bar.close()
     clock.end()
     return scored.result(name, start_s)
@@ -4469,13 +4545,20 @@ def precision_tag(cfg: Hyperparameters) -> str:
     return f"int{mlp}" if mlp == attn else f"int{mlp}mlp+int{attn}attn"
 
 
-def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapter, val: ValData) -> None:
+def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapter, val: ValData,
+                   plan: list[ScoredChunk]) -> None:
     """What is about to adapt, in the lines that this field's log readers know."""
     targets, lora, stride = len(val.tokens) - 1, cfg.ttt_mode == "lora", cfg.stride
     trained = sum(t.numel() for t in adapter.trained) // max(adapter.rows, 1)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if adapter.rows:
-        rt.log(f"ttt_document:start documents={int((val.tokens[:-1] == val.bos_id).sum())} "
+        documents = int((val.tokens[:-1] == val.bos_id).sum())
+        phases = [len(chunk.finished) for chunk in plan if chunk.finished is not None]
+        if cfg.phased_ttt_num_phases:
+            rt.log(f"ttt_phased: total_docs:{documents} prefix_docs:{max(phases, default=0)} num_phases:{len(phases)} "
+                   f"boundaries:{phases}" + "; the text has documents for no more" * (
+                       len(phases) < cfg.phased_ttt_num_phases or max(phases) < cfg.phased_ttt_prefix_docs))
+        rt.log(f"ttt_document:start documents={documents} "
                f"side_by_side={adapter.rows} chunk_tokens={cfg.ttt_doc_chunk_tokens} ttt_epochs={cfg.ttt_epochs} "
                f"min_doc_tokens={cfg.ttt_min_doc_tokens}")
     else:
@@ -4511,7 +4594,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
         adapter, label, nll = None, labels[key], torch.zeros(len(val.tokens) - 1, device=rt.device)
         if key == "ttt":
             adapter = adapter_for(model, cfg, rt)
-            log_adaptation(cfg, rt, model, adapter, val)
+            log_adaptation(cfg, rt, model, adapter, val, plan)
             score_fn = scorer(model, rt, adapter)
         r = results[key] = evaluate(label, score_fn, val, cfg, rt, plan, adapter, clock,
                                     functools.partial(nll.index_copy_, 0))

@@ -249,19 +249,20 @@ def plain_additions(model, scale, pairs):
     return undo
 
 
-def reference_chains(cfg, model, val):
-    """Scores by target with warm first factors: chain by chain, row by row, plain sums, Adam written out."""
+def reference_chains(cfg, model, val, batches=None):
+    """Scores by target with warm first factors: chain by chain, row by row, plain sums, Adam written out. batches: of
+    documents; otherwise all of the text."""
     adapter = tg.LoraAdapter(model, cfg, make_runtime("."))
     fresh = {key: [t[0].detach().clone() for t in pair] for key, pair in adapter.pairs.items()}
     tokens, scores = val.tokens.long(), torch.zeros(len(val.tokens) - 1)
     bounds = sorted({0, *(tokens[:-1] == val.bos_id).nonzero().flatten().tolist(), len(tokens) - 1})
     documents = sorted(zip(bounds, bounds[1:]), key=lambda span: span[1] - span[0])  # short ones first, full batches
-    batches = [documents[i:i + cfg.ttt_batch_docs] for i in range(0, len(documents), cfg.ttt_batch_docs)]
+    batches = batches or [documents[i:i + cfg.ttt_batch_docs] for i in range(0, len(documents), cfg.ttt_batch_docs)]
     longest = lambda batch: max(stop - first for first, stop in batch)
     chains = [[] for _ in range(cfg.ttt_warm_chains)]
     steps_of = lambda batch: -(-longest(batch) // chunk_of(batch))
     chunk_of = lambda batch: next(c for limit, c in ((24, 4), (59, 7), (math.inf, 12)) if longest(batch) <= limit)
-    for batch in sorted(batches, key=lambda batch: (-longest(batch), len(batch) == cfg.ttt_batch_docs)):
+    for batch in sorted(batches, key=lambda batch: (len(batch) == cfg.ttt_batch_docs, -longest(batch))):
         min(chains, key=lambda chain: sum(map(steps_of, chain))).append(batch)
     for chain in chains:
         rows = None
@@ -335,8 +336,10 @@ def test_any_number_of_ranks_gives_the_same_bits(setting, tmp_path):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("changes", [{}, {"ttt_chunk_ladder": ""}, {"ttt_warm_start_a": False}],
-                         ids=["all", "warm", "ladder"])
+@pytest.mark.parametrize("changes", [
+    {}, {"ttt_chunk_ladder": ""}, {"ttt_warm_start_a": False},
+    {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 9, "global_ttt_lr": 0.1, "global_ttt_chunk_tokens": 64}],
+    ids=["all", "warm", "ladder", "phases"])
 def test_what_is_scored_later_changes_nothing_scored_before(setting, rt, changes):
     """Documents of known lengths: in the order of scoring, other tokens from a place on leave all before it as it was,
     to the bit."""
@@ -596,7 +599,7 @@ def test_every_mode_from_its_variables(run, variables, said):
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_POLYAK_DECAY": 0.9}, "works along a stream"),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_EVAL_SEQ_LEN": 8}, "TTT_DOC_CHUNK_TOKENS=16 is longer"),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_EVAL_SEQ_LEN": 64, "ROPE_TRAIN_SEQ_LEN": 16},
-     "TTT_EVAL_SEQ_LEN=64 is more than TRAIN_SEQ_LEN=32, up to which ROPE_TRAIN_SEQ_LEN=16 gives one rotary base"),
+     "TTT_EVAL_SEQ_LEN=64 over TRAIN_SEQ_LEN=32 would change the rotary base"),
     *(({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_CHUNK_LADDER": ladder}, "TTT_CHUNK_LADDER='")
       for ladder in ("64:8,32:4", "32:8,64:4", "32:8,32:9", "32:16", "32:0", "32", "a:b", "32:4:5")),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_WARM_START_A": 1, "NGRAM_ORDERS": "2,3"},
@@ -604,7 +607,7 @@ def test_every_mode_from_its_variables(run, variables, said):
     ({"TTT_LORA_ALPHA": -1}, "TTT_LORA_ALPHA=-1 is out of range"), ({"TTT_WARM_CHAINS": 0}, "TTT_WARM_CHAINS=0 is out"),
     ({"TTT_LOCAL_LR_MULT": "nan"}, "TTT_LOCAL_LR_MULT=nan is out of range"),
     ({"TTT_CHUNK_TOKENS": 16}, "holds no sequence"),
-    ({"TTT_CHUNK_TOKENS": 40, "EVAL_STRIDE": 48, "EVAL_SEQ_LEN": 64}, "shorter than the 48 tokens")])
+    ({"TTT_CHUNK_TOKENS": 40, "EVAL_STRIDE": 48, "EVAL_SEQ_LEN": 64}, "is less than the 48 a window")])
 def test_refusals(corpus, tmp_path, variables, said):
     with pytest.raises(tg.UserError) as refused:
         tg.Hyperparameters.from_env(environment(corpus, tmp_path, **{"TTT_MODE": "lora", **variables}))

@@ -58,10 +58,10 @@ def failed(findings):
     return {(f.evaluation, f.check) for f in findings if not f.holds}
 
 
-@pytest.mark.parametrize("mode", [*MODES, "warm", "warm, one chunk", "ladder"])
+@pytest.mark.parametrize("mode", [*MODES, "warm", "warm, one chunk", "ladder", "phases"])
 def test_every_mode_passes(audit, mode):
     stride, changes = {**MODES, "warm": (8, WARM), "warm, one chunk": (8, {**WARM, "ttt_chunk_ladder": ""}),
-                       "ladder": (8, {**WARM, "ttt_warm_start_a": False})}[mode]
+                       "ladder": (8, {**WARM, "ttt_warm_start_a": False}), "phases": (8, PHASES)}[mode]
     findings = audit(eval_stride=stride if stride < 32 else 0, ttt_enabled=changes is not None, **(changes or {}))
     assert not failed(findings), [f for f in findings if not f.holds]
     evaluations = {"roundtrip"} | ({"sliding"} if stride < 32 else set()) | ({"ttt"} if changes is not None else set())
@@ -312,6 +312,23 @@ def warm_factors_have_seen_what_comes(monkeypatch):
     monkeypatch.setattr(tg.LoraAdapter, "reset", cheat)
 
 
+def a_phase_knows_what_comes(monkeypatch):
+    """The weights train on the whole text, past the guard."""
+    honest = tg.Scored.training_documents
+    monkeypatch.setattr(tg.Scored, "training_documents", lambda self, documents: (
+        honest(self, documents), (self.tokens[:-1].long(), self.tokens[1:].long()))[1])
+
+
+def a_phase_comes_early(monkeypatch):
+    """The weights train on documents that are scored next. The guard notices."""
+    honest = tg.plan_documents
+
+    def cheat(*args):
+        plan = honest(*args)
+        return sorted(plan, key=lambda chunk: chunk.finished is None)
+    monkeypatch.setattr(tg, "plan_documents", cheat)
+
+
 def ignores_the_text(monkeypatch):
     """Whatever the text, the scores are those of the first one."""
     texts = []
@@ -333,6 +350,7 @@ def half_the_script_scores(monkeypatch):
 DOCUMENT = {**LORA, "ttt_reset": "document", "ttt_batch_docs": 8, "ttt_doc_chunk_tokens": 16}
 WARM = {**DOCUMENT, "ttt_lora_parallel": True, "ttt_warm_start_a": True, "ttt_beta1": 0.0, "ttt_weight_decay": 0.5,
         "ttt_epochs": 1, "ttt_lora_alpha": 9.0, "ttt_chunk_ladder": "20:4,60:8"}
+PHASES = {**WARM, "phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 20, "global_ttt_lr": 0.1}
 CHEATS = [
     (train_before_score, {}, "causality"),
     (trains_past_the_chunk, {}, "causality"),
@@ -367,6 +385,8 @@ CHEATS = [
     (whole_document_at_once, DOCUMENT, "causality"),
     (whole_document_at_once, WARM, "causality"),
     (warm_factors_have_seen_what_comes, WARM, "causality"),
+    (a_phase_knows_what_comes, PHASES, "causality"),
+    (whole_document_at_once, PHASES, "causality"),
     (smear_looks_ahead, WARM, "full-vocabulary normalisation"),
     (second_pass_counts, WARM, "each token scored once"),
     (ignores_the_text, {}, "causality"),
@@ -380,10 +400,11 @@ def test_planted_cheats_are_caught(audit, monkeypatch, cheat, changes, check):
     assert ("ttt", check) in failed(found), found
 
 
-@pytest.mark.parametrize("cheat", [trains_on_unscored_tokens, tail_scored_again])
-def test_what_the_guard_stops(audit, monkeypatch, cheat):
+@pytest.mark.parametrize("cheat, changes", [(trains_on_unscored_tokens, {}), (tail_scored_again, {}),
+                                            (a_phase_comes_early, PHASES)])
+def test_what_the_guard_stops(audit, monkeypatch, cheat, changes):
     cheat(monkeypatch)
-    assert failed(audit()) == {("all", "score before update")}
+    assert failed(audit(**changes)) == {("all", "score before update")}
 
 
 def test_a_guard_that_sleeps_is_caught(audit, monkeypatch):

@@ -50,19 +50,21 @@ CONFIGS = {
     "PR 550 v10": {"batch": 2, "seq_len": 10, "mtp": True, "complement_alpha": 0.7,
                    "model": {**PR1092, "mtp_num_heads": 2, "mtp_loss_weight": 0.3}},
     "PR 1855": {"batch": 2, "seq_len": 10, "stream": 24, "optim": {"momentum": 0.95, "lr_scale": 0.8},
-                "lora": {"batch": 3, "len": 9, "chunk": [3, 6]}, "eval": {"tokens": 100},
+                "lora": {"batch": 3, "len": 9, "chunk": [3, 6]},
+                "eval": {"tokens": 100, "phases": 2, "prefix_docs": 4},
                 "env": {**{name.upper(): int(value) if value is True else value for name, value in SIZES.items()},
                         "TRAIN_SEQ_LEN": 9, "XSA_LAST_N": 4, "NUM_LOOPS": 2, "LOOP_START": 1, "LOOP_END": 2,
                         "PARALLEL_START_LAYER": 3, "SMEAR_GATE_ENABLED": 1, "GATE_WINDOW": 5, "ROPE_DIMS": 2,
                         "TTT_LORA_RANK": 2, "TTT_LORA_ALPHA": 6, "TTT_LORA_LR": 0.002, "TTT_CHUNK_SIZE": 4,
-                        "TTT_EVAL_SEQ_LEN": 8, "TTT_BATCH_SIZE": 2, "TTT_WARM_START_A": 1}},
+                        "TTT_EVAL_SEQ_LEN": 8, "TTT_BATCH_SIZE": 2, "TTT_WARM_START_A": 1,
+                        "EVAL_SEQ_LEN": 8, "GLOBAL_TTT_LR": 0.1, "GLOBAL_TTT_CHUNK_TOKENS": 20}},
     "PR 1254": {"batch": 2, "seq_len": 12, "lora_rank": 3,
                 "model": {"vocab_size": 40, "dim": 16, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 20,
                           "window_size": 5}},
 }
 EVALUATED = {"PR 1092": {"sliding": [0, 0], "ttt": [0, 0]}, "PR 550 v8": {"unadapted_loss": 0, "lora_ttt": [0, 0]},
              "PR 1855": {"unadapted_documents": {"nll": 0, "tokens": 0},
-                         "ttt_documents": {"nll": 0, "tokens": 0}}}
+                         "ttt_documents": {"nll": 0, "tokens": 0}, "ttt_phased": {"nll": 0}}}
 BATCHES = 3  # of complementary training
 
 

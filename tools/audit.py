@@ -400,6 +400,9 @@ class Audit:
         documents, small = int((self.tokens == self.val.bos_id).sum()), {"ttt_chunk_tokens": chunk}
         if self.known:  # several batches, one after another
             small |= {"ttt_batch_docs": min(cfg.ttt_batch_docs, max(documents // 3, 1)), "ttt_warm_chains": 1}
+            if getattr(cfg, "phased_ttt_num_phases", 0):  # a phase after each batch but the last, of several steps
+                small |= {"phased_ttt_prefix_docs": max(documents * 2 // 3, cfg.phased_ttt_num_phases),
+                          "global_ttt_chunk_tokens": min(cfg.global_ttt_chunk_tokens, cfg.doc_context)}
         else:
             small["ttt_doc_chunk_tokens"] = min(cfg.ttt_doc_chunk_tokens, max(len(self.tokens) // 8, 1))
         # small chunks, so that many borders cost little; no clock, for it adapts less

@@ -157,6 +157,9 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "ttt_chunk_ladder": chunk_ladder,
     "ttt_eval_seq_len": lambda was, now: scaled(was.ttt_eval_seq_len, was.train_seq_len, now.train_seq_len),
     "ttt_warm_chains": lambda was, now: min(was.ttt_warm_chains, 2),
+    "phased_ttt_prefix_docs": lambda was, now: min(was.phased_ttt_prefix_docs,
+                                                   now.ttt_batch_docs * was.phased_ttt_num_phases),
+    "global_ttt_chunk_tokens": lambda was, now: min(was.global_ttt_chunk_tokens, 4 * now.window),
     "ttt_min_doc_tokens": lambda was, now: scaled(was.ttt_min_doc_tokens, was.ttt_doc_chunk_tokens,
                                                   now.ttt_doc_chunk_tokens),
     "hash_embed_buckets": lambda was, now: min(was.hash_embed_buckets, 512),
@@ -182,6 +185,7 @@ USED: dict[str, Callable[[Settings], object]] = {
     r"ttt_freeze_blocks": lambda cfg: cfg.ttt_enabled and cfg.ttt_mode == "sgd",
     r"ttt_(batch_docs|.*doc.*tokens|chunk_ladder|eval_seq_len)": lambda cfg: cfg.ttt_enabled and cfg.ttt_reset == "document",
     r"ttt_(chunk_tokens|batch_seqs)": lambda cfg: cfg.ttt_enabled and cfg.ttt_reset == "stream",
+    r"(phased|global)_ttt_.*": lambda cfg: cfg.ttt_enabled and cfg.phased_ttt_num_phases,
     r"ttt_.*": lambda cfg: cfg.ttt_enabled,
 }
 
