@@ -2113,6 +2113,12 @@ def subtract_own_value(y: Tensor, v: Tensor) -> Tensor:
     return torch.addcmul(y, share.unsqueeze(-1), v, value=-1).flatten(2, 3)
 
 
+def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
+    """softcap * tanh(hidden weight^T / softcap) in fp32, 0: no cap; `weight` as in `project`.  # [..., vocab]"""
+    logits = project(hidden, weight).float()
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
     """x weight^T. Instead of a matrix, `weight` may be a function of x and of `source`, the input of attention or MLP
     as a whole (by default x): what a hook of `GPT.hidden` made of it."""
@@ -2430,8 +2436,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor, qat: bool = False, hook=None) -> Tensor:
         """Soft-capped logits in fp32.  # [..., dim] -> [..., vocab]"""
-        logits, cap = project(hidden, self.output_weight(qat, hook)).float(), self.cfg.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return capped_logits(hidden, self.output_weight(qat, hook), self.cfg.logit_softcap)
 
     def nll(self, ids: Tensor, targets: Tensor, temperature: float = 1.0, hook=None) -> Tensor:
         """-log p in nats of each target; targets [batch, keep] belong to the last `keep` positions of ids."""
@@ -2445,7 +2450,7 @@ class GPT(nn.Module):
         cap, hidden = self.cfg.logit_softcap, self.hidden(ids, qat=qat, hook=hook, documents=documents)
         weight = self.output_weight(qat, hook)
         if not isinstance(weight, Tensor):  # it is a function then, whose gradient autograd finds
-            return F.cross_entropy(self.logits(hidden, qat, hook).flatten(0, 1), targets.flatten())
+            return F.cross_entropy(capped_logits(hidden, weight, cap).flatten(0, 1), targets.flatten())
         cross_entropy = lambda hidden, weight, targets, token_weights=None: CappedCrossEntropy.apply(
             hidden.flatten(0, 1), weight, targets.flatten(), cap, self.kernels, token_weights)
         loss = cross_entropy(hidden, weight, targets, None if token_weights is None else token_weights.flatten())

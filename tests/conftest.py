@@ -90,11 +90,6 @@ def make_runtime(folder, **changes):
     return tg.Runtime(**{**settings, **changes})
 
 
-def capped_logits(hidden, weight, cap):
-    """Soft-capped logits of a plain output matrix, in fp32."""
-    return cap * torch.tanh(torch.nn.functional.linear(hidden, weight).float() / cap)
-
-
 def scrambled(model, seed=0):
     """Move every parameter off its initial value, so that nothing hides behind a zero or a one."""
     generator = torch.Generator().manual_seed(seed)

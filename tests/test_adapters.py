@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import train_gpt as tg
-from conftest import ROOT, capped_logits, environment, make_runtime, scrambled
+from conftest import ROOT, environment, make_runtime, scrambled
 from test_evaluation import LORA, MODES, Scores, reference_ttt, score, setting  # noqa: F401  (a fixture)
 from torch.nn import functional as F
 
@@ -68,7 +68,7 @@ def reference_documents(cfg, model, val):
                 named, head = weights_with_additions(model, pairs, scale)
                 named = {f"model.{name}": p for name, p in named.items()}
                 hidden = torch.func.functional_call(trunk, named, tokens[None, start:high])
-                logits = capped_logits(hidden[0, low - high:], head, cfg.logit_softcap)
+                logits = tg.capped_logits(hidden[0, low - high:], head, cfg.logit_softcap)
                 return F.cross_entropy(logits, tokens[low + 1:high + 1], reduction="none")
             with torch.no_grad():
                 scores.append(nll())
@@ -116,7 +116,7 @@ class SlowStream:
                     named[name] = named[name].detach()
             head = named["tok_emb.weight"]
         hidden = torch.func.functional_call(self.trunk, {f"model.{n}": p for n, p in named.items()}, ids)
-        return capped_logits(hidden[:, -keep:], head, cfg.logit_softcap)
+        return tg.capped_logits(hidden[:, -keep:], head, cfg.logit_softcap)
 
     def step(self, lr):
         cfg = self.cfg
@@ -289,7 +289,7 @@ def document(cfg, model, tokens, scores, first, stop, chunk, steps, pairs):
             hidden = torch.func.functional_call(Trunk(model), {f"model.{n}": p for n, p in named.items()},
                                                 tokens[None, start:high])
             undo()
-            logits = capped_logits(hidden[0, low - high:], head, cfg.logit_softcap)
+            logits = tg.capped_logits(hidden[0, low - high:], head, cfg.logit_softcap)
             nll = F.cross_entropy(logits, tokens[low + 1:high + 1], reduction="none")
             scores[low:high] = nll.detach()
             if high < stop:
@@ -452,7 +452,7 @@ def test_each_visit_of_a_looped_layer_has_its_own_additions(setting, rt):
     weights, head = weights_with_additions(unrolled, adapter.pairs, adapter.scale)
     with torch.no_grad():
         states = torch.func.functional_call(Trunk(unrolled), {f"model.{n}": p for n, p in weights.items()}, (ids[:, :-1],))
-        wanted = F.cross_entropy(capped_logits(states, head, cfg.logit_softcap)[0], ids[0, 1:], reduction="none")
+        wanted = F.cross_entropy(tg.capped_logits(states, head, cfg.logit_softcap)[0], ids[0, 1:], reduction="none")
         torch.testing.assert_close(model.nll(ids[:, :-1], ids[:, 1:], hook=adapter.hook)[0], wanted, rtol=1e-4, atol=2e-5)
     frozen, start = dataclasses.replace(cfg, ttt_mode="sgd", ttt_freeze_blocks=1), model.qo_bank.detach().clone()
     tg.adapter_for(model, frozen, rt).learn(val.tokens[:129], 0.0, 1)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import train_gpt as tg
-from conftest import capped_logits, scrambled
+from conftest import scrambled
 from torch.nn import functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,7 +82,7 @@ def test_capped_cross_entropy(kernels, dtype, rows, dim, vocab, chunk, monkeypat
     hidden, weight = randn(rows, dim, dtype=dtype), (8 * randn(vocab, dim) / dim ** 0.5).to(dtype)
     targets, cap, upstream = torch.randint(vocab, (rows,)).to(DEVICE), 15.0, torch.tensor(3.0, device=DEVICE)
     ours = gradients(lambda *t: tg.CappedCrossEntropy.apply(*t, targets, cap, "triton"), (hidden, weight), upstream)
-    plain = gradients(lambda h, w: F.cross_entropy(capped_logits(h, w, cap), targets),
+    plain = gradients(lambda h, w: F.cross_entropy(tg.capped_logits(h, w, cap), targets),
                       (hidden.float(), weight.float()), upstream)
     for got, want in zip(ours, plain):
         assert_near(got, want, dtype)

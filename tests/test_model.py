@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import train_gpt as tg
-from conftest import capped_logits, scrambled
+from conftest import scrambled
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
@@ -194,7 +194,7 @@ def test_heads_that_look_further_ahead_are_trained_and_left_out_of_the_score(con
     assert all(head.weight.grad.abs().sum() > 0 for head in model.mtp_heads)
     hidden = model.hidden(ids[:, :-1])
     main = F.cross_entropy(model.logits(hidden).flatten(0, 1), ids[:, 1:].flatten())
-    ahead = [F.cross_entropy(capped_logits(hidden[:, :-k], head.weight, 30.0).flatten(0, 1),
+    ahead = [F.cross_entropy(tg.capped_logits(hidden[:, :-k], head.weight, 30.0).flatten(0, 1),
                              ids[:, 1 + k:].flatten())
              for k, head in enumerate(model.mtp_heads, 1)]
     torch.testing.assert_close(loss, main + 0.2 * (ahead[0] + ahead[1]) / 2)
