@@ -1692,12 +1692,6 @@ def soft_round(codes: Tensor) -> Tensor:
     return codes - torch.sin(2 * math.pi * codes) / (2 * math.pi)
 
 
-def entropy_bytes(codes: Tensor) -> float:
-    """Order-0 entropy of int8 codes, in bytes."""
-    counts = torch.bincount(codes.flatten().int() + 128).double()
-    return float(-torch.special.xlogy(counts, counts / counts.sum()).sum()) / math.log(2) / 8
-
-
 def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tensor | None = None) -> Tensor:
     """Straight-through rounding: with scale = row_scales(weight), the value is dequantise(*quantise(weight)) and the
     gradient the identity's. With `hardness` (0-d, in 0..1) the value goes from soft_round to rounding, and the gradient
@@ -2103,14 +2097,6 @@ def rope_table(cfg: Hyperparameters, length: int, device, longest: int = 0) -> t
     return angle.cos(), angle.sin()
 
 
-class Positions(NamedTuple):
-    """Where the tokens of a forward pass are: their rotation angles, and the documents of a flat stream."""
-
-    cos: Tensor
-    sin: Tensor
-    documents: Documents | None
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first dimensions of each head as pairs (i, i + half), keep the rest.  # [batch, T, heads, d]"""
     half = cos.size(-1)
@@ -2211,9 +2197,9 @@ class Attention(nn.Module):
         self.sparse_scale = cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
-    def forward(self, x, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int):
+    def forward(self, x, weights: LayerWeights, positions, value_embedding, first_value, keep: int):
         """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
-        those of the first layer [batch, T, kv_heads, d]."""
+        those of the first layer [batch, T, kv_heads, d]. positions: of `rope_table`, and the Documents or None."""
         (cos, sin, documents), recent = positions, x[:, -keep:]
         q = project(recent, weights.query).unflatten(-1, (self.heads, -1))
         k = project(x, weights.key).unflatten(-1, (self.kv_heads, -1))
@@ -2231,11 +2217,9 @@ class Attention(nn.Module):
         y = self.attend(q, rotate(k, cos, sin), v, self.window, documents)      # [batch, keep, heads, d]
         if self.exclusive:
             y = subtract_own_value(y, v[:, -keep:])
-        if self.attn_gate is not None:
-            y = y * torch.sigmoid(self.attn_gate(recent)).unsqueeze(-1)
-        if self.sparse_gate is not None:
-            channels = recent[..., :self.sparse_gate.in_features]
-            y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
+        for gate, steepness in ((self.attn_gate, 1.0), (self.sparse_gate, self.sparse_scale)):
+            if gate is not None:
+                y = y * torch.sigmoid(steepness * gate(recent[..., :gate.in_features])).unsqueeze(-1)
         return project(y.flatten(2), weights.out, recent), value
 
 
@@ -2254,8 +2238,7 @@ class Block(nn.Module):
         self.dtg_gate = CastedLinear(cfg.model_dim, 1, bias=2.0) if cfg.dtg_enabled else None  # fairly open
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
-    def forward(self, x, lanes, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value,
-                keep: int):
+    def forward(self, x, lanes, x0, weights: LayerWeights, positions, value_embedding, first_value, keep: int):
         """Last `keep` positions of the stream after this block and of the MLP's lane, and the attention's values.
 
         Where the MLP has no lane, it reads what attention has written or, in the joint form, what attention reads. In
@@ -2426,7 +2409,7 @@ class GPT(nn.Module):
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
-        positions = Positions(*rope_table(cfg, length, ids.device, longest), documents)
+        positions = *rope_table(cfg, length, ids.device, longest), documents
         shared = None if self.ve_shared is None else self.look_up("ve_shared", ids, qat)
         extra = {layer: shared * scale.to(self.dtype) for layer, scale in zip(cfg.ve_layer_ids, self.ve_layer_scales)}
         x = x0 = self.embed(ids, qat, hook, documents)
@@ -3393,7 +3376,8 @@ def byte_planes(array: np.ndarray) -> np.ndarray:
 
 def order0_bytes(array: np.ndarray) -> float:
     """Order-0 entropy of an array's byte planes, each by itself: the bound of packers without context."""
-    return sum(entropy_bytes(torch.tensor(plane)) for plane in byte_planes(array))
+    counts = [count[count > 0] for count in map(np.bincount, byte_planes(array))]
+    return sum(float((count * np.log2(array.size / count)).sum()) for count in counts) / 8
 
 
 # The range coder. The library constriction codes the symbols; this file models their probabilities by adaptive

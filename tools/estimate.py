@@ -50,7 +50,7 @@ def gaussian_bits(columns: int, spec: tg.QuantSpec, pruned: float) -> float:
     weights = torch.from_numpy(np.random.RandomState(0).standard_normal((max(2 ** 18 // columns, 64), columns))).float()
     if pruned:
         weights[weights.abs() < weights.abs().flatten().kthvalue(max(int(pruned * weights.numel()), 1)).values] = 0.0
-    return 8 * tg.entropy_bytes(tg.quantise(weights, spec)[0]) / weights.numel()
+    return 8 * tg.order0_bytes(tg.quantise(weights, spec)[0].numpy()) / weights.numel()
 
 
 class Stream(NamedTuple):
