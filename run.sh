@@ -217,14 +217,14 @@ as_child() {  # COMMAND...: sets $code, its exit code. A signal to this shell is
   "$@" &
   local child=$! signal
   set +m
-  for signal in INT TERM; do trap "kill -$signal $child 2>/dev/null || true" "$signal"; done
+  for signal in HUP INT TERM; do trap "kill -$signal $child 2>/dev/null || true" "$signal"; done
   while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do :; done  # a signal ends wait, too
-  trap - INT TERM
+  trap - HUP INT TERM
 }
 run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was scored, AUDIT=only: that alone
   ready "$@"
   export CODE_BYTES=${CODE_BYTES:-$(built_size)}  # what is submitted is the built script, not the readable one
-  local launch audit=${AUDIT:-0} of=${EVAL_ARTIFACT:-}
+  local launch audit=${AUDIT:-0} of=${EVAL_ARTIFACT:-} home=${ARTIFACT_DIR:-${OUT_DIR:-.}}
   launcher
   [[ $audit =~ ^(0|1|only)$ ]] || die "AUDIT=$audit is not one of 0, 1, only"
   [ "$audit" != only ] || [ "$of" ] || die "AUDIT=only looks at an artifact: bash run.sh audit ARTIFACT"
@@ -233,7 +233,7 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
   [ "$audit$scaled$tracked" != 0 ] || exec "${launch[@]}" train_gpt.py
   if [ "$audit" != only ]; then
     name_run  # the audit's files go beside the log, the table into it
-    local code=0 log=${ARTIFACT_DIR:-${OUT_DIR:-.}}/logs/$RUN_ID.txt
+    local code=0 log=$home/logs/$RUN_ID.txt
     [ -z "$tracked" ] || track
     as_child "${launch[@]}" train_gpt.py
     [ -z "$tracked" ] || { kill "$tracker" 2>/dev/null || true; wait "$tracker" || true; }
@@ -241,7 +241,8 @@ run() {  # [PROFILE] KEY=VALUE...; AUDIT=1: and then the audit of what was score
     [ "$code$audit" = 01 ] || exit "$code"
   fi
   export RUN_SH_COMMAND="bash run.sh audit"
-  exec "${launch[@]}" tools/audit.py "${of:-${ARTIFACT_DIR:-${OUT_DIR:-.}}/final_model.ptz}"
+  # not its link in $home, which may be another run's by now
+  exec "${launch[@]}" tools/audit.py "${of:-$home/runs/$RUN_ID/final_model.ptz}"
 }
 
 # ---- 6 commands
@@ -284,6 +285,7 @@ case $command in
   sample) shift; artifact_tool "$@" ;;
   bench | inspect | parity | plan | record | runs | survive | systems) shift; to_run; tool "$@" ;;
   eval | audit)
+    [[ $command != audit || ${2:-} != @(-h|--help) ]] || { to_run; tool --help; }
     case ${2:-} in '' | -* | [A-Z]*=*) die "$command needs a file: bash run.sh $command ARTIFACT [KEY=VALUE...]" ;; esac
     artifact=1
     export EVAL_ARTIFACT=$2

@@ -38,8 +38,6 @@ Where a technique lives:
     growing context, all graphs of a run    stage, stage_shares; warm_up, TrainState.rewarmed
     parallel residuals, two lanes or joint  Block.forward; where the lanes begin and end: GPT.hidden
     documents in a flat stream              TrainData.training_batch, document_starts; Documents, attend_varlen
-    initial weights                         GPT.init_weights
-    learning rate, decay, bits of a tensor  its row of FAMILIES, which names the settings
     Muon, Newton-Schulz, Polar Express      Muon, newton_schulz; NorMuon: normalise_rows_; MuonEq-R: launch_update
     late QAT, soft rounding                 when: qat_progress; how: fake_quantise, soft_round
     complementary training                  BigramCounts; pruning: prune
@@ -614,18 +612,15 @@ def adaptation_rules(cfg: Hyperparameters):
     if cfg.ttt_reset == "stream":
         yield not cfg.phased_ttt_num_phases, "{phased_ttt_num_phases} has no finished documents with {ttt_reset}"
         yield cfg.ttt_chunk_tokens >= cfg.train_seq_len, "{ttt_chunk_tokens} holds no sequence of {train_seq_len}"
-        yield cfg.ttt_chunk_tokens >= cfg.stride, (
-            "{ttt_chunk_tokens} is shorter than the {scored} tokens a window scores")
+        yield cfg.ttt_chunk_tokens >= cfg.stride, "{ttt_chunk_tokens} is less than the {scored} a window scores"
     else:
         yield cfg.ttt_mode == "lora", "{ttt_reset} needs weights per document, which only TTT_MODE=lora has"
         yield cfg.doc_chunks[-1][1] <= cfg.doc_context, "{ttt_doc_chunk_tokens} is longer than a window of {context}"
         yield not cfg.rope_train_seq_len or cfg.ttt_eval_seq_len <= cfg.train_seq_len, (
-            "{ttt_eval_seq_len} is more than {train_seq_len}, up to which {rope_train_seq_len} gives one rotary base; "
-            "ROPE_TRAIN_SEQ_LEN=0 never changes it")
+            "{ttt_eval_seq_len} over {train_seq_len} would change the rotary base; ROPE_TRAIN_SEQ_LEN=0 never does")
         learns = "phased_ttt_num_phases" if cfg.phased_ttt_num_phases else "ttt_warm_start_a"
         yield not (cfg.ngrams and getattr(cfg, learns)), (
-            f"{{ngram_orders}} counts along the text, {{{learns}}} learns from long documents first: no order of "
-            "decoding serves both")
+            f"{{ngram_orders}} follows the text, {{{learns}}} the lengths: no order of decoding serves both")
         yield cfg.phased_ttt_num_phases <= cfg.phased_ttt_prefix_docs, (
             "{phased_ttt_prefix_docs} leaves some of {phased_ttt_num_phases} without documents to learn from")
         yield not cfg.hash_embed_buckets, "{hash_embed_buckets} works along a stream; {ttt_reset} restarts"
@@ -1275,17 +1270,20 @@ class Shard:
 
     def __init__(self, path: str):
         self.path = path
-        try:
-            self.file = open(path, "rb", buffering=0)
-            header, size = np.fromfile(self.file, "<i4", 256), os.path.getsize(path)
-        except OSError as error:
-            raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+        header = self.read("<i4", 0, 256)
         if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
             raise UserError(f"{path} is not a token shard (wrong magic or version); make it with data/prepare.py")
-        self.count = int(header[2])
+        self.count, size = int(header[2]), os.path.getsize(path)
         if self.count <= 0 or size != SHARD_HEADER_BYTES + 2 * self.count:
             raise UserError(f"{path} is damaged: {self.count:,} tokens by its header, "
                             f"{(size - SHARD_HEADER_BYTES) // 2:,} by its size of {size:,} bytes; download it again")
+
+    def read(self, dtype: str, start: int, count: int) -> np.ndarray:
+        """`count` numbers from byte `start`, or those there are."""
+        try:
+            return np.fromfile(self.path, dtype, count, offset=start)
+        except OSError as error:
+            raise UserError(f"cannot read shard {self.path}: {error.strerror}") from None
 
     def __len__(self) -> int:
         return self.count
@@ -1293,11 +1291,7 @@ class Shard:
     def __getitem__(self, part: slice) -> np.ndarray:
         """uint16 [tokens of the slice]"""
         start, stop, _ = part.indices(self.count)
-        try:
-            self.file.seek(SHARD_HEADER_BYTES + 2 * start)
-            tokens = np.fromfile(self.file, "<u2", stop - start)
-        except OSError as error:
-            raise UserError(f"cannot read shard {self.path}: {error.strerror}") from None
+        tokens = self.read("<u2", SHARD_HEADER_BYTES + 2 * start, stop - start)
         if len(tokens) < stop - start:
             raise UserError(f"{self.path} has become shorter since the run began; download it again, then RESUME=1")
         return tokens
@@ -1341,12 +1335,11 @@ class TrainData:
     """Batches as a pure function of the step: nothing to rewind after warm-up, nothing to store in a checkpoint.
 
     A step reads one contiguous span; row i of the global batch is its i-th sequence at any world size. Its length may
-    change from step to step; ranks and micro-batches hold whole units of `unit` tokens, which all lengths divide.
+    change from step to step: ranks and micro-batches hold whole sequences of every length.
     """
 
     stream: TokenStream
     seq_len: int
-    unit: int
     batch_tokens: int
     micro_steps: int
     rt: Runtime
@@ -1366,15 +1359,16 @@ class TrainData:
             bos_id = open_tokenizer(cfg)[0].bos_id()
             if bos_id not in stream.read(0, min(len(stream), 10 ** 7)):
                 raise UserError(f"PACK=documents: no document begins in {cfg.train_files} (BOS, token {bos_id})")
-        return cls(stream, cfg.train_seq_len, cfg.seq_unit, cfg.train_batch_tokens, micro_steps, rt, bos_id)
+        return cls(stream, cfg.train_seq_len, cfg.train_batch_tokens, micro_steps, rt, bos_id)
 
-    def units(self) -> range:
-        """This rank's part of a global batch, in units."""
-        return self.rt.share_of(self.batch_tokens // self.unit)
+    @property
+    def share(self) -> range:
+        """This rank's tokens of a global batch."""
+        return self.rt.share_of(self.batch_tokens)
 
-    def read(self, step: int, units: range) -> np.ndarray:
-        """The tokens of a part of a step and the one that follows them.  # int32 [len(units) * unit + 1]"""
-        return self.stream.read(step * self.batch_tokens + units.start * self.unit, len(units) * self.unit + 1)
+    def read(self, step: int, part: range) -> np.ndarray:
+        """Part of the tokens of a step and the one that follows them.  # int32 [len(part) + 1]"""
+        return self.stream.read(step * self.batch_tokens + part.start, len(part) + 1)
 
     def to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -1391,11 +1385,11 @@ class TrainData:
 
     def batch(self, step: int):
         """Yields this rank's micro-batches of a step: inputs and targets.  # int64 [rows, TRAIN_SEQ_LEN] each"""
-        return self.rows(self.read(step, self.units()), self.seq_len)
+        return self.rows(self.read(step, self.share), self.seq_len)
 
     def training_batch(self, step: int, seq_len: int):
         """Yields what `batch` does and nothing more or, with PACK=documents, in one row, and the documents in it."""
-        ids, seq_len = self.read(step, self.units()), seq_len or self.seq_len
+        ids, seq_len = self.read(step, self.share), seq_len or self.seq_len
         for part, (inputs, targets) in zip(ids[:-1].reshape(self.micro_steps, -1), self.rows(ids, seq_len)):
             if self.bos_id < 0:
                 yield inputs, targets, {}
@@ -1621,8 +1615,7 @@ class Steps(NamedTuple):
     rows: Tensor     # int16 [..., rows, 1]
     columns: Tensor  # int16 [..., 1, columns]
 
-    def float(self) -> Tensor:
-        """The steps.  # float32 [..., rows, columns]"""
+    def float(self) -> Tensor:  # [..., rows, columns]
         sizes = [2.0 ** (k / STEPS_PER_OCTAVE) for k in range(-2 * STEP_LIMIT, 2 * STEP_LIMIT + 1)]
         return torch.tensor(sizes, device=self.rows.device)[self.rows.int() + self.columns.int() + 2 * STEP_LIMIT]
 
@@ -1669,12 +1662,12 @@ def row_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def quantise(weight: Tensor, spec: QuantSpec, steps: Steps | None = None, hessian: Tensor | None = None,
-             names: list[str] = ()) -> tuple[Tensor, Tensor | Steps]:
+             name: str = "") -> tuple[Tensor, Tensor | Steps]:
     """(integer codes [..., rows, columns], fp16 scales [..., rows, 1] or the `steps` given) of a float weight: to the
     nearest or, with a `hessian`, by `gptq`."""
     weight = weight.float()
     scale = (steps or row_scales(weight, spec)).float()
-    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, names)
+    codes = round_to(weight, scale, spec) if hessian is None else gptq(weight, scale, hessian, spec, name)
     return codes.to(torch.int8 if spec.bits <= 8 else torch.int16), steps or scale.half()
 
 
@@ -1716,29 +1709,29 @@ def fake_quantise(weight: Tensor, scale: Tensor, spec: QuantSpec, hardness: Tens
     return rounded + (smooth - smooth.detach())  # the bracket is exactly 0 and carries the gradient
 
 
-def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, names: list[str]) -> Tensor:
+def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, spec: QuantSpec, name: str) -> Tensor:
     """Codes, as floats, where the columns still to be rounded compensate the error of those already rounded.
 
-    Lowers trace(error hessian error^T), the squared change of the outputs of weight [n, rows, columns], where hessian
+    Lowers trace(error hessian error^T), the squared change of the outputs of weight [(n,) rows, columns], where hessian
     [n, columns, columns] sums x x^T over the inputs x of each matrix. Columns with the largest inputs go first; columns
     without input become 0. `scale`: of the rows as they are, on which late QAT trained, not as they are compensated.
-    Source: GPTQ, arXiv 2210.17323. Raises UserError with the name, out of `names`, of a matrix whose Hessian cannot be
-    used.
+    Source: GPTQ, arXiv 2210.17323. Raises UserError for a Hessian that cannot be used.
     """
-    dead, order, factor = column_order(hessian, names)
-    weight, grid = weight.masked_fill(dead[:, None], 0).take_along_dim(order, -1), scale.expand_as(weight)
-    codes = round_columns(weight, grid.take_along_dim(order, -1), factor, spec)
-    return codes.take_along_dim(order.argsort(dim=-1), -1)
+    dead, order, factor = column_order(hessian, name)
+    matrices, grid = (t.reshape(-1, *weight.shape[-2:]) for t in (weight, scale.expand_as(weight)))
+    matrices = matrices.masked_fill(dead[:, None], 0).take_along_dim(order, -1)
+    codes = round_columns(matrices, grid.take_along_dim(order, -1), factor, spec)
+    return codes.take_along_dim(order.argsort(dim=-1), -1).view_as(weight)
 
 
-def column_order(hessian: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+def column_order(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Which columns have no input [n, columns], the order of rounding [n, 1, columns] and `inverse_factor` in it."""
     hessian = hessian.float()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)[:, None]
     hessian = (hessian + torch.diag_embed(dead.float())).take_along_dim(order, -1).take_along_dim(order.mT, -2)
-    return dead, order, inverse_factor(hessian.double(), names)
+    return dead, order, inverse_factor(hessian.double(), name)
 
 
 def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec) -> Tensor:
@@ -1757,7 +1750,7 @@ def round_columns(weight: Tensor, scale: Tensor, factor: Tensor, spec: QuantSpec
     return codes
 
 
-def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
+def inverse_factor(hessian: Tensor, name: str) -> Tensor:
     """Upper-triangular U with U^T U = (hessian + damping)^-1: row j says how the columns after j best compensate an
     error in column j, those before it being settled.  # float64 [n, columns, columns] -> float32"""
     identity = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
@@ -1769,11 +1762,11 @@ def inverse_factor(hessian: Tensor, names: list[str]) -> Tensor:
         if not failed.any():  # flipped back: hessian + damping = R R^T with R upper-triangular
             return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True).float()
         damping = torch.where(failed[:, None, None], 10 * damping, damping)
-    raise UserError(f"GPTQ: the Hessian of {names[int(failed.nonzero()[0])]} is singular or not finite, even damped; "
+    raise UserError(f"GPTQ: the Hessian of {name}[{int(failed.nonzero()[0])}] is singular or not finite, even damped; "
                     "GPTQ_CALIBRATION_BATCHES gives it more text, GPTQ_ENABLED=0 does without")
 
 
-def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tuple[Tensor, Tensor]:
+def curvature(squares: Tensor, hessian: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
     """Second derivative of the loss by each weight once GPTQ has made up for its error: a factor of its row times one
     of its column, whose geometric mean in a matrix is 1.  # [n, rows, 1], [n, 1, columns]
 
@@ -1784,10 +1777,10 @@ def curvature(squares: Tensor, hessian: Tensor | None, names: list[str]) -> tupl
     mean = squares.mean((-2, -1))
     bad = ~mean.isfinite() | (mean <= 0)
     if bad.any():
-        raise UserError(f"CLIP_RULE=waterfill: the gradient of {names[int(bad.nonzero()[0])]} is zero or not finite")
+        raise UserError(f"CLIP_RULE=waterfill: the gradient of {name}[{int(bad.nonzero()[0])}] is zero or not finite")
     columns = squares.new_ones(*squares.shape[:-2], 1, squares.size(-1))
     if hessian is not None:
-        dead, order, factor = column_order(hessian, names)
+        dead, order, factor = column_order(hessian, name)
         squares = squares.div(hessian.diagonal(dim1=-2, dim2=-1)[:, None]).masked_fill(dead[:, None], 0)
         columns = factor.diagonal(dim1=-2, dim2=-1)[:, None].pow(-2).take_along_dim(order.argsort(dim=-1), -1)
         columns = columns.masked_fill(dead[:, None], columns.mean())
@@ -1826,84 +1819,108 @@ def suits_triton(kernels: str, dtype: torch.dtype, *sizes: int) -> bool:
     return kernels == "triton" and dtype.itemsize == 2 and not any(size % 8 for size in sizes)
 
 
+# The Triton kernels of torch.ops.golf.*, which torch.compile takes as they are; each has its reference, in plain
+# operations, where it is used. `load_kernels` compiles them: importing this file must not need Triton. The products are
+# for Hopper: blocks stay on their SM and take tile after tile, TMA moves the tiles and cuts them off at the edges.
+# tests/test_sm90.py compiles all kernels for it; tile sizes are not tuned.
+def capped_row(logits, targets, losses, vocab, cap, scale, BLOCK: tl.constexpr):
+    """A row of logits -> its loss, and in its place the gradient times `scale`.
+
+    With q = 1 / (exp(2 logit / cap) + 1) the capped logit is cap - 2 cap q: softmax needs no largest logit, as
+    exp(-2 cap q) cannot vanish while cap <= LARGEST_CAP, and the derivative of the cap is 4 q (1 - q)."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    logits += row * vocab
+    target, partition = tl.load(targets + row), tl.zeros((BLOCK,), tl.float32)
+    reached = tl.load(logits + target).to(tl.float32)  # before the sum, at which all threads wait, and the stores
+    for start in range(0, vocab, BLOCK):
+        logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+        exps = tl.exp(-2 * cap / (tl.exp(2 / cap * logit) + 1))
+        partition += tl.where(start + at < vocab, exps, 0.0)
+    total = tl.sum(partition, axis=0)
+    tl.store(losses + row, tl.log(total) + 2 * cap / (tl.exp(2 / cap * reached) + 1))
+    for start in range(0, vocab, BLOCK):
+        logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+        q = 1 / (tl.exp(2 / cap * logit) + 1)
+        grad = tl.exp(-2 * cap * q) / total - (start + at == target).to(tl.float32)
+        tl.store(logits + start + at, (grad * 4 * q * (1 - q) * scale).to(logits.dtype.element_ty),
+                 mask=start + at < vocab)
+
+
+def mlp_tiles(a, b, leaky, out, tiles, across, depth, slope, FORWARD: tl.constexpr, SIDE: tl.constexpr,
+              DEPTH: tl.constexpr):
+    """LeakyReLU²(a b^T) and half its derivative, `leaky`, in the forward pass; 2 leaky (a b) in the backward."""
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FORWARD):
+        r, c = tile // across * SIDE, tile % across * SIDE  # b, the weight, stays in the cache
+        product = tl.zeros((SIDE, SIDE), tl.float32)
+        for k in range(0, depth, DEPTH):
+            product = tl.dot(a.load([r, k]), b.load([c, k]).T if FORWARD else b.load([k, c]), product)
+        halves = product.reshape(SIDE, 2, SIDE // 2).permute(0, 2, 1).split()
+        for half in tl.static_range(2):  # half a tile waits in shared memory, so that two blocks fit on an SM
+            x, column = halves[half], c + half * (SIDE // 2)
+            if FORWARD:
+                t = tl.where(x > 0, x, x * slope * slope)
+                leaky.store([r, column], t.to(leaky.dtype))
+                x = x * t
+            else:
+                x = 2 * x * leaky.load([r, column]).to(tl.float32)
+            out.store([r, column], x.to(out.dtype))
+
+
+def symmetric_tiles(x, add, out, batch, across, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
+                    DEPTH: tl.constexpr):
+    """Tiles of alpha x x^T + beta add on and above the diagonal, and their mirror images below."""
+    above = across * (across + 1) // 2
+    for tile in tl.range(tl.program_id(0), batch * above, tl.num_programs(0), flatten=True):
+        n, t = tile // above, tile % above
+        j = ((tl.sqrt_rn(8.0 * t + 1) - 1) / 2).to(tl.int32)  # tile t, column by column: (0,0) (0,1) (1,1) (0,2)
+        i = t - j * (j + 1) // 2
+        product = tl.zeros((SIDE, SIDE), tl.float32)
+        for k in range(0, depth, DEPTH):
+            left, right = x.load([n, i * SIDE, k]), x.load([n, j * SIDE, k])
+            product = tl.dot(left.reshape(SIDE, DEPTH), right.reshape(SIDE, DEPTH).T, product)
+        product = alpha * product
+        if ADDS:
+            product += beta * add.load([n, i * SIDE, j * SIDE]).reshape(SIDE, SIDE).to(tl.float32)
+        half, r = product.to(out.dtype), tl.arange(0, SIDE)
+        if i == j:  # exactly symmetric, in whatever order the tensor cores add
+            half = tl.where(r[:, None] <= r[None, :], half, half.T)
+        else:
+            out.store([n, j * SIDE, i * SIDE], half.T.reshape(1, SIDE, SIDE))
+        out.store([n, i * SIDE, j * SIDE], half.reshape(1, SIDE, SIDE))
+
+
+def tiled(x: Tensor, *block: int):
+    return TensorDescriptor.from_tensor(x.contiguous(), list(block))
+
+
+def launch_capped_rows(losses, logits, targets, cap, scale):
+    capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=1024, num_warps=4)
+
+
+def launch_mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
+    down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
+    mlp_tiles[min(down * across, MOST_BLOCKS),](
+        tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
+        tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
+        FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
+
+
+def launch_symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
+    across = triton.cdiv(x.size(1), side)
+    symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
+        tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
+        len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
+        num_stages=3)
+
+
 @functools.cache
 def load_kernels() -> None:
-    """Define the Triton kernels and register them as torch.ops.golf.*, which torch.compile takes as they are.
-
-    Each has its reference, in plain operations, where it is used. They are defined in here because importing this file
-    must not need Triton. The products are for Hopper: blocks stay on their SM and take tile after tile, TMA moves the
-    tiles and cuts them off at the edges. tests/test_sm90.py compiles all kernels for it; tile sizes are not tuned.
-    """
-    global triton, tl  # Triton looks up what a kernel calls among the module's globals
+    """Make the functions above Triton's, and operators of their launchers."""
+    global triton, tl, TensorDescriptor, capped_row, mlp_tiles, symmetric_tiles  # among which kernels look names up
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-
-    @triton.jit
-    def capped_row(logits, targets, losses, vocab, cap, scale, BLOCK: tl.constexpr):
-        """A row of logits -> its loss, and in its place the gradient times `scale`.
-
-        With q = 1 / (exp(2 logit / cap) + 1) the capped logit is cap - 2 cap q: softmax needs no largest logit, as
-        exp(-2 cap q) cannot vanish while cap <= LARGEST_CAP, and the derivative of the cap is 4 q (1 - q)."""
-        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        logits += row * vocab
-        target, partition = tl.load(targets + row), tl.zeros((BLOCK,), tl.float32)
-        reached = tl.load(logits + target).to(tl.float32)  # before the sum, at which all threads wait, and the stores
-        for start in range(0, vocab, BLOCK):
-            logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
-            exps = tl.exp(-2 * cap / (tl.exp(2 / cap * logit) + 1))
-            partition += tl.where(start + at < vocab, exps, 0.0)
-        total = tl.sum(partition, axis=0)
-        tl.store(losses + row, tl.log(total) + 2 * cap / (tl.exp(2 / cap * reached) + 1))
-        for start in range(0, vocab, BLOCK):
-            logit = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
-            q = 1 / (tl.exp(2 / cap * logit) + 1)
-            grad = tl.exp(-2 * cap * q) / total - (start + at == target).to(tl.float32)
-            tl.store(logits + start + at, (grad * 4 * q * (1 - q) * scale).to(logits.dtype.element_ty),
-                     mask=start + at < vocab)
-
-    @triton.jit
-    def mlp_tiles(a, b, leaky, out, tiles, across, depth, slope, FORWARD: tl.constexpr, SIDE: tl.constexpr,
-                  DEPTH: tl.constexpr):
-        """LeakyReLU²(a b^T) and half its derivative, `leaky`, in the forward pass; 2 leaky (a b) in the backward."""
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FORWARD):
-            r, c = tile // across * SIDE, tile % across * SIDE  # b, the weight, stays in the cache
-            product = tl.zeros((SIDE, SIDE), tl.float32)
-            for k in range(0, depth, DEPTH):
-                product = tl.dot(a.load([r, k]), b.load([c, k]).T if FORWARD else b.load([k, c]), product)
-            halves = product.reshape(SIDE, 2, SIDE // 2).permute(0, 2, 1).split()
-            for half in tl.static_range(2):  # half a tile waits in shared memory, so that two blocks fit on an SM
-                x, column = halves[half], c + half * (SIDE // 2)
-                if FORWARD:
-                    t = tl.where(x > 0, x, x * slope * slope)
-                    leaky.store([r, column], t.to(leaky.dtype))
-                    x = x * t
-                else:
-                    x = 2 * x * leaky.load([r, column]).to(tl.float32)
-                out.store([r, column], x.to(out.dtype))
-
-    @triton.jit
-    def symmetric_tiles(x, add, out, batch, across, depth, alpha, beta, ADDS: tl.constexpr, SIDE: tl.constexpr,
-                        DEPTH: tl.constexpr):
-        """Tiles of alpha x x^T + beta add on and above the diagonal, and their mirror images below."""
-        above = across * (across + 1) // 2
-        for tile in tl.range(tl.program_id(0), batch * above, tl.num_programs(0), flatten=True):
-            n, t = tile // above, tile % above
-            j = ((tl.sqrt_rn(8.0 * t + 1) - 1) / 2).to(tl.int32)  # tile t, column by column: (0,0) (0,1) (1,1) (0,2)
-            i = t - j * (j + 1) // 2
-            product = tl.zeros((SIDE, SIDE), tl.float32)
-            for k in range(0, depth, DEPTH):
-                left, right = x.load([n, i * SIDE, k]), x.load([n, j * SIDE, k])
-                product = tl.dot(left.reshape(SIDE, DEPTH), right.reshape(SIDE, DEPTH).T, product)
-            product = alpha * product
-            if ADDS:
-                product += beta * add.load([n, i * SIDE, j * SIDE]).reshape(SIDE, SIDE).to(tl.float32)
-            half, r = product.to(out.dtype), tl.arange(0, SIDE)
-            if i == j:  # exactly symmetric, in whatever order the tensor cores add
-                half = tl.where(r[:, None] <= r[None, :], half, half.T)
-            else:
-                out.store([n, j * SIDE, i * SIDE], half.T.reshape(1, SIDE, SIDE))
-            out.store([n, i * SIDE, j * SIDE], half.reshape(1, SIDE, SIDE))
+    capped_row, mlp_tiles, symmetric_tiles = map(triton.jit, (capped_row, mlp_tiles, symmetric_tiles))
 
     def register(schema: str, allocate, launch, mutates: tuple = ()) -> None:
         """An operator: `launch` fills what `allocate` returns. Tracing, which has no data, stops at `allocate`."""
@@ -1915,36 +1932,16 @@ def load_kernels() -> None:
         torch.library.custom_op(f"golf::{name}", run, mutates_args=mutates,
                                 schema=schema.removeprefix(name)).register_fake(allocate)
 
-    def tiled(x: Tensor, *block: int):
-        return TensorDescriptor.from_tensor(x.contiguous(), list(block))
-
-    def capped_rows(losses, logits, targets, cap, scale):
-        capped_row[len(logits),](logits, targets, losses, logits.size(1), cap, scale, BLOCK=1024, num_warps=4)
-
-    def mlp(out, a, b, leaky, slope, forward, side=128, depth=64):
-        down, across = triton.cdiv(len(leaky), side), triton.cdiv(leaky.size(1), side)
-        mlp_tiles[min(down * across, MOST_BLOCKS),](
-            tiled(a, side, depth), tiled(b, *((side, depth) if forward else (depth, side))),
-            tiled(leaky, side, side // 2), tiled(out, side, side // 2), down * across, across, a.size(1), slope,
-            FORWARD=forward, SIDE=side, DEPTH=depth, num_warps=8, num_stages=3)
-
-    def symmetric(out, x, add, alpha, beta, side=64, depth=64):  # Muon's matrices are few: small tiles for every SM
-        across = triton.cdiv(x.size(1), side)
-        symmetric_tiles[min(len(x) * across * (across + 1) // 2, MOST_BLOCKS),](
-            tiled(x, 1, side, depth), tiled(out if add is None else add, 1, side, side), tiled(out, 1, side, side),
-            len(x), across, x.size(2), alpha, beta, ADDS=add is not None, SIDE=side, DEPTH=depth, num_warps=4,
-            num_stages=3)
-
     register("capped_rows(Tensor(a!) logits, Tensor targets, float cap, float scale) -> Tensor",
-             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), capped_rows, mutates=("logits",))
+             lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32), launch_capped_rows, ("logits",))
     register("mlp_up(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)",
              lambda x, weight, _: (x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))),
-             lambda out, x, weight, slope: mlp(out[0], x, weight, out[1], slope, True))
+             lambda out, x, weight, slope: launch_mlp(out[0], x, weight, out[1], slope, True))
     register("mlp_back(Tensor upstream, Tensor weight, Tensor leaky) -> Tensor",
              lambda upstream, weight, leaky: torch.empty_like(leaky),
-             lambda out, upstream, weight, leaky: mlp(out, upstream, weight, leaky, 0.0, False))
+             lambda out, upstream, weight, leaky: launch_mlp(out, upstream, weight, leaky, 0.0, False))
     register("symmetric(Tensor x, Tensor? add, float alpha, float beta) -> Tensor",
-             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), symmetric)
+             lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)), launch_symmetric)
 
 
 class ScaledNorm(torch.autograd.Function):
@@ -2138,7 +2135,7 @@ def capped_logits(hidden: Tensor, weight, softcap: float) -> Tensor:
 
 def project(x: Tensor, weight, source: Tensor | None = None) -> Tensor:
     """x weight^T. Instead of a matrix, `weight` may be a function of x and of `source`, the input of attention or MLP
-    as a whole (by default x): see `GPT.hidden`."""
+    as a whole (by default x): what a hook of `GPT.hidden` made of it."""
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x, x if source is None else source)
 
 
@@ -2212,15 +2209,15 @@ class Attention(nn.Module):
         self.sparse_scale = cfg.sparse_attn_gate_scale
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.value_residual and layer > 0 else None
 
-    def forward(self, x, weights, positions: Positions, value_embedding, first_value, keep: int):
+    def forward(self, x, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int):
         """Output of the last `keep` positions [batch, keep, dim] and this layer's values before they are mixed with
         those of the first layer [batch, T, kv_heads, d]."""
-        (query_w, key_w, value_w, out_w), (cos, sin, documents), recent = weights, positions, x[:, -keep:]
-        q = project(recent, query_w).unflatten(-1, (self.heads, -1))
-        k = project(x, key_w).unflatten(-1, (self.kv_heads, -1))
+        (cos, sin, documents), recent = positions, x[:, -keep:]
+        q = project(recent, weights.query).unflatten(-1, (self.heads, -1))
+        k = project(x, weights.key).unflatten(-1, (self.kv_heads, -1))
         if self.q_gain is not None:
             q, k = norm(q, eps=self.eps), norm(k, eps=self.eps)
-        value = project(x, value_w)
+        value = project(x, weights.value)
         if value_embedding is not None:
             value = value + value_embedding
         v = value = value.unflatten(-1, (self.kv_heads, -1))
@@ -2237,7 +2234,7 @@ class Attention(nn.Module):
         if self.sparse_gate is not None:
             channels = recent[..., :self.sparse_gate.in_features]
             y = y * torch.sigmoid(self.sparse_scale * self.sparse_gate(channels)).unsqueeze(-1)
-        return project(y.flatten(2), out_w, recent), value
+        return project(y.flatten(2), weights.out, recent), value
 
 
 class Block(nn.Module):
@@ -2255,22 +2252,23 @@ class Block(nn.Module):
         self.dtg_gate = CastedLinear(cfg.model_dim, 1, bias=2.0) if cfg.dtg_enabled else None  # fairly open
         self.slope, self.kernels = cfg.leaky_slope, kernels
 
-    def forward(self, x, lane, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value, keep: int,
-                keeps=None, takes=None):
+    def forward(self, x, lanes, x0, weights: LayerWeights, positions: Positions, value_embedding, first_value,
+                keep: int):
         """Last `keep` positions of the stream after this block and of the MLP's lane, and the attention's values.
 
-        Where the MLP has no `lane`, it reads what attention has written or, in the joint form, what attention reads. In
-        two lanes (PR 1204) each keeps a share of itself, keeps [lane], and takes of both outputs, takes [output, lane].
+        Where the MLP has no lane, it reads what attention has written or, in the joint form, what attention reads. In
+        two (PR 1204) each keeps a share of itself and takes of both outputs: lanes = (the MLP's, keeps [lane],
+        takes [output, lane]).
         """
         before = x[:, -keep:]
         if self.mixes:
             mix = self.resid_mix.to(x.dtype)
             x = torch.addcmul(mix[0] * x, mix[1], x0)
         add = lambda x, name, y: torch.addcmul(x, getattr(self, name).to(x.dtype), y) if self.mixes else x + y
-        y, value = self.attn(self.attn_norm(x), weights[:4], positions, value_embedding, first_value, keep)
+        y, value = self.attn(self.attn_norm(x), weights, positions, value_embedding, first_value, keep)
         x = x[:, -keep:]
-        if lane is not None:
-            lane = lane[:, -keep:]
+        if lanes is not None:
+            lane, keeps, takes = lanes[0][:, -keep:], *(weight.to(x.dtype) for weight in lanes[1:])
             z = self.mlp(self.mlp_norm(lane), weights)
             y, z = (y * self.attn_scale.to(x.dtype), z * self.mlp_scale.to(x.dtype)) if self.mixes else (y, z)
             x, lane = (keeps[i] * old + takes[0, i] * y + takes[1, i] * z for i, old in enumerate((before, lane)))
@@ -2419,10 +2417,10 @@ class GPT(nn.Module):
         ids: int64 [batch, T] -> [batch, keep, dim]. The last block computes queries and MLP for those positions only.
         With `documents`, ids are a flat stream [1, N], and each document is computed as if it were a row by itself.
 
-        `hook(kind, visit, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function of its
-        input, for instance to add a low-rank term to its output or to record its input. A visit is a place in the order
-        of layers, of which a loop has several for a layer. The token table (a function of ids) and the output matrix
-        are kinds "embed" and "head", of visit -1.
+        `hook(kind, visit, matrix)` may replace a layer's matrix (kind: a field of LayerWeights) by a function, see
+        `project`: to add a low-rank term to its output or to record its input. A visit is a place in the order of
+        layers, of which a loop has several for a layer. The token table (a function of ids) and the output matrix are
+        kinds "embed" and "head", of visit -1.
         """
         cfg, length = self.cfg, ids.size(1)
         longest = 0 if documents is None else documents.longest
@@ -2435,12 +2433,11 @@ class GPT(nn.Module):
             place = visit - len(order) // 2
             if lane is None and place >= 0 and cfg.two_lanes and layer >= cfg.parallel_start_layer:
                 lane = x
-            lanes = () if lane is None else (self.lane_keeps[layer].to(x.dtype), self.lane_takes[layer].to(x.dtype))
+            lanes = None if lane is None else (lane, self.lane_keeps[layer], self.lane_takes[layer])
             if place >= 0 and skips:
                 x = self.merge_skip(x, skips.pop(), place)
             kept = keep or length if visit == len(order) - 1 else length
-            x, lane, value = self.blocks[layer](x, lane, x0, weights, positions, extra.get(layer), first_value, kept,
-                                                *lanes)
+            x, lane, value = self.blocks[layer](x, lanes, x0, weights, positions, extra.get(layer), first_value, kept)
             first_value = value if visit == 0 else first_value
             if place < 0 and cfg.unet_skips:
                 skips.append(x)
@@ -2482,7 +2479,7 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------ PARAMETERS
 @dataclass(frozen=True)
 class Family:
-    """How one kind of parameter is trained and stored; `lr` to `widen` name settings."""
+    """How one kind of parameter is trained and stored; `lr` to `clip` name settings."""
 
     name: str
     pattern: str
@@ -2490,24 +2487,17 @@ class Family:
     lr: str
     decay: str = ""       # "": none
     bits: str = ""        # "": stored as float
-    sigmas: str = ""      # its clip under sdclip
-    widen: str = ""       # what SIZE_FIT may change
+    clip: str = ""        # its clip under sdclip and what SIZE_FIT may change: CLIP_clip_sigmas, CLIP_clip_widen
     exported: bool = True
 
 
 FAMILIES = (
-    Family("attn", r"(qo|kv)_bank", "muon", "matrix_lr", "muon_wd", "attn_qat_bits", "attn_clip_sigmas",
-           "attn_clip_widen"),
-    Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp_clip_sigmas",
-           "mlp_clip_widen"),
-    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "table_wd", "embed_bits", "embed_clip_sigmas",
-           "embed_clip_widen"),
-    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "table_wd", "bigram_bits",
-           "embed_clip_sigmas", "embed_clip_widen"),
-    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "table_wd", "ve_bits", "embed_clip_sigmas",
-           "embed_clip_widen"),
-    Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed_clip_sigmas",
-           "embed_clip_widen"),
+    Family("attn", r"(qo|kv)_bank", "muon", "matrix_lr", "muon_wd", "attn_qat_bits", "attn"),
+    Family("mlp", r"mlp_(up|down)_bank", "muon", "matrix_lr", "muon_wd", "mlp_quant_bits", "mlp"),
+    Family("embed", r"tok_emb\.weight", "adamw", "table_lr", "table_wd", "embed_bits", "embed"),
+    Family("ngram", r"(bigram|trigram)\.embed\.weight", "adamw", "table_lr", "table_wd", "bigram_bits", "embed"),
+    Family("value", r"ve_shared\.embed\.weight", "adamw", "table_lr", "table_wd", "ve_bits", "embed"),
+    Family("head", r"lm_head\.weight", "adamw", "head_lr", "", "embed_bits", "embed"),
     Family("mtp", r"mtp_heads\.\d+\.weight", "adamw", "head_lr", exported=False),
     Family("proj", r"(bigram|trigram|ve_shared)\.proj\.weight", "adamw", "scalar_lr", "adam_wd"),
     Family("control", r"skip_(weights|gates)|lane_(keeps|takes)|final_norm\.weight|smear\..+|"
@@ -2535,7 +2525,7 @@ def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
     kept = f"{cfg.fp16_keep_name_patterns},{cfg.int8_keep_float_fp32_name_patterns}"
     fill = cfg.clip_rule == "waterfill"
     return {name: QuantSpec(WATER_BITS if fill else getattr(cfg, family.bits), cfg.clip_rule,
-                            getattr(cfg, family.sigmas), getattr(cfg, family.widen))
+                            getattr(cfg, f"{family.clip}_clip_sigmas"), getattr(cfg, f"{family.clip}_clip_widen"))
             for name, family in route(cfg, names).items() if family.bits and not named_in(kept, name)}
 
 
@@ -2611,9 +2601,8 @@ class Muon:
             update = newton_schulz(nesterov, self.cfg.muon_backend_steps, self.rt.dtype, self.rt.kernels,
                                    POLAR_EXPRESS if self.cfg.polar_express else NEWTON_SCHULZ)
             if self.row_memory:
-                before = self.row_memory[i].clone()
-                update = normalise_rows_(update.float(), self.row_memory[i], self.cfg.muon_beta2)
-                self.row_memory[i] = torch.where(self.skipped, before, self.row_memory[i])
+                fresh = torch.where(self.skipped, 0.0, 1 - self.cfg.muon_beta2)
+                update = normalise_rows_(update.float(), self.row_memory[i], fresh)
             started.append(self.rt.launch_all_gather(update.contiguous()))
         return started
 
@@ -2637,10 +2626,11 @@ class Muon:
                 shard.zero_()[:len(mine)].copy_(mine)
 
 
-def normalise_rows_(update: Tensor, memory: Tensor, beta2: float) -> Tensor:
-    """NorMuon: divide rows by a running mean of their size, then restore the matrix norm (PR 173)."""
+def normalise_rows_(update: Tensor, memory: Tensor, fresh: Tensor | float) -> Tensor:
+    """NorMuon: divide rows by a running mean of their squares, in which `fresh` is the weight of the present ones, then
+    restore the matrix norm (PR 173)."""
     size = update.norm(dim=(-2, -1), keepdim=True)
-    memory.lerp_(update.square().mean(-1, keepdim=True), 1 - beta2)
+    memory.lerp_(update.square().mean(-1, keepdim=True), fresh)
     update /= memory.sqrt() + 1e-10
     return update.mul_(size / (update.norm(dim=(-2, -1), keepdim=True) + 1e-10))
 
@@ -2781,10 +2771,6 @@ class Averager:
     def copy_params(self) -> list[Tensor]:
         return [p.detach().float().clone() for p in self.params]
 
-    def restart_ema(self) -> None:
-        """Start the EMA from the present weights. Its decay does not ramp up again: the memory would be too short."""
-        self.ema = self.copy_params()
-
     @torch.no_grad()
     def update(self, step: int, plan: StepPlan) -> None:
         """Take in the weights after step number `step` (counted from 1)."""
@@ -2847,10 +2833,10 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span, mine = data.to_device(data.read(step, range(data.batch_tokens // data.unit))).long(), data.units()
+        span = data.to_device(data.read(step, range(data.batch_tokens))).long()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
-        return data.micro_batches((weights / weights.mean())[mine.start * data.unit:mine.stop * data.unit])
+        return data.micro_batches((weights / weights.mean())[data.share.start:data.share.stop])
 
 
 MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
@@ -2918,13 +2904,13 @@ def checkpoint_path(rt: Runtime, kind: str = "") -> Path:
     return rt.run_folder / f"checkpoint{kind}.pt"
 
 
-def resumable_settings(cfg: Hyperparameters) -> str:
-    """JSON of the settings a checkpoint must share with the run that resumes from it."""
+def resumable_settings(cfg: Hyperparameters) -> dict:
+    """The settings a checkpoint must share with the run that resumes from it."""
     free = {"resume", "run_id", "device", "compile", "attention", "kernels", "checkpoint_every", "checkpoint_seconds",
             "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens", "profile", "iterations",
             "max_wallclock_seconds", "code_bytes", "size_fit"}
     late = "eval_", "ttt_", "hash_embed_", "ngram_", "compress", "artifact_", "gptq_", "waterfill_"
-    return json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)})
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)}
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
@@ -2975,7 +2961,7 @@ def load_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> flo
     path, data = found
     try:
         packed = torch.load(io.BytesIO(data), map_location=rt.device, weights_only=True)
-        then, now = json.loads(packed["settings"]), json.loads(resumable_settings(cfg))
+        then, now = packed["settings"], resumable_settings(cfg)
         changed = sorted(name.upper() for name in now if then.get(name) != now[name])
         if not changed:
             spent_s = float(packed["elapsed_s"])
@@ -3054,13 +3040,13 @@ def train(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainData, valida
     model.train()
     rt.allow_wait(60.0)  # what took the ranks longer, to compile and to load, is behind them
     elapsed = saved_s = rt.agree(state.watch.elapsed())
+    ended = state.ended(cfg, elapsed)
     while True:
-        done = state.ended(cfg, elapsed)
-        if done or state.due(cfg.val_loss_every):
+        if ended or state.due(cfg.val_loss_every):
             with state.watch.paused(rt.synchronize), rt.signals.act(at_once=True):  # the last step is saved
                 result = validate("validation", score_fn)
             log_losses(cfg, rt, state, elapsed, "validation", {"val_loss": result.loss, "val_bpb": result.bpb})
-        if done:
+        if ended:
             break
         pace = state.pace(elapsed)
         plan = plan_step(cfg, state.step, elapsed, pace)
@@ -3111,7 +3097,7 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
         state.qat = True
         rt.log(f"late_qat:enabled step:{state.step} scale:{plan.lr_scale:.4f}", "late_qat", step=state.step)
         if cfg.ema_reset_at_qat and state.averager.ema and state.step:
-            state.averager.restart_ema()  # keeps weights from before rounding out of the average
+            state.averager.ema = state.averager.copy_params()  # without the weights from before rounding
             rt.log(f"ema:restarted step:{state.step}")
     if state.step in (0, 10) and not cfg.warmdown_frac and plan.lr_scale < 1:
         rt.log(f"warning: the run is shorter than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate is at "
@@ -3160,13 +3146,11 @@ def self_generated_text(cfg: Hyperparameters, rt: Runtime, model: GPT):
     The first token is uniform, each next one is drawn at temperature 0.8. Batch i depends on SEED and i alone.
     """
     for i in range(rt.rank, cfg.gptq_calibration_batches, rt.world_size):
-        dice = torch.rand(SELF_TEXT_ROWS, cfg.train_seq_len + 1, generator=torch.Generator().manual_seed(cfg.seed + i))
-        dice = dice.to(rt.device)
-        text = (dice[:, :1] * cfg.vocab_size).long()
-        for drawn in dice[:, 1:].split(1, dim=1):
+        dice = torch.Generator(rt.device).manual_seed(cfg.seed + i)
+        text = torch.randint(cfg.vocab_size, (SELF_TEXT_ROWS, 1), generator=dice, device=rt.device)
+        while text.size(1) <= cfg.train_seq_len:
             logits = model.logits(model.hidden(text, keep=1)[:, 0]) / SELF_TEXT_TEMPERATURE
-            token = torch.searchsorted(logits.softmax(-1).cumsum(-1), drawn.contiguous()).clamp(max=cfg.vocab_size - 1)
-            text = torch.cat((text, token), dim=1)
+            text = torch.cat((text, torch.multinomial(logits.softmax(-1), 1, generator=dice)), dim=1)
         yield text[:, :-1], text[:, 1:]
 
 
@@ -3229,14 +3213,9 @@ def loss_curvature(cfg: Hyperparameters, rt: Runtime, model: GPT, data: TrainDat
     rt.log(f"waterfill:gradients of {int(tokens)} tokens in {watch.elapsed():.1f}s")
     factors = {}
     for name, square in squares.items():
-        parts = curvature(square.view(-1, *square.shape[-2:]) / tokens, hessians.get(name), labels(name, square))
+        parts = curvature(square.view(-1, *square.shape[-2:]) / tokens, hessians.get(name), name)
         factors[name] = tuple(part.view(*square.shape[:-2], *part.shape[-2:]) for part in parts)
     return factors
-
-
-def labels(name: str, weight: Tensor) -> list[str]:
-    """A name for each matrix of a parameter."""
-    return [f"{name}[{i}]" for i in range(len(weight))] if weight.ndim == 3 else [name]
 
 
 @torch.no_grad()
@@ -3244,14 +3223,10 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
                 factors: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, tuple[Tensor, Tensor | Steps]]:
     """(codes, scales) of each parameter that is exported rounded: by GPTQ where there is a Hessian, else to nearest.
     `factors`: what `loss_curvature` returned."""
-    params, rounded = dict(model.named_parameters()), {}
-    filled = water_fill(factors, cfg.waterfill_nats, cfg.waterfill_exponent) if factors else {}
-    for name, spec in quant_specs(cfg, params).items():
-        weight = prune(params[name].detach().float(), cfg.prune_frac)
-        matrices, steps = weight.view(-1, *weight.shape[-2:]), filled.get(name)
-        codes, scales = quantise(matrices, spec, steps, hessians.get(name), labels(name, weight))
-        rounded[name] = codes.view_as(weight), steps or scales.view(*weight.shape[:-1], 1)
-    return rounded
+    params = dict(model.named_parameters())
+    steps = water_fill(factors, cfg.waterfill_nats, cfg.waterfill_exponent) if factors else {}
+    return {name: quantise(prune(params[name].detach().float(), cfg.prune_frac), spec, steps.get(name),
+                           hessians.get(name), name) for name, spec in quant_specs(cfg, params).items()}
 
 
 def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, code_bytes: int):
@@ -3305,20 +3280,18 @@ class Stored:
 
     def weight(self) -> Tensor:
         values = torch.from_numpy(self.values)
-        if self.bits == WATER_BITS:
-            steps = self.steps()
-            return dequantise(values.view(len(steps.rows), *values.shape[-2:]), steps).view_as(values)
-        return dequantise(values, torch.from_numpy(self.scales)) if self.bits else values.float()
+        if not self.bits:
+            return values.float()
+        return dequantise(values, self.steps() if self.bits == WATER_BITS else torch.from_numpy(self.scales))
 
     def steps(self) -> Steps:
         """What `store_steps` stored; whatever a file holds is brought into the range that it stores."""
         exponents = torch.from_numpy(self.scales.ravel().cumsum(dtype=np.int64).clip(-STEP_LIMIT, STEP_LIMIT)).short()
-        count = math.prod(self.values.shape[:-1])
-        rows = exponents[:count].view(-1, self.values.shape[-2], 1)
+        shape, count = self.values.shape, math.prod(self.values.shape[:-1])
+        rows = exponents[:count].view(*shape[:-1], 1)
         if not self.queries:
-            return Steps(rows, exponents[count:].view(-1, 1, self.values.shape[-1]))
-        half = len(rows) // 2
-        return Steps(rows, self.queries.steps().columns[:half].repeat(2, 1, 1))
+            return Steps(rows, exponents[count:].view(*shape[:-2], 1, shape[-1]))
+        return Steps(rows, self.queries.steps().columns[:len(rows) // 2].repeat(2, 1, 1))
 
 
 def store_steps(steps: Steps, with_columns: bool) -> np.ndarray:
@@ -3343,14 +3316,12 @@ def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[S
             codes, scales = rounded.get(name) or quantise(weight, specs[name])
             queries = shared_columns(name, specs[name].bits, stored)
             scales = store_steps(scales, not queries) if isinstance(scales, Steps) else scales.cpu().numpy()
-            finite = weight.isfinite().all() and np.isfinite(scales).all()
             stored.append(Stored(name, families[name].name, specs[name].bits, codes.cpu().numpy(), scales, queries))
         else:
             kind = "float" if named_in(cfg.int8_keep_float_fp32_name_patterns, name) else "half"
-            values = weight if kind == "float" else weight.half()
-            finite = values.isfinite().all()
-            stored.append(Stored(name, kind, 0, values.numpy()))
-        if not finite:
+            stored.append(Stored(name, kind, 0, (weight if kind == "float" else weight.half()).numpy()))
+        held = stored[-1]
+        if not (weight.isfinite().all() and np.isfinite(held.scales if held.bits else held.values).all()):
             raise UserError(f"parameter {name} is not finite{' in fp16' * bool(weight.isfinite().all())}: "
                             "the training diverged, or it belongs into INT8_KEEP_FLOAT_FP32_NAME_PATTERNS")
     return stored
@@ -3461,21 +3432,22 @@ class SpreadHistograms:
         for b in np.unique(bucket):
             here = bucket == b
             model = models.Categorical(self.counts[b].astype(np.float64), perfect=False)
-            if self.decoder:
-                near[here] = self.decoder.decode(model, int(here.sum())) - self.reach
-            shifted = near[here] + self.reach
-            self.encoder.encode(shifted.astype(np.int32), model)
+            shifted = self.exchange(near[here] + self.reach, model)
+            near[here] = shifted - self.reach
             seen = np.bincount(shifted, minlength=2 * self.reach + 1)
             self.counts[b] += 32 * (seen + seen[::-1])
         far = np.abs(near) == ESCAPE
-        if self.beyond <= 0 or not far.any():
-            return near
-        model, rest = models.Uniform(self.beyond + 1), np.abs(symbols[far]) - ESCAPE
-        if self.decoder:
-            rest = self.decoder.decode(model, int(far.sum()))
-        self.encoder.encode(rest.astype(np.int32), model)
-        near[far] += np.sign(near[far]) * rest
+        if self.beyond > 0 and far.any():
+            rest = self.exchange(np.abs(symbols[far]) - ESCAPE, models.Uniform(self.beyond + 1))
+            near[far] += np.sign(near[far]) * rest
         return near
+
+    def exchange(self, symbols: np.ndarray, model) -> np.ndarray:
+        """The symbols, or what the decoder has in their place, encoded."""
+        if self.decoder:
+            symbols = self.decoder.decode(model, len(symbols))
+        self.encoder.encode(symbols.astype(np.int32), model)
+        return symbols
 
 
 class RowPredictor:
@@ -3527,8 +3499,9 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
     With `steps` these are magnitudes of weights, and a code's is so much larger as its step is finer than the mean.
     """
     columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
+    matrices = (t.reshape(-1, *codes.shape[-2:]) for t in (codes, finer_sixteenths(steps, codes.shape)))
     histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
-    for matrix, finer in zip(codes.reshape(-1, *codes.shape[-2:]), finer_sixteenths(steps, codes)):
+    for matrix, finer in zip(*matrices):
         predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
         column_sum, level_sum, done, block = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0, matrix[:0]
         while done < len(matrix):
@@ -3547,13 +3520,13 @@ def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None 
             done += len(block)
 
 
-def finer_sixteenths(steps: Steps | None, codes: np.ndarray):
-    """Yields for each matrix by how many sixteenths of an octave steps are finer than the mean.  # [rows, columns]"""
+def finer_sixteenths(steps: Steps | None, shape: tuple[int, ...]) -> np.ndarray:
+    """By how many sixteenths of an octave each step is finer than the mean.  # int16 [..., rows, columns]"""
     if steps is None:
-        yield from itertools.repeat(np.zeros(codes.shape[-2:], np.int64))
-    rows, columns = (t.numpy().astype(np.int64) for t in steps)
+        return np.broadcast_to(np.int16(0), shape)
+    rows, columns = (t.numpy() for t in steps)
     mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
-    yield from ((16 // STEPS_PER_OCTAVE * (mean - row - column)).clip(-96, 96) for row, column in zip(rows, columns))
+    return (16 // STEPS_PER_OCTAVE * (mean - rows - columns)).clip(-96, 96)
 
 
 def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column,
@@ -3693,8 +3666,8 @@ def pack_streams(wanted: str, streams: dict[str, Parts]) -> dict[str, tuple[str,
 
 
 def unpack_streams(streams: dict[str, Parts], rows: list, payload: bytes) -> None:
-    """Fills the arrays from a payload, given [codec, bytes, crc32] of each stream. Raises ValueError
-    unless the payload is exactly these streams, of values that can be in them."""
+    """Fills the arrays of the streams, given [codec, bytes, crc32] of each. Raises ValueError unless the payload is
+    exactly these streams, of values that can be in them."""
     if any(type(n) is not int or n < 0 for _, *numbers in rows for n in numbers) or len(rows) != len(streams) \
             or sum(size for _, size, _ in rows) != len(payload):
         raise ValueError("its streams are not those of its parameters, or do not fill the file")
@@ -4364,8 +4337,8 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
 
 def final_evaluations(cfg: Hyperparameters) -> dict[str, int]:
     """The final scores in their order, each with the stride of its windows. "ttt" adapts, the others do not."""
-    return {"roundtrip": cfg.window, **({"sliding": cfg.stride} if cfg.eval_stride else {}),
-            **({"ttt": cfg.stride} if cfg.ttt_enabled else {})}
+    strides = {"roundtrip": cfg.window, "sliding": cfg.eval_stride, "ttt": cfg.stride if cfg.ttt_enabled else 0}
+    return {key: stride for key, stride in strides.items() if stride}
 
 
 def scorer(model: GPT, rt: Runtime, adapter: Adapter | None = None):

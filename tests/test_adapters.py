@@ -599,7 +599,7 @@ def test_every_mode_from_its_variables(run, variables, said):
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_POLYAK_DECAY": 0.9}, "works along a stream"),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_EVAL_SEQ_LEN": 8}, "TTT_DOC_CHUNK_TOKENS=16 is longer"),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_EVAL_SEQ_LEN": 64, "ROPE_TRAIN_SEQ_LEN": 16},
-     "TTT_EVAL_SEQ_LEN=64 is more than TRAIN_SEQ_LEN=32, up to which ROPE_TRAIN_SEQ_LEN=16 gives one rotary base"),
+     "TTT_EVAL_SEQ_LEN=64 over TRAIN_SEQ_LEN=32 would change the rotary base"),
     *(({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_CHUNK_LADDER": ladder}, "TTT_CHUNK_LADDER='")
       for ladder in ("64:8,32:4", "32:8,64:4", "32:8,32:9", "32:16", "32:0", "32", "a:b", "32:4:5")),
     ({"TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_WARM_START_A": 1, "NGRAM_ORDERS": "2,3"},
@@ -607,7 +607,7 @@ def test_every_mode_from_its_variables(run, variables, said):
     ({"TTT_LORA_ALPHA": -1}, "TTT_LORA_ALPHA=-1 is out of range"), ({"TTT_WARM_CHAINS": 0}, "TTT_WARM_CHAINS=0 is out"),
     ({"TTT_LOCAL_LR_MULT": "nan"}, "TTT_LOCAL_LR_MULT=nan is out of range"),
     ({"TTT_CHUNK_TOKENS": 16}, "holds no sequence"),
-    ({"TTT_CHUNK_TOKENS": 40, "EVAL_STRIDE": 48, "EVAL_SEQ_LEN": 64}, "shorter than the 48 tokens")])
+    ({"TTT_CHUNK_TOKENS": 40, "EVAL_STRIDE": 48, "EVAL_SEQ_LEN": 64}, "is less than the 48 a window")])
 def test_refusals(corpus, tmp_path, variables, said):
     with pytest.raises(tg.UserError) as refused:
         tg.Hyperparameters.from_env(environment(corpus, tmp_path, **{"TTT_MODE": "lora", **variables}))

@@ -27,7 +27,7 @@ def averaged(cfg, snapshots=(), restart=None, checkpoint=None):
     averager = tg.Averager(cfg, params)
     for step in range(1, STEPS + 1):
         if step == restart:
-            averager.restart_ema()
+            averager.ema = averager.copy_params()
         with torch.no_grad():
             for p, value in zip(params, WALK[step]):
                 p.copy_(value)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import bench  # noqa: E402
 import benchlib  # noqa: E402
+import estimate  # noqa: E402
 import gpu_bench  # noqa: E402
 
 FULL = gpu_bench.SETTINGS["cuda"]
@@ -28,23 +30,12 @@ legal_ttt val_loss:2.9 val_bpb:1.70 eval_time:{ttt}ms
 
 def test_flops_by_hand():
     """11 layers: queries and outputs 512x512, keys and values 256x512, MLP 512 <-> 1536; output 1024x512; bigram
-    128 -> 512, values 128 -> 256."""
+    128 -> 512, values 128 -> 256. A token sees 1024.5 keys on average."""
     weights = 11 * (2 * 262_144 + 2 * 131_072 + 2 * 786_432) + 524_288 + 65_536 + 32_768
-    assert gpu_bench.matmul_params(FULL) == weights == 26_574_848
-    assert gpu_bench.flops_per_token(FULL) == 6 * weights + 12 * 11 * 512 * 1024 == 228_655_104
-    plain = gpu_bench.matmul_params(FULL | {"BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": 0})
-    assert weights - plain == 65_536 + 32_768
-
-
-def test_matmul_params_are_those_of_the_model(config):
-    import train_gpt as tg
-    cfg = config(bigram_dim=8, ve_dim=8)
-    model = tg.GPT(cfg)
-    counted = sum(p.numel() for name, p in model.named_parameters()
-                  if name.endswith(("_bank", "tok_emb.weight", "proj.weight")))
-    names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "bigram_vocab_size",
-             "bigram_dim", "ve_dim")
-    assert gpu_bench.matmul_params({name.upper(): getattr(cfg, name) for name in names}) == counted
+    flops = lambda **changes: estimate.flops_per_token(
+        tg.Hyperparameters.from_env({key: str(value) for key, value in (FULL | changes).items()}))
+    assert flops() == (6 * weights, 12 * 11 * 512 * 1024.5) and weights == 26_574_848
+    assert flops(BIGRAM_VOCAB_SIZE=0, VE_ENABLED=0)[0] == 6 * (weights - 65_536 - 32_768)
 
 
 def test_logs_of_both_kinds():
@@ -62,10 +53,11 @@ def test_logs_of_both_kinds():
 def test_compilation_cancels_out_of_evaluation_speed():
     whole, quarter = (benchlib.read_log(OURS_LOG.format(tokens=t, sliding=s, ttt=s), 8192)
                       for t, s in ((8000, 21_000), (2000, 20_400)))
-    found = gpu_bench.combine(whole, quarter, FULL, ceiling=1e12)
+    about = {"flops_per_token": 2.5e8, "ceiling_tflops": 1}
+    found = gpu_bench.combine(whole, quarter, about)
     assert found["sliding_tokens_per_s"] == pytest.approx(10_000) and found["step_ms"] == 100
-    assert found["mfu"] == pytest.approx(81_920 * gpu_bench.flops_per_token(FULL) / 1e12)
-    assert "sliding_tokens_per_s" not in gpu_bench.combine(quarter, whole | {"val_tokens": 1e9}, FULL, 1e12)
+    assert found["mfu"] == pytest.approx(81_920 * 2.5e8 / 1e12)
+    assert "sliding_tokens_per_s" not in gpu_bench.combine(quarter, whole | {"val_tokens": 1e9}, about)
 
 
 def write_program(path: Path, speed: int) -> Path:

@@ -157,7 +157,7 @@ def test_the_clock_leaves_phases_out_first_of_all(setting, rt, monkeypatch):
     ({"PHASED_TTT_PREFIX_DOCS": 0}, "PHASED_TTT_PREFIX_DOCS=0 is out of range"),
     ({"TTT_RESET": "stream"}, "PHASED_TTT_NUM_PHASES=3 has no finished documents with TTT_RESET='stream'"),
     ({"TTT_RESET": "stream", "TTT_MODE": "sgd"}, "PHASED_TTT_NUM_PHASES=3 has no finished documents"),
-    ({"NGRAM_ORDERS": "2,3"}, "PHASED_TTT_NUM_PHASES=3 learns from long documents first: no order of decoding"),
+    ({"NGRAM_ORDERS": "2,3"}, "PHASED_TTT_NUM_PHASES=3 the lengths: no order of decoding"),
     ({"GLOBAL_TTT_LR": "nan"}, "GLOBAL_TTT_LR=nan is out of range"),
     ({"GLOBAL_TTT_CHUNK_TOKENS": 0}, "GLOBAL_TTT_CHUNK_TOKENS=0 is out of range")])
 def test_refusals(corpus, tmp_path, variables, said):

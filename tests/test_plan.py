@@ -102,6 +102,14 @@ def test_water_filling_is_estimated_by_what_it_may_cost():
     assert coarse < fine < estimate.artifact_bytes(tg.Hyperparameters(**PACKING_SETTINGS))
 
 
+@pytest.mark.parametrize("limit", [600_000, 900_000])
+def test_size_fit_fills_the_limit_with_water_filled_codes(limit):
+    cfg = tg.Hyperparameters(**PACKING_SETTINGS, clip_rule="waterfill", size_fit=True, artifact_limit_bytes=limit)
+    fitted = estimate.fitted(cfg, 40_000)
+    assert estimate.artifact_bytes(fitted) == pytest.approx(limit - 40_000, rel=0.001)
+    assert estimate.fitted(tg.Hyperparameters()) == tg.Hyperparameters()
+
+
 @pytest.mark.parametrize("limit, size_fit, verdict", [
     (1_000_000, False, "yes"), (790_000, False, "perhaps"), (760_000, False, "perhaps"), (700_000, False, "no"),
     (1_000_000, True, "yes"), (760_000, True, "SIZE_FIT"), (700_000, True, "SIZE_FIT")])
@@ -114,7 +122,7 @@ def test_verdict(limit, size_fit, verdict):
 def test_a_limit_above_the_competitions_does_not_count(capsys):
     cfg = tg.Hyperparameters(artifact_limit_bytes=20_000_000, size_fit=True)
     assert estimate.fits(cfg) == "no" and estimate.fits(tg.Hyperparameters(size_fit=True)) == "SIZE_FIT"
-    assert plan.main(["default", "ARTIFACT_LIMIT_BYTES=20000000", "NUM_LAYERS=14", "SIZE_FIT=0"]) == 0
+    assert plan.main(["pr1092", "ARTIFACT_LIMIT_BYTES=20000000", "NUM_LAYERS=14", "SIZE_FIT=0"]) == 0
     out = capsys.readouterr().out
     assert "of 16,000,000: does not fit" in out and "ARTIFACT_LIMIT_BYTES=20,000,000 lets it pass" in out
 
@@ -221,7 +229,7 @@ def test_plan_of_every_profile(name, capsys):
     out = capsys.readouterr().out
     cfg = profiles.settings(profiles.load(name))
     assert f"parameters      {sum(estimate.parameters(cfg).values()):,}: " in out
-    assert f"artifact        {estimate.artifact_bytes(cfg):,} bytes (±5%)" in out
+    assert f"artifact        {estimate.artifact_bytes(estimate.fitted(cfg)):,} bytes (±5%)" in out
     assert "FLOPs per token" in out and "step time" in out
     assert ("memory per rank" in out and "tokens  " in out) or cfg.device == "cpu"
 

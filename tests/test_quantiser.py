@@ -182,15 +182,13 @@ def change(weight, codes, scales, hessian):
     return float(((error @ hessian) * error).sum())
 
 
-NAMES = ["first", "second"]
-
 
 @pytest.mark.parametrize("block, spec", [(7, tg.QuantSpec(4, "amax")), (128, tg.QuantSpec(4, "amax")),
                                          (7, tg.QuantSpec(5)), (128, tg.QuantSpec(6, "sdclip", 5.0, 1.3))])
 def test_gptq_is_the_slow_and_obvious_one(monkeypatch, block, spec):
     monkeypatch.setattr(tg, "GPTQ_BLOCK", block)
     weight, hessian = problem()
-    codes, scales = tg.quantise(weight, spec, None, hessian, NAMES)
+    codes, scales = tg.quantise(weight, spec, None, hessian, "bank")
     assert codes.dtype == torch.int8 and torch.equal(scales.float(), tg.row_scales(weight, spec))
     for w, h, c, s in zip(weight, hessian, codes, scales.float()):
         assert torch.equal(c, slow_gptq(w, h, s, spec.max_code).to(torch.int8))
@@ -199,37 +197,37 @@ def test_gptq_is_the_slow_and_obvious_one(monkeypatch, block, spec):
 @pytest.mark.parametrize("spec", [tg.QuantSpec(3), tg.QuantSpec(4), tg.QuantSpec(6, "sdclip", 12.85)])
 def test_gptq_changes_the_output_much_less_than_rounding_to_nearest(spec):
     weight, hessian = problem(columns=200)
-    nearest, ours = tg.quantise(weight, spec), tg.quantise(weight, spec, None, hessian, NAMES)
+    nearest, ours = tg.quantise(weight, spec), tg.quantise(weight, spec, None, hessian, "bank")
     assert change(weight, *ours, hessian) < 0.5 * change(weight, *nearest, hessian)
 
 
 @pytest.mark.parametrize("clip", ["percentile", "amax", "sdclip"])
 def test_gptq_keeps_the_scales_that_late_qat_trained_on(clip):
     (weight, hessian), spec = problem(columns=90), tg.QuantSpec(4, clip, 4.0, 1.5)
-    assert torch.equal(tg.quantise(weight, spec, None, hessian, NAMES)[1].float(), tg.row_scales(weight, spec))
+    assert torch.equal(tg.quantise(weight, spec, None, hessian, "bank")[1].float(), tg.row_scales(weight, spec))
 
 
 def test_gptq_without_correlation_is_rounding_to_nearest():
     weight, spec = problem()[0], tg.QuantSpec(4, "amax")
     diagonal = torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) + 0.1
     for hessian in (torch.eye(40).expand(2, 40, 40), torch.diag_embed(diagonal)):
-        assert all(map(torch.equal, tg.quantise(weight, spec, None, hessian, NAMES), tg.quantise(weight, spec)))
+        assert all(map(torch.equal, tg.quantise(weight, spec, None, hessian, "bank"), tg.quantise(weight, spec)))
 
 
 def test_gptq_gives_the_same_bits_each_time_and_leaves_its_inputs_alone():
     (weight, hessian), spec = problem(columns=150), tg.QuantSpec(4)
     before = weight.clone(), hessian.clone()
-    once, again = (tg.quantise(weight, spec, None, hessian, NAMES) for _ in range(2))
+    once, again = (tg.quantise(weight, spec, None, hessian, "bank") for _ in range(2))
     assert all(map(torch.equal, once, again)) and all(map(torch.equal, before, (weight, hessian)))
 
 
 def test_gptq_does_not_mind_the_order_of_columns_or_of_matrices():
     (weight, hessian), spec = problem(), tg.QuantSpec(4)
-    codes, _ = tg.quantise(weight, spec, None, hessian, NAMES)
+    codes, _ = tg.quantise(weight, spec, None, hessian, "bank")
     shuffle = torch.randperm(40, generator=torch.Generator().manual_seed(3))
-    moved, _ = tg.quantise(weight[..., shuffle], spec, None, hessian[:, shuffle][:, :, shuffle], NAMES)
+    moved, _ = tg.quantise(weight[..., shuffle], spec, None, hessian[:, shuffle][:, :, shuffle], "bank")
     assert torch.equal(moved, codes[..., shuffle])
-    assert torch.equal(tg.quantise(weight.flip(0), spec, None, hessian.flip(0), NAMES)[0], codes.flip(0))
+    assert torch.equal(tg.quantise(weight.flip(0), spec, None, hessian.flip(0), "bank")[0], codes.flip(0))
 
 
 def test_columns_without_input_become_zero_and_change_nothing_else():
@@ -237,9 +235,9 @@ def test_columns_without_input_become_zero_and_change_nothing_else():
     dead = torch.zeros(40, dtype=torch.bool).index_fill(0, torch.tensor([3, 17, 39]), True)
     weight[..., 0] = 9.0  # the row's largest, so that the scale is the same without the dead columns
     hessian = hessian.masked_fill(dead, 0).masked_fill(dead[:, None], 0)
-    codes, _ = tg.quantise(weight, spec, None, hessian, NAMES)
+    codes, _ = tg.quantise(weight, spec, None, hessian, "bank")
     assert not codes[..., dead].any()
-    alive, _ = tg.quantise(weight[..., ~dead], spec, None, hessian[:, ~dead][:, :, ~dead], NAMES)
+    alive, _ = tg.quantise(weight[..., ~dead], spec, None, hessian[:, ~dead][:, :, ~dead], "bank")
     assert (codes[..., ~dead] == alive).float().mean() > 0.97  # the damping's mean knows of them, hence not all
 
 
@@ -248,17 +246,17 @@ def test_a_hessian_that_cannot_be_used_is_named():
     for bad in (float("nan"), float("inf"), -1e9):
         broken = hessian.clone()
         broken[1, 5, 5] = bad
-        with pytest.raises(tg.UserError, match="Hessian of second is singular or not finite.*GPTQ_"):
-            tg.quantise(weight, tg.QuantSpec(6), None, broken, NAMES)
+        with pytest.raises(tg.UserError, match="Hessian of bank.1. is singular or not finite.*GPTQ_"):
+            tg.quantise(weight, tg.QuantSpec(6), None, broken, "bank")
 
 
 def test_damping_is_raised_where_it_is_needed():
     slightly_wrong = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05])).double()[None]
-    factor = tg.inverse_factor(slightly_wrong, ["it"])[0]
+    factor = tg.inverse_factor(slightly_wrong, "it")[0]
     torch.testing.assert_close(factor.diagonal()[0].item(), (1 + 0.1 * 0.7375) ** -0.5)
     whole = torch.randn(1, 9, 9, generator=torch.Generator().manual_seed(0)).double()
     whole = whole @ whole.mT
-    factor = tg.inverse_factor(whole, ["it"])[0].double()
+    factor = tg.inverse_factor(whole, "it")[0].double()
     damped = whole[0] + 0.01 * whole[0].diagonal().mean() * torch.eye(9)
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-4, atol=1e-6)
     assert torch.equal(factor, factor.triu())
@@ -448,7 +446,7 @@ def test_curvature_is_the_gradients_and_what_later_columns_do_not_explain():
     _, hessian = problem(columns=12)
     hessian, generator = hessian / 300, torch.Generator().manual_seed(3)
     strength = torch.rand(2, 6, 1, generator=generator) + 0.5
-    rows, columns = tg.curvature(strength * hessian.diagonal(dim1=-2, dim2=-1)[:, None], hessian, NAMES)
+    rows, columns = tg.curvature(strength * hessian.diagonal(dim1=-2, dim2=-1)[:, None], hessian, "bank")
     for i, h in enumerate(hessian.double()):
         h = h + 0.01 * h.diagonal().mean() * torch.eye(12, dtype=torch.double)
         order = hessian[i].diagonal().argsort(descending=True).tolist()
@@ -465,11 +463,11 @@ def test_rows_and_columns_that_nothing_reaches_cost_nothing_and_break_nothing():
     hessian[:, 3] = hessian[:, :, 3] = 0
     squares = hessian.diagonal(dim1=-2, dim2=-1)[:, None].expand(2, 6, 40).clone()
     squares[:, 2] = 0
-    rows, columns = tg.curvature(squares, hessian, NAMES)
+    rows, columns = tg.curvature(squares, hessian, "bank")
     assert (rows > 0).all() and (columns > 0).all() and rows.isfinite().all() and columns.isfinite().all()
     torch.testing.assert_close(rows[:, 2] / rows.mean(1), torch.full((2, 1), 0.03), rtol=0.02, atol=0)
     steps = tg.water_fill({"a": (rows, columns)}, 0.01, 0.75)["a"]
-    codes, _ = tg.quantise(problem()[0], tg.QuantSpec(tg.WATER_BITS, "waterfill"), steps, hessian, NAMES)
+    codes, _ = tg.quantise(problem()[0], tg.QuantSpec(tg.WATER_BITS, "waterfill"), steps, hessian, "bank")
     assert not codes[..., 3].any() and codes.dtype == torch.int16
 
 
@@ -477,8 +475,8 @@ def test_rows_and_columns_that_nothing_reaches_cost_nothing_and_break_nothing():
 def test_a_matrix_without_a_usable_gradient_is_named(value):
     squares = torch.ones(2, 3, 4)
     squares[1] = value
-    with pytest.raises(tg.UserError, match="gradient of second is zero or not finite"):
-        tg.curvature(squares, None, NAMES)
+    with pytest.raises(tg.UserError, match="gradient of bank.1. is zero or not finite"):
+        tg.curvature(squares, None, "bank")
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])

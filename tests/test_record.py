@@ -69,7 +69,12 @@ def runs(scripts, corpus):
         return json.loads(out.strip().splitlines()[-1].removeprefix("summary: ")), out
     settings = environment(corpus, ".", SEED=7, VAL_LOSS_EVERY=3)
     started = [start("train_gpt.py", s.parent, **settings) for s in (scripts.readable, scripts.built)]
-    return SimpleNamespace(**dict(zip(("readable", "built"), map(finish, started))))
+    found = SimpleNamespace(**dict(zip(("readable", "built"), map(finish, started))))
+    for folder in (script.parent / "runs/tiny" for script in (scripts.readable, scripts.built)):
+        digest = hashlib.sha256((folder / "final_model.ptz").read_bytes()).hexdigest()
+        (folder / "audit.json").write_text(json.dumps({"verdict": "pass", "artifact_sha256": digest}, indent=1))
+        (folder / "audit.txt").write_text("audit:pass\n")
+    return found
 
 
 # ---- the built file ----------------------------------------------------------------------------------------
@@ -220,12 +225,11 @@ def test_the_source_is_not_overwritten(scripts, capsys):
 def fold(scripts, runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(record, "build", cached_build)
 
-    def call(script=scripts.built, **changes):
-        options = {"log": script.parent / "logs/tiny.txt", "artifact": script.parent / "final_model.ptz",
-                   "author": "A", "github-id": "a", "blurb": "Tiny.", "date": "2026-01-02",
-                   "records": tmp_path, "source": scripts.readable, **changes}
-        words = {k: v if isinstance(v, list) else [v] for k, v in options.items()}
-        code = record.main(["folder", "Tiny", *(str(x) for k, v in words.items() for x in (f"--{k}", *v))])
+    def call(*names, **changes):
+        options = {"runs": tmp_path if names else scripts.built.parent, "author": "A", "github-id": "a",
+                   "blurb": "Tiny.", "date": "2026-01-02", "records": tmp_path, "source": scripts.readable, **changes}
+        words = (str(word) for key, value in options.items() for word in (f"--{key}", value))
+        code = record.main(["Tiny", *(names or ["tiny"]), "--own-data", *words])
         return code, capsys.readouterr().err
     return call
 
@@ -234,59 +238,60 @@ def test_the_folder_holds_what_the_rules_ask(fold, scripts, runs, tmp_path):
     assert fold() == (0, "")
     folder = tmp_path / "2026-01-02_Tiny"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "README.md", "requirements.txt", "submission.json", "tiny.txt", "train_gpt.py",
-        "train_gpt_readable.py"]
+        "README.md", "requirements.txt", "submission.json", "tiny.audit.json", "tiny.audit.txt", "tiny.txt",
+        "train_gpt.py", "train_gpt_readable.py"]
     entry, (summary, _) = json.loads((folder / "submission.json").read_text()), runs.built
     assert {"author", "github_id", "name", "date", "blurb"} <= set(entry) and entry["seeds"] == [7]
     assert entry["val_bpb"] == summary["val_bpb_ttt"] and entry["bytes_total"] == summary["total_bytes"]
     assert (folder / "train_gpt.py").read_bytes() == scripts.built.read_bytes()
-    assert f"{entry['val_bpb']:.6f}" in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert f"{entry['val_bpb']:.6f}" in text and "3 layers of width 32, 4 heads, 2 of them for keys" in text
+    assert re.search(r"^[A-Z_]+=.* MODEL_DIM=32 .* python train_gpt.py$", text, re.M)
 
 
 def test_a_run_of_the_readable_script_counts_the_built_one(fold, scripts, tmp_path):
-    assert fold(scripts.readable) == (0, "")
+    assert fold(runs=scripts.readable.parent) == (0, "")
     entry = json.loads((tmp_path / "2026-01-02_Tiny" / "submission.json").read_text())
     assert entry["bytes_code"] == os.path.getsize(scripts.built)
 
 
 @pytest.fixture
-def logs(scripts, tmp_path):
-    """`logs(seed, NAME=change)`: a copy of the run's logs as those of another seed, with texts changed by functions."""
+def logs(scripts, runs, tmp_path):
+    """`logs(seed, NAME=change)`: a copy of the run as that of another seed, with texts changed by functions."""
     def copy(seed=7, **changes):
-        for old in (scripts.built.parent / "logs").glob("tiny.*"):
-            text = old.read_text()
-            if old.suffix in (".txt", ".jsonl"):
+        folder = tmp_path / f"runs/r{seed}"
+        shutil.copytree(scripts.built.parent / "runs/tiny", folder, dirs_exist_ok=True)
+        for name in ("log.txt", "events.jsonl", "summary.json", "audit.json"):
+            text = (folder / name).read_text()
+            if name in ("log.txt", "events.jsonl"):
                 text = re.sub(r'^seed:7$|"seed": 7\b', lambda m: m[0].replace("7", str(seed)), text, flags=re.M)
-            for name, change in changes.items():
-                if name in ("all", old.name.removeprefix("tiny.").partition(".json")[0]):
-                    text = change(text)
-            (tmp_path / "logs").mkdir(exist_ok=True)
-            (tmp_path / "logs" / old.name.replace("tiny", f"r{seed}")).write_text(text)
-        return tmp_path / "logs" / f"r{seed}.txt"
+            (folder / name).write_text(changes.get(name.partition(".")[0], str)(text))
+        return folder.name
     return copy
 
 
 def made(tmp_path):
-    return [path for path in tmp_path.iterdir() if path.name != "logs"]
+    return [path for path in tmp_path.iterdir() if path.name != "runs"]
 
 
 def test_a_record_is_of_runs_that_differ_in_their_seed_only(fold, logs, tmp_path):
     def changed(**settings):
         return lambda text: re.sub(rf'"({"|".join(settings)})": [^,}}]+', lambda m: f'"{m[1]}": {settings[m[1]]}', text)
-    one, two = logs(1), logs(2, jsonl=changed(run_id='"b"', artifact_dir='"b"', train_log_every=9, checkpoint_every=7))
-    assert fold(log=[one, two]) == (0, "")
+    one, two = logs(1), logs(2, events=changed(run_id='"b"', artifact_dir='"b"', train_log_every=9, checkpoint_every=7))
+    assert fold(one, two) == (0, "")
     entry = json.loads((tmp_path / "2026-01-02_Tiny" / "submission.json").read_text())
     text = (tmp_path / "2026-01-02_Tiny" / "README.md").read_text()
     assert entry["seeds"] == [1, 2] and "MODEL_DIM=32" in text and "SEED=" not in text and "RUN_ID=" not in text
     shutil.rmtree(tmp_path / "2026-01-02_Tiny")
     for name, change, said in (
-            ("jsonl", changed(model_dim=64, iterations=20), "(ITERATIONS: 6 and 20, MODEL_DIM: 32 and 64)"),
-            ("jsonl", changed(data_path='"./other"'), "DATA_PATH: "), ("jsonl", changed(ttt_lr=0.5), "TTT_LR: "),
-            ("jsonl", changed(bytes=77), "artifact_bytes is"),
-            ("jsonl", lambda text: re.sub(r'(?m)^(.*_roundtrip.*"bytes": )\d+', r"\g<1>77", text), "validation text: "),
-            ("txt", lambda text: text.replace("device:cpu", "device:cuda:0"), "device: cpu and cuda:0"),
-            ("txt", lambda text: text.replace("world_size:1", "world_size:8"), "number of processes: 1 and 8")):
-        code, error = fold(log=[one, logs(2, **{name: change})])
+            ("events", changed(model_dim=64, iterations=20), "(ITERATIONS: 6 and 20, MODEL_DIM: 32 and 64)"),
+            ("events", changed(data_path='"./other"'), "DATA_PATH: "), ("events", changed(ttt_lr=0.5), "TTT_LR: "),
+            ("events", changed(bytes=77), "artifact_bytes is"),
+            ("events", lambda text: re.sub(r'(?m)^(.*_roundtrip.*"bytes": )\d+', r"\g<1>77", text),
+             "validation text: "),
+            ("log", lambda text: text.replace("device:cpu", "device:cuda:0"), "device: cpu and cuda:0"),
+            ("log", lambda text: text.replace("world_size:1", "world_size:8"), "number of processes: 1 and 8")):
+        code, error = fold(one, logs(2, **{name: change}))
         assert code == 2 and said in error and error.count("\n") == 1 and not made(tmp_path), said
 
 
@@ -295,69 +300,63 @@ def test_a_summary_that_its_log_does_not_bear_is_refused(fold, logs, runs, tmp_p
     told = runs.built[0]
     best, size, spent = told["val_bpb_ttt"], told["artifact_bytes"], told["seconds"]["train"]
     both = lambda old, new: {"summary": lambda text: text.replace(old, new),
-                             "txt": lambda text: re.sub(r"(?m)^summary: .*", lambda m: m[0].replace(old, new), text)}
+                             "log": lambda text: re.sub(r"(?m)^summary: .*", lambda m: m[0].replace(old, new), text)}
     train = f'"train": {spent}', '"train": 601.0'
     limited = lambda text: text.replace('"max_wallclock_seconds": 0.0', '"max_wallclock_seconds": 300.0')
     longer = lambda text: re.sub(r'"train_time_s": [\d.e-]+', '"train_time_s": 601.0', limited(text))
     for changes, said in (
             ({"summary": lambda text: text.replace(*train)}, "is not the summary that"),
-            ({"txt": lambda text: text.partition("summary: ")[0]}, "has no line summary: "),
-            (both(*train), "seconds of training is 601.0"), ({**both(*train), "jsonl": longer}, "over MAX_WALLCLOCK"),
+            ({"log": lambda text: text.partition("summary: ")[0]}, "r7 is no finished run: stopped"),
+            (both(*train), "seconds of training is 601.0"), ({**both(*train), "events": longer}, "over MAX_WALLCLOCK"),
             (both(f'"val_bpb_ttt": {best}', '"val_bpb_ttt": 1.0'), "val_bpb_ttt is 1.0"),
             (both(f'"val_bpb_ttt": {best}', '"val_bpb_ttt": null'), "val_bpb_ttt is None"),
-            ({**both(str(best), "1.0"), "jsonl": lambda text: text.replace(str(best), "1.0")}, "val_bpb_ttt is 1.0000"),
+            ({**both(str(best), "1.0"), "events": lambda text: text.replace(str(best), "1.0")},
+             "val_bpb_ttt is 1.0000"),
             (both(f'"val_bpb_pre_quant": {told["val_bpb_pre_quant"]}', '"val_bpb_pre_quant": 1.0'), "pre_quant is 1.0"),
             (both(f'"artifact_bytes": {size}', f'"artifact_bytes": {size - 1}'), "artifact_bytes is"),
             ({**both(f'"artifact_bytes": {size}', f'"artifact_bytes": {size - 1}'),
-              "jsonl": lambda text: text.replace(f'"bytes": {size}', f'"bytes": {size - 1}')}, "artifact_bytes is"),
-            (both('"steps": 6', '"steps": 5'), "steps is 5"), ({"jsonl": lambda text: "[]"}, "has no event of a run"),
-            ({"jsonl": lambda text: ""}, "has no event"), ({"summary": lambda text: ""}, "is not the summary of")):
-        code, error = fold(log=logs(**changes))
+              "events": lambda text: text.replace(f'"bytes": {size}', f'"bytes": {size - 1}')}, "artifact_bytes is"),
+            (both('"steps": 6', '"steps": 5'), "steps is 5"), ({"events": lambda text: "[]"}, "has no event of a run"),
+            ({"events": lambda text: ""}, "has no event"), ({"summary": lambda text: ""}, "is not the summary of")):
+        code, error = fold(logs(**changes))
         assert code == 2 and said in error and error.count("\n") == 1 and not made(tmp_path), (said, error)
-    assert fold(log=logs(jsonl=limited)) == (0, "")
+    assert fold(logs(events=limited)) == (0, "")
 
 
 def test_a_resumed_run_is_of_one_script_all_along(fold, logs):
     first = lambda text: f"source:sha256:{'0' * 64} python:3.11.7 torch:2.13.0\n{text}"
-    code, error = fold(log=logs(txt=first))
+    code, error = fold(logs(log=first))
     assert code == 2 and "a run of another train_gpt.py" in error
 
 
-def test_a_run_without_its_measurements_is_refused(fold, logs):
-    log = logs()
-    log.with_suffix(".jsonl").unlink()
-    code, error = fold(log=log)
-    assert code == 2 and "cannot read" in error and "r7.jsonl" in error
+def test_a_run_without_its_measurements_is_refused(fold, logs, tmp_path):
+    name = logs()
+    (tmp_path / "runs" / name / "events.jsonl").unlink()
+    code, error = fold(name)
+    assert code == 2 and "cannot read" in error and "runs/r7/events.jsonl" in error
 
 
-def test_an_audit_comes_along_and_must_have_passed(fold, scripts, tmp_path):
-    table = scripts.built.parent / "logs/tiny.audit.json"
-    right = hashlib.sha256((scripts.built.parent / "final_model.ptz").read_bytes()).hexdigest()
-    try:
-        table.with_suffix(".txt").write_text("audit:pass")
-        for body, said in (({"verdict": "FAIL", "why": '"verdict": "pass"', "artifact_sha256": right}, "scores that"),
-                           ({"verdict": "pass", "artifact_sha256": right[::-1]}, "the audit of another artifact"),
-                           ({"verdict": "pass"}, "the audit of another artifact"), ([], "is not an audit")):
-            table.write_text(json.dumps(body))
-            code, error = fold()
-            assert code == 2 and said in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
-        table.write_text(json.dumps({"verdict": "pass", "artifact_sha256": right}, indent=1))
-        assert fold() == (0, "")
-    finally:
-        table.unlink()
-        table.with_suffix(".txt").unlink()
+def test_an_audit_comes_along_and_must_have_passed(fold, logs, tmp_path):
+    told = lambda **changes: lambda text: json.dumps({**json.loads(text), **changes})
+    for change, said in ((told(verdict="FAIL", why='"verdict": "pass"'), "scores that"),
+                         (told(artifact_sha256="0" * 64), "the audit of another artifact"),
+                         (told(artifact_sha256=None), "the audit of another artifact"),
+                         (lambda text: "[]", "is not JSON"), (lambda text: "{", "is not JSON"),
+                         (lambda text: "{}", "is not an audit")):
+        code, error = fold(logs(audit=change))
+        assert code == 2 and said in error and error.count("\n") == 1 and not made(tmp_path), error
+    assert fold(logs()) == (0, "")
     folder = tmp_path / "2026-01-02_Tiny"
-    assert (folder / "tiny.audit.txt").read_text() == "audit:pass"
-    assert "tiny.audit.json" in (folder / "README.md").read_text()
+    assert (folder / "r7.audit.txt").read_text() == "audit:pass\n"
+    text = (folder / "README.md").read_text()
+    assert "r7.audit.json" in text and "```\naudit:pass\n```" in text
 
 
-def test_foreign_runs_and_artifacts_are_refused(fold, scripts, tmp_path):
+def test_foreign_scripts_and_runs_are_refused(fold, tmp_path, scripts):
     other = tmp_path / "other.py"
     other.write_text(scripts.readable.read_text() + "\nx = 1\n")
-    for changes, message in (({"source": other}, "another train_gpt.py"),
-                             ({"artifact": other}, "not the artifact"),
-                             ({"log": tmp_path / "none.txt"}, "cannot read")):
-        code, error = fold(**changes)
+    for names, changes, message in (([], {"source": other}, "another train_gpt.py"), (["none"], {}, "no run 'none'")):
+        code, error = fold(*names, **changes)
         assert code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["other.py"]
     assert fold()[0] == 0
@@ -369,7 +368,6 @@ def test_foreign_runs_and_artifacts_are_refused(fold, scripts, tmp_path):
 
 def test_a_record_of_three_kept_runs_passes_its_own_check(scripts, logs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(record, "build", cached_build)
-    artifact = scripts.built.parent / "runs/tiny/final_model.ptz"
     command = ["Three", "r1", "r2", "r3", "--author", "A", "--github-id", "G", "--runs", str(tmp_path),
                "--date", "2026-01-02", "--records", str(tmp_path / "records"), "--source", str(scripts.readable),
                "--against", "1.2"]
@@ -380,15 +378,13 @@ def test_a_record_of_three_kept_runs_passes_its_own_check(scripts, logs, tmp_pat
         assert said in err and err.count("\n") == 1, err
     refused("there is no run 'r1' in")
     for seed in (1, 2, 3):
-        path = logs(seed)
-        (tmp_path / f"runs/r{seed}").mkdir(parents=True)
-        shutil.copy(artifact, tmp_path / f"runs/r{seed}")
-        for name in ("log.txt", "events.jsonl", "summary.json"):
-            record.runlog.beside(path, name).rename(tmp_path / f"runs/r{seed}" / name)
+        logs(seed)
+    logs(2, events=lambda text: text + '{"event": "failed", "time": 3.0, "why": "training diverged"}\n')
+    refused("r2 is no finished run: failed: training diverged")
+    logs(2)
+    (tmp_path / "runs/r1/audit.json").unlink()
     refused(f"r1 has no audit: bash run.sh audit {tmp_path}/runs/r1/final_model.ptz")
-    for seed in (1, 2, 3):
-        (tmp_path / f"runs/r{seed}/audit.json").write_text("{}")
-    monkeypatch.setattr(record, "audits", lambda *_: {})  # three seeds share one artifact here
+    logs(1)
     refused("are not the canonical validation text; --own-data")
     monkeypatch.setattr(record, "LIMIT_SECONDS", 1e-6)
     refused("training and calibration took")

@@ -53,8 +53,9 @@ esac
 def project(tmp_path):
     """A copy of the repository; `project(arguments, **environment)` runs run.sh there."""
     repo, bin_folder, calls = tmp_path / "repo", tmp_path / "bin", tmp_path / "calls"
-    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", "tools/requirements.txt", ".ci/run",
-                 *(path.relative_to(ROOT) for path in (ROOT / "tools").glob("*.py")), "data/prepare.py",
+    for name in ("run.sh", "train_gpt.py", "requirements.txt", "tests/requirements.txt", "tools/requirements.txt",
+                 ".ci/run", "data/prepare.py",
+                 *(path.relative_to(ROOT) for path in (ROOT / "tools").glob("*.py")),
                  *(f"profiles/{profile}.env" for profile in PROFILES)):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
@@ -255,7 +256,8 @@ def test_a_signal_reaches_a_run_that_is_a_child(project, tmp_path, number):
     environment = {"PATH": str(project.bin), "CALLS": str(tmp_path / "calls"), "NAMES": NAMES, "TRAIN_SECONDS": "60",
                    "SHELL_PYTHON": sys.executable, "ARTIFACT_DIR": str(tmp_path), "RUN_ID": "mine", "SCALE": "tiny"}
     command = [str(project.bin / "bash"), str(project.repo / "run.sh"), "smoke"]
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # this one may ignore it
     until = time.monotonic() + 60
     while "train_gpt.py" not in (tmp_path / "calls").read_text().splitlines():
         assert time.monotonic() < until
@@ -501,7 +503,8 @@ def test_commands_pass_their_arguments_on(project):
                             (("sweep", "--help"), "tools/sweep.py --help"),
                             (("sweep", "smoke", "SEED=1,2"), "tools/sweep.py smoke SEED=1,2"),
                             (("runs", "--last", "3"), "tools/runs.py --last 3"),
-                            (("audit", "x.ptz"), "tools/audit.py x.ptz")):
+                            (("audit", "x.ptz"), "tools/audit.py x.ptz"),
+                            (("audit", "--help"), "tools/audit.py --help")):
         result = project(*arguments)
         assert result.calls[-1] == call and result.env["RUN_SH_COMMAND"] == f"bash run.sh {arguments[0]}"
 

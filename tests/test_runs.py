@@ -103,6 +103,18 @@ def test_states_of_runs(tmp_path):
     assert runlog.read(tmp_path / "runs/goes_on").steps == [(3, 1.5, 4.0)]  # a repeated step counts once
 
 
+def test_the_verdict_of_an_audit_and_a_damaged_file(tmp_path):
+    path = write_run(tmp_path, "whole", STEP, log="summary: {}")
+    (path / "audit.json").write_text('{"verdict": "pass"}')
+    assert runlog.read(path).audit == "pass"
+    for name in ("audit.json", "eval.json"):
+        for text in ("{", "[1]"):
+            (path / name).write_text(text)
+            with pytest.raises(UsageError, match=f"{name} is not JSON"):
+                runlog.read(path)
+        (path / name).unlink()
+
+
 def test_the_table_of_runs(tmp_path, monkeypatch, capsys):
     write_run(tmp_path, "first", STEP, {"event": "failed", "time": 3.0, "why": "a reason"}, muon_momentum=0.5)
     monkeypatch.setenv("ARTIFACT_DIR", str(tmp_path))

@@ -72,11 +72,16 @@ def test_axes_as_they_are_written():
     (["bad.pt", "TTT_LR=0.1,0.2"], "bad.pt: this is not an artifact"),
     (["bad.ptz", "NUM_LAYERS=3,4"], "NUM_LAYERS cannot vary over an artifact"),
     (["bad.ptz", "SCALE=tiny", "TTT_LR=0.1,0.2"], "SCALE shrinks a model before training"),
-    (["bad.toml"], "bad.toml is not TOML"), (["odd.toml"], "odd.toml: colour = 3 is not understood")])
+    (["random.toml", "SEED=1,2"], "sampler 'random' is not one of grid, tpe"), (["empty.toml"], "nothing varies"),
+    (["flat.toml"], "flat.toml: sweep is not a table"), (["bad.toml"], "bad.toml is not TOML"),
+    (["odd.toml"], "odd.toml: colour = 3 is not understood")])
 def test_a_mistake_is_refused_before_anything_runs(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.toml").write_text("a = = 1")
     (tmp_path / "odd.toml").write_text("colour = 3")
+    (tmp_path / "random.toml").write_text("sampler = 'random'")
+    (tmp_path / "empty.toml").write_text("[sweep]\nSEED = []")
+    (tmp_path / "flat.toml").write_text("sweep = 3")
     for name in ("bad.ptz", "bad.pt"):
         (tmp_path / name).write_bytes(b"no model at all, but long enough for a header")
     assert sweep.main([*arguments, f"ARTIFACT_DIR={tmp_path}"]) == 2
@@ -169,15 +174,25 @@ sweep.sweep(plan, Path({str(tmp_path)!r}), {fake!r})""")
 @pytest.mark.parametrize("jobs, shares", [(1, {"0,1,2,3"}), (2, {"0,1", "2,3"}), (3, {"0", "1", "2"}),
                                           (5, {"0", "1", "2", "3"})])
 def test_jobs_share_the_gpus_out(fake, tmp_path, monkeypatch, jobs, shares):
-    monkeypatch.setattr(sweep, "gpus_here", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setattr(sweep, "gpus_here", lambda environ: ["0", "1", "2", "3"])
     made = sweep.Sweep(plan(jobs=jobs), tmp_path, fake)
     assert "OMP_NUM_THREADS" in made.environment({}, 0) and not made.gpus  # the profile computes on the CPU
     made = sweep.Sweep(sweep.Plan("default", {}, {"SEED": ["1", "2"]}, "gpus", jobs=jobs), tmp_path, fake)
     assert {made.environment({}, job)["CUDA_VISIBLE_DEVICES"] for job in range(jobs)} == shares
 
 
+def test_gpus_are_those_that_are_visible(fake, tmp_path, monkeypatch):
+    """Also where the command line names them: it is no setting that every run would get as it is."""
+    monkeypatch.setattr(sweep.tg.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sweep.tg.torch.cuda, "device_count", lambda: 3)
+    assert sweep.gpus_here({}) == ["0", "1", "2"] and sweep.gpus_here({"CUDA_VISIBLE_DEVICES": "6,4"}) == ["6", "4"]
+    named = sweep.Plan("default", {"CUDA_VISIBLE_DEVICES": "6,4"}, {"SEED": ["1", "2"]}, "mine", jobs=2)
+    made = sweep.Sweep(named, tmp_path, fake)
+    assert [made.environment({}, job)["CUDA_VISIBLE_DEVICES"] for job in (0, 1)] == ["6", "4"] and not made.shared
+
+
 def test_a_run_sees_its_share_only(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "gpus_here", lambda: ["5", "7"])
+    monkeypatch.setattr(sweep, "gpus_here", lambda environ: ["5", "7"])
     axes = {"LEAKY_SLOPE": ["0.3"], "SEED": ["1", "2", "3"]}
     wide = sweep.Plan("default", {"MATRIX_LR": "0.1"}, axes, "mine", jobs=2)
     sweep.sweep(wide, tmp_path, fake)
@@ -254,3 +269,12 @@ def test_the_lock_of_a_killed_process_does_not_hold_forever(fake, tmp_path, monk
     os.utime(lock, (1, 1))
     monkeypatch.setattr(study, "GRACE_SECONDS", 1)
     assert study.settings_of(study.Study(path, {"SEED": ["1"]}).take()) == {"SEED": "1"}
+
+
+def test_a_files_table_over_an_artifact(monkeypatch):
+    words = [str(ROOT / "profiles/sweeps/lora_rank.toml"), "some/final_model.ptz"]
+    made = sweep.plan_of(types.SimpleNamespace(what=words, tokens=500), {"TTT_LORA_LR": "0.01"}, {})
+    assert (made.artifact, made.profile, made.tokens) == ("some/final_model.ptz", "document", 500)
+    assert made.axes["TTT_LORA_RANK"] == ["1", "2", "4", "8"] and made.settings == {"TTT_LORA_LR": "0.01"}
+    alone = sweep.plan_of(types.SimpleNamespace(what=["final_model.ptz", "pr1092"]), {"TTT_LR": "1,2"}, {})
+    assert (alone.profile, alone.axes) == ("pr1092", {"TTT_LR": ["1", "2"]})

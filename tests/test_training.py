@@ -71,7 +71,7 @@ def test_normuon_evens_out_rows_and_keeps_the_size():
     torch.manual_seed(0)
     update = torch.randn(2, 6, 8) * torch.logspace(-1, 1, 6)[:, None]
     before = update.clone()
-    tg.normalise_rows_(update, torch.zeros(2, 6, 1), 0.0)
+    tg.normalise_rows_(update, torch.zeros(2, 6, 1), 1.0)
     torch.testing.assert_close(update.norm(dim=(1, 2)), before.norm(dim=(1, 2)))
     sizes = update.norm(dim=2)
     assert (sizes / sizes.mean(1, keepdim=True)).sub(1).abs().max() < 1e-4

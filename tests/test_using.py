@@ -295,11 +295,12 @@ def test_an_audit_alone_or_after_a_run(project):  # noqa: F811
     assert (alone.env["SEED"], alone.env["AUDIT_TOKENS"]) == ("2", "500") and "not a setting" not in alone.err
     assert alone.env["EVAL_SEQ_LEN"] == project("smoke").env["EVAL_SEQ_LEN"] and "RUN_ID" not in alone.env
     run = project("smoke", AUDIT="1")
-    assert run.calls[-2:] == ["train_gpt.py", "tools/audit.py ./final_model.ptz"] and run.env["RUN_ID"]
+    assert run.calls[-2:] == ["train_gpt.py", f"tools/audit.py ./runs/{run.env['RUN_ID']}/final_model.ptz"]
     named = project("smoke", "AUDIT=1", "RUN_ID=mine", ARTIFACT_DIR="else where")
-    assert named.env["RUN_ID"] == "mine" and named.calls[-1] == "tools/audit.py else where/final_model.ptz"
-    ranks, start = project("AUDIT=1", GPUS="2").calls[-2:], "tools/launch.py --standalone --nproc_per_node=2 "
-    assert ranks == [f"{start}train_gpt.py", f"{start}tools/audit.py ./final_model.ptz"]
+    assert named.env["RUN_ID"] == "mine" and named.calls[-1] == "tools/audit.py else where/runs/mine/final_model.ptz"
+    ranks = project("AUDIT=1", "RUN_ID=mine", GPUS="2").calls[-2:]
+    start = "tools/launch.py --standalone --nproc_per_node=2 "
+    assert ranks == [f"{start}train_gpt.py", f"{start}tools/audit.py ./runs/mine/final_model.ptz"]
     assert project("eval", "x.ptz", AUDIT="1").calls[-2:] == ["train_gpt.py", "tools/audit.py x.ptz"]
     assert project("smoke", AUDIT="only", EVAL_ARTIFACT="x.ptz").calls[-1] == "tools/audit.py x.ptz"
     assert project("smoke", AUDIT="0").calls[-1] == "train_gpt.py"

@@ -16,7 +16,7 @@ COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 MENTIONED = 0.001  # share of the bytes; the first tokens' few would dwarf all others
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1150px; padding: 0 1em; color: #222 }
 table { border-collapse: collapse } td, th { border-bottom: 1px solid #ddd; padding: .2em .8em; text-align: left }
-td { font-variant-numeric: tabular-nums }"""
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere }"""
 
 
 # ---- pictures of matplotlib ----------------------------------------------------------------------------------

@@ -14,10 +14,9 @@ from the programs' own log lines:
     training      median over steps; the first ones and the compilation are left out
     evaluation    every program scores the validation slice, and once more, untrained, a quarter of it: the speed is
                   the difference in tokens over the difference in time, so that compilation cancels out
-    MFU           tokens/s * (6 N + 12 layers dim T/2) over the speed of a square matmul measured at the start;
-                  N: weights that multiply (banks, output matrix, projections of the hashed and value tables),
-                  T/2: keys that a causal query attends to on average. Muon's own products are not counted. For the peer
-                  the same number is taken: it holds for a peer that trains the same model
+    MFU           tokens/s * FLOPs of a token (tools/estimate.py: 6 N + 12 layers dim keys) over the speed of a square
+                  matmul measured at the start. Muon's own products are not counted. For the peer the same number is
+                  taken: it holds for a peer that trains the same model
     memory        what PyTorch allocated at most while training (on a CPU: what was resident)
 
 Ratios are ours / peer in tokens/s, pair by pair, for the first back end of --attention; by default that is the one
@@ -56,29 +55,10 @@ ROWS = ("step_ms", "train_tokens_per_s", "mfu", "peak_mib", "sliding_tokens_per_
         "ttt_s", "roundtrip_bpb", "sliding_bpb", "ttt_bpb", "total_bytes")  # of the table
 
 
-# ---- arithmetic --------------------------------------------------------------------------------------------
-def matmul_params(s: dict) -> int:
-    """Weights every token is multiplied with: banks, output matrix, projections of the hashed and value tables."""
-    number = lambda key, default: int(s.get(key, default))
-    dim, layers = number("MODEL_DIM", 512), number("NUM_LAYERS", 11)
-    kv_dim = dim // number("NUM_HEADS", 8) * number("NUM_KV_HEADS", 4)
-    block = 2 * dim * dim + 2 * kv_dim * dim + 2 * dim * int(float(s.get("MLP_MULT", 3)) * dim)
-    narrow = [(number(f"{kind}_DIM", 128), width)
-              for kind, on, width in (("BIGRAM", number("BIGRAM_VOCAB_SIZE", 2048), dim),
-                                      ("TRIGRAM", number("TRIGRAM_VOCAB_SIZE", 0), dim),
-                                      ("VE", number("VE_ENABLED", 1), kv_dim)) if on]
-    return layers * block + number("VOCAB_SIZE", 1024) * dim + sum(a * b for a, b in narrow if a != b)
-
-
-def flops_per_token(s: dict) -> float:
-    """Floating-point operations of a training token, forward and backward: 6 N + 12 layers dim T/2."""
-    attention = 12 * int(s["NUM_LAYERS"]) * int(s["MODEL_DIM"]) * int(s["TRAIN_SEQ_LEN"]) / 2
-    return 6 * matmul_params(s) + attention
-
-
 # ---- runs --------------------------------------------------------------------------------------------------
-def combine(whole: dict, quarter: dict, settings: dict, ceiling: float) -> dict:
-    """The numbers of a side: those of the whole run, evaluation speeds from what it did beyond the short one, MFU."""
+def combine(whole: dict, quarter: dict, about: dict) -> dict:
+    """The numbers of a side: those of the whole run, evaluation speeds from what it did beyond the short one, MFU.
+    about: what `probe` found."""
     found = dict(whole)
     for key in ("sliding", "ttt"):
         if {f"{key}_s", "val_tokens"} <= whole.keys() & quarter.keys():
@@ -86,7 +66,7 @@ def combine(whole: dict, quarter: dict, settings: dict, ceiling: float) -> dict:
             if seconds > 0 and tokens > 0:
                 found[f"{key}_tokens_per_s"] = tokens / seconds
     if "train_tokens_per_s" in found:
-        found["mfu"] = found["train_tokens_per_s"] * flops_per_token(settings) / ceiling
+        found["mfu"] = found["train_tokens_per_s"] * about["flops_per_token"] / (about["ceiling_tflops"] * 1e12)
     return found
 
 
@@ -146,7 +126,7 @@ class Bench:
                 run = {"pair": pair, "side": side, "seed": seed}
                 try:
                     parts = [self.program(side, part, seed, pair) for part in ("whole", "quarter")]
-                    run |= combine(*parts, self.settings, self.about["ceiling_tflops"] * 1e12)
+                    run |= combine(*parts, self.about)
                 except BenchError as error:
                     run["error"] = str(error)
                     print(f"{side}: {error}", file=sys.stderr, flush=True)
@@ -194,7 +174,7 @@ def table(result: dict) -> str:
             cells += [show(value, form), show(plain if paired is None else paired, ".3f")]
         lines.append(f"| {label} | " + " | ".join([*cells, show(theirs, form)]) + " |")
     about = (f"{result['device']}, torch {result['torch']}; ceiling {result['ceiling_tflops']:,.2f} TFLOP/s "
-             f"({result['ceiling_of']}); {flops_per_token(result['settings']):,.0f} FLOPs a training token")
+             f"({result['ceiling_of']}); {result['flops_per_token']:,.0f} FLOPs a training token")
     failed = [f"{run['side']}, pair {run['pair']}: {run['error']}" for run in result["runs"] if "error" in run]
     return "\n".join([about, "", *lines, *failed])
 
@@ -205,8 +185,10 @@ def write_json(path: Path, result: dict) -> None:
 
 
 # ---- in a child: what needs torch --------------------------------------------------------------------------
-def probe(device: str) -> dict:
-    """The device's name, its matmul speed, the back ends to compare. {} without such a device."""
+def probe(device: str, settings: dict) -> dict:
+    """The device's name, its matmul speed, the back ends to compare, the work of a token. {} without such a device."""
+    sys.path.insert(0, str(benchlib.ROOT))
+    import estimate
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -224,6 +206,7 @@ def probe(device: str) -> dict:
     fa3 = importlib.util.find_spec("flash_attn_interface") is not None
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     return {"device": name, "torch": torch.__version__, "python": sys.version.split()[0],
+            "flops_per_token": sum(estimate.flops_per_token(estimate.tg.Hyperparameters.from_env(settings))),
             "attention": ["flash"] if device == "cpu" else ["fa3"] if fa3 else ["flash", "auto"],
             "ceiling_tflops": 2 * size ** 3 / statistics.median(seconds[5:]) / 1e12,
             "ceiling_of": f"{str(dtype).removeprefix('torch.')} matmul of {size} x {size}, median of 25"}
@@ -310,7 +293,7 @@ def measure(args: argparse.Namespace) -> int:
     if not compares:
         args.peer = args.ours  # it takes no part
     settings = benchlib.run_settings(args, SETTINGS[args.device])
-    result = in_child("--probe", args.device)
+    result = in_child("--probe", args.device, json.dumps({key: str(value) for key, value in settings.items()}))
     if not result:
         raise BenchError("--gpu needs a CUDA device, and this Python's PyTorch sees none "
                          "(--device cpu tries the bench out on a tiny model)")
@@ -332,7 +315,8 @@ def measure(args: argparse.Namespace) -> int:
 def main(argv: list[str]) -> int:
     """0: done; 1: done, but a run failed; 2: it could not be started."""
     if argv[:1] in (["--probe"], ["--profile-step"]):
-        print(json.dumps(probe(argv[1]) if argv[0] == "--probe" else profile_step(argv[1], dict(os.environ))))
+        print(json.dumps(probe(argv[1], json.loads(argv[2])) if argv[0] == "--probe"
+                         else profile_step(argv[1], dict(os.environ))))
         return 0
     return measure(build_parser().parse_intermixed_args(argv))
 

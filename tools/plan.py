@@ -27,6 +27,7 @@ import shell  # noqa: E402
 def size_lines(cfg: tg.Hyperparameters) -> list[str]:
     """Parameters by family, the artifact by stream, and whether it fits."""
     counts, code = estimate.parameters(cfg), cfg.code_bytes or estimate.CODE_BYTES
+    cfg = estimate.fitted(cfg, code)
     artifact, fits = estimate.artifact_bytes(cfg), estimate.fits(cfg, code)
     limit = min(cfg.artifact_limit_bytes, estimate.LIMIT)
     lines = [f"parameters      {sum(counts.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()),
@@ -37,6 +38,8 @@ def size_lines(cfg: tg.Hyperparameters) -> list[str]:
     if doublings > 0:
         lines.append(f"                to fit, the steps of the banks have to be {2 ** doublings:.2f} times as wide"
                      + ("" if fits == "SIZE_FIT" else " (SIZE_FIT=1 sees to it), or parameters fewer"))
+    if cfg.size_fit and cfg.clip_rule == "waterfill":
+        lines.append(f"                SIZE_FIT fills the limit; rounding then costs about {cfg.waterfill_nats:.1g} nats")
     if cfg.artifact_limit_bytes > limit:
         lines.append(f"                ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,} lets it pass, the competition "
                      "does not")

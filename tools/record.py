@@ -4,7 +4,6 @@
     python tools/record.py build --source FILE --out FILE
     python tools/record.py show FILE                              # the code inside a built file
     python tools/record.py NAME RUN_ID... --author A --github-id G        # the folder to submit, of runs in runs/
-    python tools/record.py folder NAME --log runs/RUN_ID/log.txt --artifact final_model.ptz --author A --github-id G
     python tools/record.py --check FOLDER                         # what of anyone's folder does not hold together
 
 `build` drops comments, docstrings, annotations of arguments and results, and the help texts of settings (class
@@ -15,12 +14,12 @@ stay legible. The printed program must have exactly the syntax tree of the strip
 and shows source lines in tracebacks and `inspect.getsource` of functions (not of classes); its size on disk is what
 counts as code. The same source gives the same bytes, with the pinned minifier and the same liblzma.
 
-`folder` writes records/DATE_NAME/ with README.md, submission.json, the built and the readable script and the
-logs. It takes runs that differ in their seed only, each of this train_gpt.py or of the file built from it by the
-sha256 in its log, whose summary says what its log and its events measured. A run with AUDIT=1 brings its audit along;
-one that failed, or is of another artifact, is refused. NAME RUN_ID... does the same of kept runs, and keeps the rules:
-an audit of each, training and calibration as well as evaluation within 600 s, the canonical data unless --own-data says
-otherwise, and nothing that --check calls broken. --against BPB: the p-value of beating a score by 0.005 nats.
+NAME RUN_ID... writes records/DATE_NAME/ with README.md, submission.json, the built and the readable script, logs and
+audits. It takes finished runs that differ in their seed only, each of this train_gpt.py or of the file built from it by
+the sha256 in its log, whose summary says what its log and its events measured. It keeps the rules: an audit of each
+run's own artifact that passed, training and calibration as well as evaluation within 600 s, the canonical data unless
+--own-data says otherwise, and nothing that --check calls broken. --against BPB: the p-value of beating a score by 0.005
+nats.
 
 --check reads the folder alone: sizes of what is really shipped, times, whether losses, bits per byte, seeds, logs and
 submission.json agree, and patterns in the code (tools/check_record.py). Exit code 1: something is broken.
@@ -38,7 +37,6 @@ import re
 import shutil
 import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -287,8 +285,9 @@ def read_run(path: Path, sources: set[str]) -> dict:
         best = next(key for key in SCORES if log.summary.get(key) is not None)
         loss = next(event["loss"] for name, event in log.events.items() if name.endswith(EVENTS[best]))
         return {**log.summary, "log": path, "name": runlog.name_of(path), "loss": loss,
+                "artifact_sha256": log.events["artifact"]["sha256"],
                 "seed": int(log.line(r"^seed:(\d+)")), "common": log.common(),
-                "settings": " ".join(f"{k}={v}" for k, v in changed.items()) or "none"}
+                "settings": " ".join(f"{k}={v}" for k, v in changed.items())}
     except (LookupError, TypeError, AttributeError, StopIteration) as error:
         raise RecordError(f"{path} is not the log of a finished run: it lacks {error}") from None
 
@@ -315,7 +314,7 @@ def submission(runs: list[dict], args, code_bytes: int) -> dict:
     if code_bytes + largest > LIMIT_BYTES:
         raise RecordError(f"{code_bytes:,} bytes of code + {largest:,} of artifact are over {LIMIT_BYTES:,}")
     results = {str(r["seed"]): {"val_bpb": r[key], "artifact_bytes": r["artifact_bytes"], "steps": r["steps"],
-                                "seconds": r["seconds"]} for r in runs}
+                                "artifact_sha256": r["artifact_sha256"], "seconds": r["seconds"]} for r in runs}
     if len(results) < len(runs):
         raise RecordError("two logs have the same seed")
     about = runs[0]["common"]
@@ -327,14 +326,12 @@ def submission(runs: list[dict], args, code_bytes: int) -> dict:
             "pytorch_version": about["PyTorch"]}
 
 
-def audits(runs: list[dict], artifact: bytes) -> dict[str, Path]:
+def audits(runs: list[dict]) -> dict[str, Path]:
     """The signed tables beside the logs, by their names in the record. Raises RecordError: not passed, or of another
     artifact than the run's."""
-    found, seen = {}, set()
+    found = {}
     for run in runs:
-        table = runlog.beside(run["log"], "audit.json")
-        if not table.is_file():
-            continue
+        table = run["log"].with_name("audit.json")
         try:
             body = json.loads(read_source(table))
             verdict, audited = body["verdict"], body.get("artifact_sha256")
@@ -342,40 +339,54 @@ def audits(runs: list[dict], artifact: bytes) -> dict[str, Path]:
             raise RecordError(f"{table} is not an audit") from None
         if verdict != "pass":
             raise RecordError(f"{table} is not the audit of scores that count: its verdict is {verdict}")
-        if run["artifact_bytes"] == len(artifact) and audited != sha256(artifact) or audited in seen:
+        if audited != run["artifact_sha256"]:
             raise RecordError(f"{table} is the audit of another artifact than this run's (sha256 {audited})")
-        seen.add(audited)
         found |= {f"{run['name']}.audit{kind}": table.with_suffix(kind) for kind in (".json", ".txt")}
     return found
 
 
-def readme(record: dict, runs: list[dict], audited: Iterable[str]) -> str:
+def readme(record: dict, runs: list[dict], audited: dict[str, Path]) -> str:
+    about, first = runs[0]["common"], runs[0]["name"]
+    ranks, proof = about["number of processes"], record.get("p_value", {})
     bpb = lambda r: record["seed_results"][str(r["seed"])]["val_bpb"]
     rows = [f"| {r['seed']} | {bpb(r):.6f} | {r['val_bpb_pre_quant']:.6f} | {r['artifact_bytes']:,} "
             f"| {r['steps']:,} | {r['seconds']['train']:.1f} | `{r['name']}.txt` |" for r in runs]
     spread = f", standard deviation {record['val_bpb_std']:.6f}" if record["val_bpb_std"] is not None else ""
-    return "\n".join([
+    launch = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
+    lines = [
         f"# {record['name']}", "", record["blurb"], "",
         f"**{record['val_bpb']:.6f} bits per byte** ({record['score']}; seeds: {len(runs)}{spread}), "
         f"{record['bytes_total']:,} of {LIMIT_BYTES:,} bytes with {record['bytes_code']:,} of code, "
         f"on {record['hardware']}, torch {record['pytorch_version']}.", "",
         "| seed | bpb | bpb before quantisation | artifact bytes | steps | training s | log |",
-        "|---|---|---|---|---|---|---|", *rows, "",
-        f"Settings other than the defaults: `{runs[0]['settings']}`", "",
-        *([f"Audits of the scores: {', '.join(f'`{name}`' for name in audited)}", ""] if audited else []),
-        "`train_gpt.py` is what counts as code; it was built from `train_gpt_readable.py`, the "
-        "same program.", ""])
+        "|---|---|---|---|---|---|---|", *rows, ""]
+    if proof.get("p") is not None:
+        lines += [f"p = {proof['p']:.3g} (one-sided, Student's t) that the mean does not beat {proof['beats']} by "
+                  f"{proof['by_nats']} nats.", ""]
+    lines += [
+        "Architecture: {NUM_LAYERS} layers of width {MODEL_DIM}, {NUM_HEADS} heads, {NUM_KV_HEADS} of them for keys "
+        "and values, MLP {MLP_MULT:g} times as wide, {VOCAB_SIZE:,} pieces, trained on {TRAIN_SEQ_LEN:,} tokens at a time."
+        .format_map(about), "",
+        "Command, with each of the seeds as `SEED`; the settings are those other than the defaults:", "",
+        "```", f"{runs[0]['settings']} {launch} train_gpt.py".strip(), "```", ""]
+    if f"{first}.audit.txt" in audited:
+        lines += [f"Audits of the scores: {', '.join(f'`{name}`' for name in audited)}. That of `{first}`:", "",
+                  "```", read_source(audited[f"{first}.audit.txt"]).strip(), "```", ""]
+    return "\n".join([*lines, "`train_gpt.py` is what counts as code; it was built from `train_gpt_readable.py`, the "
+                      "same program.", ""])
 
 
-def of_runs(args) -> None:
-    """The arguments of `folder` for runs that are kept. Raises RecordError where a rule is broken."""
-    args.log = [args.runs / "runs" / name / "log.txt" for name in args.run_ids]
-    args.artifact = args.runs / "runs" / args.run_ids[0] / "final_model.ptz"
-    for name, log in zip(args.run_ids, args.log):
-        if not log.is_file():
-            raise RecordError(f"there is no run {name!r} in {args.runs / 'runs'} (bash run.sh runs lists them)")
-        if not runlog.beside(log, "audit.json").is_file():
-            raise RecordError(f"{name} has no audit: bash run.sh audit {log.with_name('final_model.ptz')}")
+def finished_log(folder: Path, name: str) -> Path:
+    """The log of a kept run. Raises RecordError: no such run, not finished, or not audited."""
+    log = folder / "runs" / name / "log.txt"
+    if not log.is_file():
+        raise RecordError(f"there is no run {name!r} in {folder / 'runs'} (bash run.sh runs lists them)")
+    run = runlog.read(log)
+    if run.state != "done":
+        raise RecordError(f"{name} is no finished run: {run.state}{f': {run.why}' if run.why else ''}")
+    if not log.with_name("audit.json").is_file():
+        raise RecordError(f"{name} has no audit: bash run.sh audit {log.with_name('final_model.ptz')}")
+    return log
 
 
 def keep_the_rules(args, runs: list[dict], record: dict) -> None:
@@ -403,17 +414,14 @@ def make_folder(args) -> Path:
     folder = args.records / f"{args.date}_{args.name}"
     if folder.exists():
         raise RecordError(f"{folder} exists already")
+    logs = [finished_log(args.runs, name) for name in args.run_ids]
     source = read_source(args.source)
     built = build(source)
-    runs = [read_run(log, {sha256(source.encode()), sha256(built)}) for log in args.log]
+    runs = [read_run(log, {sha256(source.encode()), sha256(built)}) for log in logs]
     require_alike(runs)
     record = submission(runs, args, len(built))
-    if args.command == "runs":
-        keep_the_rules(args, runs, record)
-    if not args.artifact.is_file() or args.artifact.stat().st_size not in {r["artifact_bytes"] for r in runs}:
-        raise RecordError(f"{args.artifact} is not the artifact of these runs: there is none of that size")
-    artifact = args.artifact.read_bytes()
-    record["artifact_sha256"], audited = sha256(artifact), audits(runs, artifact)
+    keep_the_rules(args, runs, record)
+    audited = audits(runs)
     half = folder.with_name(f".{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
@@ -424,11 +432,10 @@ def make_folder(args) -> Path:
     for name, path in {"requirements.txt": ROOT / "requirements.txt", **audited,
                        **{f"{run['name']}.txt": run["log"] for run in runs}}.items():
         shutil.copy(path, half / name)
-    if args.command == "runs":
-        wrong = [finding.text for finding in check_record.check(half) if finding.broken]
-        if wrong:
-            shutil.rmtree(half)
-            raise RecordError(f"the folder does not pass its own check: {wrong[0]}")
+    wrong = [finding.text for finding in check_record.check(half) if finding.broken]
+    if wrong:
+        shutil.rmtree(half)
+        raise RecordError(f"the folder does not pass its own check: {wrong[0]}")
     half.rename(folder)
     return folder
 
@@ -442,28 +449,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     make.add_argument("--out", type=Path, default=ROOT / "build" / "train_gpt.py")
     show = commands.add_parser("show", help="print the code inside a built file")
     show.add_argument("built", type=Path, metavar="FILE")
-    folder = commands.add_parser("folder", help="write the folder of finished runs")
-    folder.add_argument("name")
-    folder.add_argument("--log", type=Path, nargs="+", required=True,
-                        help="runs/RUN_ID/log.txt of each seed, or its link in logs/")
-    folder.add_argument("--artifact", type=Path, required=True,
-                        help="of one of the runs; its sha256 is recorded")
-    of_kept = commands.add_parser("runs", help="the same of runs in runs/, by their names")
-    of_kept.add_argument("name")
-    of_kept.add_argument("run_ids", nargs="+", metavar="RUN_ID")
-    of_kept.add_argument("--runs", type=Path, default=runlog.home(os.environ), metavar="FOLDER",
+    of_runs = commands.add_parser("runs", help="write the folder of finished runs: NAME RUN_ID..., without this word")
+    of_runs.add_argument("name")
+    of_runs.add_argument("run_ids", nargs="+", metavar="RUN_ID")
+    of_runs.add_argument("--runs", type=Path, default=runlog.home(os.environ), metavar="FOLDER",
                          help="the ARTIFACT_DIR they are in")
-    of_kept.add_argument("--against", type=float, metavar="BPB", help="a score that is to be beaten")
-    of_kept.add_argument("--own-data", action="store_true", help="another text than the canonical one is meant")
+    of_runs.add_argument("--against", type=float, metavar="BPB", help="a score that is to be beaten")
+    of_runs.add_argument("--own-data", action="store_true", help="another text than the canonical one is meant")
+    of_runs.add_argument("--author", required=True)
+    of_runs.add_argument("--github-id", required=True)
+    of_runs.add_argument("--blurb", default="")
+    of_runs.add_argument("--date", default=datetime.date.today().isoformat())
+    of_runs.add_argument("--records", type=Path, default=ROOT / "records")
     checked = commands.add_parser("check", help="what of a record folder does not hold together")
     checked.add_argument("folder", type=Path)
-    for command in (folder, of_kept):
-        command.add_argument("--author", required=True)
-        command.add_argument("--github-id", required=True)
-        command.add_argument("--blurb", default="")
-        command.add_argument("--date", default=datetime.date.today().isoformat())
-        command.add_argument("--records", type=Path, default=ROOT / "records")
-    for command in (make, folder, of_kept):
+    for command in (make, of_runs):
         command.add_argument("--source", type=Path, default=ROOT / "train_gpt.py")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["--check"]:
@@ -483,8 +483,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(check_record.table(args.folder, found))
         return int(any(finding.broken for finding in found))
     else:
-        if args.command == "runs":
-            of_runs(args)
         print(unpack(read_bytes(args.built)) if args.command == "show" else make_folder(args))
     return 0
 

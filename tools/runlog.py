@@ -86,6 +86,16 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 text") from None
 
 
+def read_json(path: Path) -> dict:
+    """Raises UsageError: no such file, or no JSON object."""
+    try:
+        found = json.loads(read_text(path))
+        assert isinstance(found, dict)
+        return found
+    except (ValueError, AssertionError):
+        raise UsageError(f"{path} is not JSON, as a run writes it") from None
+
+
 def read(path: Path) -> Run:
     """A run by its folder, its log or its events. Raises UsageError if there is no run in them."""
     if path.is_dir():
@@ -173,9 +183,9 @@ def read_events(path: Path) -> Run:
                                                  for rows in (steps, lr_scales, validations))
     run.state = state_of(run, process, beside(path, "log.txt"))
     if beside(path, "eval.json").is_file() and run.state == "done":
-        run.traces = json.loads(read_text(beside(path, "eval.json")))
+        run.traces = read_json(beside(path, "eval.json"))
     if beside(path, "audit.json").is_file():
-        run.audit = json.loads(read_text(beside(path, "audit.json"))).get("verdict", "")
+        run.audit = read_json(beside(path, "audit.json")).get("verdict", "")
     return run
 
 

@@ -17,8 +17,8 @@ OTHERS = ("AOT", "CUBLAS", "CUDA", "CUDNN", "GLOO", "HF_", "INDUCTOR", "KMP", "L
 # Variables that run.sh and tools/audit.py read.
 AUDIT = ["AUDIT", "AUDIT_POSITIONS", "AUDIT_SCRIPT", "AUDIT_TOKENS"]
 RANKS = ["NNODES", "NODE_RANK", "RDZV_ENDPOINT", "NPROC_PER_NODE", "MAX_RESTARTS"]
-AUDITED_SCRIPT = "audited_script"  # what tools/audit.py calls the module
 OF_RUN_SH = [*AUDIT, *RANKS, "SCALE", "TENSORBOARD"]  # all that its command line takes besides settings
+AUDITED_SCRIPT = "audited_script"  # the module that tools/audit.py makes of a script
 
 
 class UsageError(Exception):

@@ -54,6 +54,7 @@ import tiny  # noqa: E402
 NAMES = [name for f in dataclasses.fields(tg.Hyperparameters) for name in tg.env_names(f)]
 OF_ARTIFACTS = {"SEED", *(name for f in tg.settings_by_section()["Evaluation"] for name in tg.env_names(f))}
 OF_DATA = {"DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE"}
+SAMPLERS = ("grid", "tpe")
 POLL_SECONDS = 1.0
 RESERVED = {"RUN_ID", "ARTIFACT_DIR", "OUT_DIR", "RESUME", "PROFILE", "CODE_BYTES", "EVAL_ARTIFACT"}
 
@@ -80,16 +81,10 @@ class Plan:
                 raise shell.UsageError(f"{key} is what a sweep sets itself")
             if key not in [*NAMES, *shell.OF_RUN_SH] and not key.startswith(shell.OTHERS):
                 raise shell.unknown(key, NAMES)
-        if not self.axes:
+        if not all(self.axes.values()) or not self.axes:
             raise shell.UsageError("nothing varies: a sweep needs KEY=a,b or a range KEY=low..high")
+        self.check_sampler()
         self.check_artifact()
-        ranges = [key for key, axis in self.axes.items() if isinstance(axis, study.Range)]
-        if self.sampler == "grid" and ranges:
-            raise shell.UsageError(f"{ranges[0]} is a range, which needs --sampler tpe")
-        if self.sampler == "grid" and self.trials:
-            raise shell.UsageError("--trials is for --sampler tpe: a grid has every combination once")
-        if self.sampler == "tpe" and (self.trials < 1 or "SEED" in self.axes):
-            raise shell.UsageError("--sampler tpe needs --trials N, and one SEED")
         for option, least in (("jobs", 1), ("tokens", 0), ("start", 0)):
             if getattr(self, option) < least:
                 raise shell.UsageError(f"--{option} {getattr(self, option)} is out of range: {least} or more")
@@ -97,6 +92,17 @@ class Plan:
             window = self.configuration(changes).window
             if 0 < self.tokens < window:
                 raise shell.UsageError(f"--tokens {self.tokens} is less than a window of {window}")
+
+    def check_sampler(self) -> None:
+        ranges = [key for key, axis in self.axes.items() if isinstance(axis, study.Range)]
+        if self.sampler not in SAMPLERS:
+            raise shell.UsageError(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
+        if self.sampler == "grid" and ranges:
+            raise shell.UsageError(f"{ranges[0]} is a range, which needs --sampler tpe")
+        if self.sampler == "grid" and self.trials:
+            raise shell.UsageError("--trials is for --sampler tpe: a grid has every combination once")
+        if self.sampler == "tpe" and (self.trials < 1 or "SEED" in self.axes):
+            raise shell.UsageError("--sampler tpe needs --trials N, and one SEED")
 
     def check_artifact(self) -> None:
         fixed = [key for key in self.axes if key not in OF_ARTIFACTS]
@@ -146,6 +152,9 @@ def read_toml(path: Path) -> Plan:
         given = tomllib.loads(runlog.read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise shell.UsageError(f"{path} is not TOML: {error}") from None
+    unlike = [key for key in ("settings", "sweep") if not isinstance(given.get(key, {}), dict)]
+    if unlike:
+        raise shell.UsageError(f"{path}: {unlike[0]} is not a table: [{unlike[0]}] and lines of KEY = value below it")
     as_text = lambda value: str(int(value) if isinstance(value, bool) else value)
     settings = {key: as_text(value) for key, value in given.pop("settings", {}).items()}
     axes = {key: [as_text(value) for value in values] if isinstance(values, list) else study.read_axis(key, str(values))
@@ -176,7 +185,7 @@ def plan_of(args: argparse.Namespace, given: dict[str, str], environ: Mapping[st
             plan.axes[key] = axis
     options = {key: value for key, value in vars(args).items() if key != "what" and value is not None}
     plan = dataclasses.replace(plan, **options, **({"artifact": artifacts[0]} if artifacts else {}))
-    profile = (named or [plan.profile or ("default" if gpus_here() else "smoke")])[0]
+    profile = (named or [plan.profile or ("default" if gpus_here(environ) else "smoke")])[0]
     return dataclasses.replace(plan, profile=profile)
 
 
@@ -191,7 +200,10 @@ class Sweep:
     """command: what runs one, given a profile and KEY=VALUE."""
 
     def __init__(self, plan: Plan, folder: Path, command: list[str]):
-        self.plan, self.folder, self.shared = plan, folder, dict(plan.settings)
+        self.plan, self.folder = plan, folder
+        others = {key: value for key, value in plan.settings.items() if key.startswith(shell.OTHERS)}
+        self.environ = {**os.environ, **others}  # a job has its share of what CUDA_VISIBLE_DEVICES names
+        self.shared = {key: value for key, value in plan.settings.items() if key not in others}
         scores = ["eval", str(Path(plan.artifact).resolve())] if plan.artifact else []
         self.command = [*command, *scores, plan.profile]
         self.place = folder / "sweeps" / plan.title()
@@ -199,7 +211,7 @@ class Sweep:
                                  plan.prune or plan.sampler == "tpe", fixed=plan.fixed())
         self.stop, self.error, self.tables = threading.Event(), None, threading.Lock()
         first = plan.configuration(plan.ends()[0])
-        self.gpus = gpus_here() if first.device != "cpu" else []
+        self.gpus = gpus_here(self.environ) if first.device != "cpu" else []
         if plan.tokens or plan.start:
             self.cut_text(first)
 
@@ -219,13 +231,13 @@ class Sweep:
 
     def environment(self, settings: dict, job: int) -> dict[str, str]:
         """One job's share of the GPUs or of the cores, and where its files go."""
-        env = {**os.environ, "RUN_ID": self.run_id(settings), "ARTIFACT_DIR": str(self.folder.resolve())}
+        env = {**self.environ, "RUN_ID": self.run_id(settings), "ARTIFACT_DIR": str(self.folder.resolve())}
         if self.gpus:
             share, count = max(len(self.gpus) // self.plan.jobs, 1), len(self.gpus)
             env["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[(job * share + i) % count] for i in range(share))
         else:
             share = max((os.cpu_count() or 1) // self.plan.jobs, 1)
-            env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(share)
+            env["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS") or str(share)
         return env
 
     def work(self, job: int) -> None:
@@ -241,10 +253,11 @@ class Sweep:
         settings, begun = study.settings_of(trial), time.time()
         env, out = self.environment(settings, job), self.place / "output" / f"{trial.number}.txt"
         files = self.folder / "runs" / env["RUN_ID"]
+        while in_use(files / "log.txt"):  # a run that outlives a sweep which was killed ends soon, with a checkpoint
+            if self.stop.wait(POLL_SECONDS):
+                return
         if (files / "checkpoint.pt").exists() and trial.user_attrs.get("attempt", 1) == 1:
             env["RESUME"] = "1"
-        while in_use(files / "log.txt") and not self.stop.wait(POLL_SECONDS):
-            pass  # a run that outlives a sweep which was killed ends soon, with a checkpoint
         found = runlog.read(files) if (files / "events.jsonl").exists() else None
         hopeless, code = False, 0
         if found is None or found.state != "done":
@@ -331,11 +344,11 @@ def last_error(path: Path) -> str:
     return said[-1] if said else ""
 
 
-def gpus_here() -> list[str]:
+def gpus_here(environ: Mapping[str, str]) -> list[str]:
     if not tg.torch.cuda.is_available():
         return []
     count = tg.torch.cuda.device_count()
-    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
+    return (environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
 
 
 # ---- results -----------------------------------------------------------------------------------------------
@@ -368,7 +381,8 @@ def rows_of(trials: list, axes: dict) -> list[Row]:
 def table(rows: list[Row], keys: list[str]) -> list[str]:
     """Markdown: mean and standard deviation, difference from the baseline with its p-value, phases, bytes."""
     number = lambda value, form: "-" if value is None else format(value, form)
-    heads = [*keys, "runs", "bpb", "± std", "Δ", "p", *runlog.PHASES, "bytes", "seconds"]
+    phases = [phase for phase in runlog.PHASES if any(row.mean(phase) for row in rows)]
+    heads = [*keys, "runs", "bpb", "± std", "Δ", "p", *phases, "bytes", "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     base = rows[0].scores if rows else []
     for row in rows:
@@ -379,7 +393,7 @@ def table(rows: list[Row], keys: list[str]) -> list[str]:
             number(statistics.stdev(got) if len(got) > 1 else None, ".5f"),
             number(mean - statistics.fmean(base) if got and base and row is not rows[0] else None, "+.5f"),
             number(stats.welch(got, base) if row is not rows[0] else None, ".3g"),
-            *(number(row.mean(phase), ".5f") for phase in runlog.PHASES),
+            *(number(row.mean(phase), ".5f") for phase in phases),
             number(max(filter(None, (t.user_attrs["bytes"] for t in done)), default=None), ",d"),
             number(statistics.fmean(t.user_attrs["seconds"] for t in done) if done else None, ".0f")]) + " |")
     ended = {"FAIL": "failed", "PRUNED": "ended early, worse than the median at the same step", "RUNNING": "is running"}
@@ -447,7 +461,7 @@ def main(argv: list[str]) -> int:
     parser = shell.Parser(__doc__, epilog="KEY=a,b,c: settings and their values")
     parser.add_argument("what", nargs="*", metavar="PROFILE, FILE.toml or ARTIFACT")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time; they share GPUs, or CPU cores, out")
-    parser.add_argument("--sampler", choices=("grid", "tpe"))
+    parser.add_argument("--sampler", choices=SAMPLERS)
     parser.add_argument("--trials", type=int, metavar="N", help="of tpe: runs in all")
     parser.add_argument("--prune", action="store_true", default=None, help="end runs that look hopeless")
     parser.add_argument("--name", metavar="NAME", help="of the folder in sweeps/")
