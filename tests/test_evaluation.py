@@ -347,3 +347,12 @@ def test_where_in_the_text_and_in_its_documents_the_nats_lie(setting, rt):
     tables = tg.score_tables(val, nll)
     torch.testing.assert_close(torch.tensor(tables["stream"], dtype=torch.double), stream)
     torch.testing.assert_close(torch.tensor(tables["position"], dtype=torch.double), position)
+
+
+def test_soft_cap_and_loss_are_in_fp32_whatever_the_activations_are(config):
+    """Only the product itself is rounded; records/ttt_head measures what that costs."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((4, 32), (50, 32)))
+    logits = tg.capped_logits(hidden, weight, 30.0)
+    assert torch.equal(logits, 30 * torch.tanh(F.linear(hidden, weight).float() / 30))
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())

@@ -167,18 +167,16 @@ def test_refusals(corpus, tmp_path, variables, said):
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_whole_run_says_what_it_trains_on(run):
-    """The text has six documents in batches of two: the last phase would come after the last batch."""
-    given = {"TTT_MODE": "lora", "TTT_RESET": "document", "TTT_DOC_CHUNK_TOKENS": 16, "TTT_BATCH_DOCS": 2,
-             "GLOBAL_TTT_CHUNK_TOKENS": 200, "GLOBAL_TTT_LR": 0.1}
-    done = run(ITERATIONS=2, PHASED_TTT_NUM_PHASES=2, PHASED_TTT_PREFIX_DOCS=100, **given)
+def test_a_whole_run_says_what_it_trains_on(run, corpus):
+    """More documents are asked for than there are: the last phase would come after the last one."""
+    count = int((corpus.val[:-1] == corpus.tokenizer.bos_id()).sum())
+    done = run(ITERATIONS=1, EVAL_STRIDE=0, TTT_MODE="lora", TTT_RESET="document", TTT_DOC_CHUNK_TOKENS=32,
+               TTT_BATCH_DOCS=1, PHASED_TTT_NUM_PHASES=2, PHASED_TTT_PREFIX_DOCS=100, GLOBAL_TTT_CHUNK_TOKENS=200)
     assert done.code == 0, done.err
-    assert "ttt_phased: total_docs:6 prefix_docs:3 num_phases:1 boundaries:[3]; the text has documents for no more" \
-        in done.out
-    assert "ttpr: documents:3 t:" in done.out
-    plain = run(ITERATIONS=2, **given)
-    assert "ttt_phased" not in plain.out and plain.summary["val_bpb_ttt"] != done.summary["val_bpb_ttt"]
-    assert plain.summary["val_bpb_sliding"] == done.summary["val_bpb_sliding"]
+    half = count // 2
+    assert f"ttt_phased: total_docs:{count} prefix_docs:{half} num_phases:1 boundaries:[{half}]; the text has documents " \
+        "for no more\n" in done.out
+    assert f"ttpr: documents:{half} t:" in done.out
 
 
 # ---- ranks

@@ -657,8 +657,10 @@ class Audit:
         longest = max(zip([0, *starts], [*starts, last]), key=lambda span: span[1] - span[0])[0]
         chunk = longest + self.cfg.ttt_doc_chunk_tokens if documents else self.cfg.ttt_chunk_tokens
         near = [border + more for more in (2, 0) for border in (chunk, *starts[:1], 2 * chunk)]
-        if self.known:  # late in the order of scoring: much comes before
-            near = [int(self.order.argsort()[last * share // 10]) + 1 for share in (9, 5, 2)]
+        if self.known:  # late in the order of scoring: much comes before; and where the last document has just begun
+            begins = int(max(self.order[start] for start in [0, *starts] if start < last))
+            near = [int(self.order.argsort()[min(place, last - 1)]) + 1
+                    for place in (last * 9 // 10, begins + 2, last // 2, last * 2 // 10)]
         anywhere = torch.randint(2, last, (self.positions,), generator=self.random).tolist()
         picked = [*near[:(self.positions + 1) // 2], *anywhere][:self.positions]
         return sorted({min(max(t, 2), last - 1) for t in picked})

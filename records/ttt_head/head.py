@@ -13,11 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg  # noqa: E402
 
 
-def in_fp32(weight):
-    """The output matrix, its addition as well, for products that are not rounded."""
-    if isinstance(weight, tg.LowRank):
-        return tg.LowRank(weight.matrix.float(), weight.a, weight.b, weight.scale, weight.parallel)
-    return weight.float()
+CAPPED, OUTPUT = tg.capped_logits, tg.GPT.output_weight
 
 
 def rounded_cap(hidden, weight, softcap):
@@ -25,9 +21,18 @@ def rounded_cap(hidden, weight, softcap):
     return (softcap * torch.tanh(tg.project(hidden, weight) / softcap)).float()
 
 
-HEADS = {"product in bf16, rest in fp32": tg.capped_logits, "product and soft cap in bf16": rounded_cap,
-         "all in fp32": lambda hidden, weight, cap: CAPPED(hidden.float(), in_fp32(weight), cap)}
-CAPPED = tg.capped_logits
+def unrounded(hidden, weight, softcap):
+    """The products of the same hidden states and weights, and what is added to them, in fp32."""
+    return CAPPED(hidden.float(), weight, softcap)
+
+
+def output_in_fp32(model, qat=False, hook=None):
+    weight = OUTPUT(model).float()
+    return weight if hook is None else hook("head", -1, weight)
+
+
+HEADS = {"product in bf16, rest in fp32": (CAPPED, OUTPUT), "product and soft cap in bf16": (rounded_cap, OUTPUT),
+         "all in fp32": (unrounded, output_in_fp32)}
 
 
 def main(path: str, tokens: int = 12_288, most: int = 768) -> None:
@@ -41,7 +46,7 @@ def main(path: str, tokens: int = 12_288, most: int = 768) -> None:
         parts = [torch.arange(a, a + most) for a, b in zip(starts, starts[1:]) if b - a >= most]
         text = val.take(torch.cat(parts)[:tokens + 1])
         for name, head in HEADS.items():
-            tg.capped_logits, bpb = head, []
+            (tg.capped_logits, tg.GPT.output_weight), bpb = head, []
             for epochs in (0, cfg.ttt_epochs):
                 model = tg.load_model(Path(path).read_bytes(), rt, val.tokenizer_sha256)
                 now = dataclasses.replace(cfg, ttt_epochs=epochs)
