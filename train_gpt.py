@@ -255,9 +255,7 @@ class Hyperparameters:
     mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     embed_clip_sigmas: float = env_field(20.0, "k of sdclip, all tables", lo=0.1, hi=1000)
-    mlp_clip_widen: float = env_field(1.0, "widens the steps of the MLP banks, for a smaller file", lo=1, hi=100)
-    attn_clip_widen: float = env_field(1.0, "the same for the attention banks", lo=1, hi=100)
-    embed_clip_widen: float = env_field(1.0, "the same for all tables", lo=1, hi=100)
+    clip_widen: float = env_field(1.0, "widens the steps of the banks; SIZE_FIT moves it", lo=1, hi=100)
     fp16_keep_name_patterns: str = env_field("", "stored as fp16, not rounded: parts of names, comma-separated")
     int8_keep_float_fp32_name_patterns: str = env_field("", "stored as fp32: parts of names, comma-separated")
     gptq_enabled: bool = env_field(False, "round so that each layer's output changes least (GPTQ), not to the nearest")
@@ -2472,7 +2470,7 @@ class Family:
     lr: str
     decay: str = ""       # "": none
     bits: str = ""        # "": stored as float
-    clip: str = ""        # its clip under sdclip and what SIZE_FIT may change: CLIP_clip_sigmas, CLIP_clip_widen
+    clip: str = ""        # CLIP_clip_sigmas is its clip under sdclip
     exported: bool = True
 
 
@@ -2510,7 +2508,8 @@ def quant_specs(cfg: Hyperparameters, names) -> dict[str, QuantSpec]:
     kept = f"{cfg.fp16_keep_name_patterns},{cfg.int8_keep_float_fp32_name_patterns}"
     fill = cfg.clip_rule == "waterfill"
     return {name: QuantSpec(WATER_BITS if fill else getattr(cfg, family.bits), cfg.clip_rule,
-                            getattr(cfg, f"{family.clip}_clip_sigmas"), getattr(cfg, f"{family.clip}_clip_widen"))
+                            getattr(cfg, f"{family.clip}_clip_sigmas"),
+                            cfg.clip_widen if name.endswith("_bank") else 1.0)
             for name, family in route(cfg, names).items() if family.bits and not named_in(kept, name)}
 
 
@@ -3229,8 +3228,7 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
     for _ in range(FIT_ROUNDS):
         before, size_before = doublings, total
         doublings = min(max(doublings + (limit * (1 - FIT_WINDOW / 2) - total) / slope, finest), coarsest)
-        settings = dataclasses.replace(cfg, mlp_clip_widen=cfg.mlp_clip_widen * 2 ** doublings,
-                                       attn_clip_widen=cfg.attn_clip_widen * 2 ** doublings,
+        settings = dataclasses.replace(cfg, clip_widen=cfg.clip_widen * 2 ** doublings,
                                        waterfill_nats=cfg.waterfill_nats * 4 ** doublings)
         artifact = make(settings)
         total = len(artifact.blob) + code_bytes

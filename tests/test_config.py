@@ -39,7 +39,7 @@ def test_every_setting_is_read_somewhere_else():
     source = (ROOT / "train_gpt.py").read_text()
     body = source[source.index("def settings_by_section"):]
     indirect = {value for family in tg.FAMILIES for value in dataclasses.astuple(family)}  # rows name their settings
-    indirect |= {f"{family.clip}_clip_{use}" for family in tg.FAMILIES if family.clip for use in ("sigmas", "widen")}
+    indirect |= {f"{family.clip}_clip_sigmas" for family in tg.FAMILIES if family.clip}
     config_room = source[source.index("def train_files"):source.index("def settings_by_section")]
     for f in FIELDS:
         assert f"cfg.{f.name}" in body or f.name in indirect or f"self.{f.name}" in config_room, f.name

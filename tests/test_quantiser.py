@@ -418,7 +418,7 @@ def fitting(config, tmp_path):
                                             (0.72, {"clip_rule": "sdclip", "mlp_clip_sigmas": 6.0})])
 def test_size_fit_lands_just_under_the_limit(fitting, capsys, share, changes):
     fitted, size, limit = fitting(share, **changes)
-    assert 0.995 * limit <= size <= limit and max(fitted.mlp_clip_widen, fitted.attn_clip_widen) > 1.1
+    assert 0.995 * limit <= size <= limit and fitted.clip_widen > 1.1
     assert "size_fit:start" in capsys.readouterr().out
 
 

@@ -537,7 +537,7 @@ def saved(config, rt):
 OTHERS = {"seed": 7, "train_seq_len": 64, "train_batch_tokens": 512, "warmdown_iters": 8, "warmdown_frac": 0.5,
           "min_lr": 0.1, "qat_enabled": True, "late_qat_threshold": 0.3, "late_qat_frac": 0.5, "soft_round": True,
           "ema_reset_at_qat": False, "mlp_quant_bits": 5, "attn_qat_bits": 5, "embed_bits": 5, "clip_rule": "amax",
-          "mlp_clip_widen": 2.0, "fp16_keep_name_patterns": "kv"}
+          "clip_widen": 2.0, "fp16_keep_name_patterns": "kv"}
 
 
 def another(f, cfg):

@@ -142,15 +142,16 @@ def test_the_codes_of_gptq_are_the_codes_of_the_artifact(run, config, rt):
 
 def test_size_fit_widens_the_banks_by_one_factor(config, rt):
     """By as much as it must, from where the settings already are; the tables stay as they are."""
-    cfg = config(size_fit=True, compress="lzma", mlp_clip_widen=1.25)
+    cfg = config(size_fit=True, compress="lzma", clip_widen=1.25)
     model = model_of(cfg)
     make = lambda c: tg.pack(c, model, "0" * 64, tg.round_model(c, model, {}))
     total, banks = len(make(cfg).blob) + 1000, sum(p.numel() for n, p in model.named_parameters() if "_bank" in n)
     limit = dataclasses.replace(cfg, artifact_limit_bytes=int(0.93 * total))
     fitted, artifact = tg.fit_size(limit, rt, banks, make, total, 1000)
     assert 0.995 * 0.93 * total - 1 <= len(artifact.blob) + 1000 <= 0.93 * total, "the code counts"
-    assert fitted.attn_clip_widen > 1.05 and fitted.embed_clip_widen == 1
-    assert fitted.mlp_clip_widen == pytest.approx(1.25 * fitted.attn_clip_widen)
+    assert fitted.clip_widen > 1.25 * 1.05
+    specs = tg.quant_specs(fitted, dict(model.named_parameters()))
+    assert {name.endswith("_bank"): spec.widen for name, spec in specs.items()} == {True: fitted.clip_widen, False: 1.0}
 
 
 @pytest.mark.parametrize("bits", [0.7, 1.0, 1.6])
@@ -160,7 +161,7 @@ def test_size_fit_finds_its_factor_whatever_a_doubling_saves(config, rt, bits, o
     cfg, weights, packings = config(artifact_limit_bytes=1_000_000), 4_000_000, []
 
     def make(settings):
-        saved = bits / 8 * weights * (1 - math.exp(-2 * math.log2(settings.mlp_clip_widen) / 4)) * 2
+        saved = bits / 8 * weights * (1 - math.exp(-2 * math.log2(settings.clip_widen) / 4)) * 2
         packings.append(int(1_000_000 * (1 + over) - saved))
         return tg.Artifact(bytes(packings[-1]), ())
     _, artifact = tg.fit_size(cfg, rt, weights, make, int(1_000_000 * (1 + over)), 0)

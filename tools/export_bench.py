@@ -31,10 +31,10 @@ PR_1855 = {"CLIP_RULE": "sdclip", "MATRIX_BITS": 6, "EMBED_BITS": 7, "BIGRAM_BIT
 RULES = (
     ("PR 1855, sigmas", PR_1855, {"ATTN_CLIP_SIGMAS": 13, "MLP_CLIP_SIGMAS": 11.5, "EMBED_CLIP_SIGMAS": 14},
      (1.0, 0.75, 0.55, 0.45)),
-    ("percentile, banks widened", {"CLIP_RULE": "percentile"}, {"ATTN_CLIP_WIDEN": 1, "MLP_CLIP_WIDEN": 1},
+    ("percentile, banks widened", {"CLIP_RULE": "percentile"}, {"CLIP_WIDEN": 1},
      (8, 6, 4, 3, 2)),
     ("percentile, nearest", {"CLIP_RULE": "percentile", "GPTQ_ENABLED": 0},
-     {"ATTN_CLIP_WIDEN": 1, "MLP_CLIP_WIDEN": 1}, (4, 2)),
+     {"CLIP_WIDEN": 1}, (4, 2)),
     *((f"water-filling, a={a}, nats", {"CLIP_RULE": "waterfill", "WATERFILL_EXPONENT": a}, {"WATERFILL_NATS": 1},
        (0.06, 0.03, 0.015, 0.0075)) for a in (0.5, 0.75, 1.0)))
 CODECS = {"zstd-22": "zstd", "lzma-9e": "lzma", "range": "range"}
