@@ -1208,6 +1208,14 @@ class Runtime:
             return "peak memory allocated: {} MiB reserved: {} MiB".format(*(b // 2 ** 20 for b in peak))
         return f"peak memory resident: {peak_rss_bytes() // 2 ** 20} MiB"
 
+    def free_memory(self) -> float:
+        """Bytes that can still be had, of the GPU's or the machine's memory; infinite where nothing tells."""
+        if self.on_cuda:
+            return torch.cuda.mem_get_info(self.device)[0]
+        with contextlib.suppress(OSError):
+            return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+        return math.inf
+
     def agree(self, value: float) -> float:
         """Rank 0's number on every rank, without synchronising devices: clocks differ, decisions must not. With it
         travels the signal of any rank."""
@@ -4341,6 +4349,9 @@ def score_tables(val: ValData, nll: Tensor) -> dict[str, list]:
     return {name: pair.new_zeros(rows, 2).index_add_(0, row, pair).tolist() for name, (rows, row) in places.items()}
 
 
+COUNTING_BYTES = 256  # of memory for each token, measured with 7 orders
+
+
 class Occurrences:
     """Which keys of a sequence are equal, by sorting: exact, nothing is hashed."""
 
@@ -4589,6 +4600,10 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
     nothing = torch.zeros(cfg.eval_batch_seqs, cfg.window, dtype=torch.int64, device=rt.device)
     score_fn, fresh = scorer(model, rt), nothing[:, -cfg.stride:].contiguous()
     if cfg.ngrams:
+        needed, free = COUNTING_BYTES * len(val.tokens), rt.free_memory()
+        if needed > free:
+            raise UserError(f"counting NGRAM_ORDERS in {len(val.tokens):,} tokens takes about {needed / 2 ** 30:.1f} GiB, "
+                            f"of which {free / 2 ** 30:.1f} are free; NGRAM_ORDERS= leaves it out")
         some = torch.arange(min(len(val.tokens), 2 ** 17), device=rt.device)
         clock.measure_after(lambda: mixture_nll(some, some[1:], cfg.ngrams), len(some) / len(val.tokens))
     with torch.no_grad():

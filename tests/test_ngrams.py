@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import re
 import sys
 
 import pytest
@@ -162,6 +164,18 @@ def test_both_scores_stand_side_by_side(run, monkeypatch, changes, of):
     assert (scores[of], scores[f"{of}_ngram"]) == (without, mixed)
 
 
+def test_counts_that_do_not_fit_into_memory_are_refused_before_the_scores(run, monkeypatch):
+    monkeypatch.setattr(tg.Runtime, "free_memory", lambda rt: 100_000)
+    done = run(TTT_ENABLED=0, ITERATIONS=1, NGRAM_ORDERS="1,2")
+    assert done.code == 2 and re.search(r"error: counting NGRAM_ORDERS in [\d,]+ tokens takes about \d", done.err)
+    assert "final_int6_roundtrip" not in done.out and len(done.err.splitlines()) == 1
+
+
+def test_free_memory_is_some_of_the_machines(tmp_path):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < make_runtime(tmp_path).free_memory() <= machine
+
+
 def test_the_clock_leaves_time_for_counting(tmp_path):
     """What follows the last evaluation is measured on a share of it, and taken off what adaptation may use."""
     now = [0.0]
@@ -177,7 +191,7 @@ def test_the_clock_leaves_time_for_counting(tmp_path):
     ({"NGRAM_ORDERS": "2,2"}, "NGRAM_ORDERS='2,2' is not growing"),
     ({"NGRAM_ORDERS": "0,1"}, "NGRAM_ORDERS='0,1' is not"),
     ({"NGRAM_ORDERS": "2", "TTT_WARM_START_A": 1, "TTT_MODE": "lora", "TTT_RESET": "document",
-      "TTT_DOC_CHUNK_TOKENS": 16}, "TTT_WARM_START_A=True learns from long documents first"),
+      "TTT_DOC_CHUNK_TOKENS": 16}, "TTT_WARM_START_A=True the lengths"),
     ({"NGRAM_ORDERS": "two"}, "NGRAM_ORDERS='two' is not"), ({"NGRAM_ORDERS": "2,20000"}, "longer than 10,000 tokens"),
     *(({"NGRAM_ORDERS": "2,3", "NGRAM_CONCENTRATIONS": text},
        f"NGRAM_CONCENTRATIONS='{text}' is not one positive number")
