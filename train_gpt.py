@@ -4602,8 +4602,8 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
     if cfg.ngrams:
         needed, free = COUNTING_BYTES * len(val.tokens), rt.free_memory()
         if needed > free:
-            raise UserError(f"counting NGRAM_ORDERS in {len(val.tokens):,} tokens takes about {needed / 2 ** 30:.1f} GiB, "
-                            f"of which {free / 2 ** 30:.1f} are free; NGRAM_ORDERS= leaves it out")
+            raise UserError(f"counting NGRAM_ORDERS in {len(val.tokens):,} tokens takes about {needed / 2 ** 30:.1f} "
+                            f"GiB, of which {free / 2 ** 30:.1f} are free; NGRAM_ORDERS= leaves it out")
         some = torch.arange(min(len(val.tokens), 2 ** 17), device=rt.device)
         clock.measure_after(lambda: mixture_nll(some, some[1:], cfg.ngrams), len(some) / len(val.tokens))
     with torch.no_grad():
