@@ -45,6 +45,7 @@ import torch.distributed as dist
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+import shell
 from shell import AUDIT, AUDITED_SCRIPT, Parser, UsageError, one_line_errors, take_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -515,7 +516,7 @@ class Audit:
                   f"{len(kept)} tensors bit for bit those of the file with sha256 {digest(self.blob)}")
 
     def files_are_known(self) -> None:
-        own = [self.path, self.script.__file__, __file__, self.cfg.tokenizer_path, *self.shards,
+        own = [self.path, self.script.__file__, __file__, shell.__file__, self.cfg.tokenizer_path, *self.shards,
                os.path.join(self.cfg.data_path, "dataset.json")]
         foreign = sorted({name for names in everyone(self.rt, self.opened.foreign(own)) for name in names})
         self.find("all", "nothing else was read", not foreign, ", ".join(foreign[:5]) or f"{len(self.opened.read)} "

@@ -76,7 +76,8 @@ def streams(cfg: tg.Hyperparameters) -> list[Stream]:
         if name in specs and cfg.clip_rule == "waterfill":  # a rough guess; SIZE_FIT makes it what the limit says
             each = WATERFILL_BITS + WATERFILL_SLOPE * math.log2(cfg.waterfill_nats / 0.015)
             add(family.name, count, max(each, 0.3) * CODEC_OVER_RANGE[cfg.compress])
-            add("steps", count // shape[-1] + count // shape[-2], STEP_BITS)
+            columns = 0 if name == "kv_bank" else count // shape[-2]  # keys and values have those of the queries
+            add("steps", count // shape[-1] + columns, STEP_BITS)
         elif name in specs:
             factor = BITS_OVER_GAUSSIAN[family.name] * CODEC_OVER_RANGE[cfg.compress]
             add(family.name, count, factor * gaussian_bits(shape[-1], specs[name], cfg.prune_frac))
