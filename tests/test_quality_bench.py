@@ -62,7 +62,8 @@ def test_the_table_has_medians_and_the_ratio_to_the_first():
 
 def test_two_steps_of_a_system(corpus, tmp_path, capsys):
     small = ["ITERATIONS=2", "NUM_LAYERS=4", "MODEL_DIM=40", "TRAIN_SEQ_LEN=64", "EVAL_SEQ_LEN=64", "TTT_ENABLED=0",
-             "TRAIN_BATCH_TOKENS=128", "CLIP_RULE=sdclip", "GPTQ_ENABLED=0", "VE_LAYERS=2,3", "XSA_LAST_N=4", "EVAL_STRIDE=0", f"VOCAB_SIZE={corpus.tokenizer.vocab_size()}"]
+             "TRAIN_BATCH_TOKENS=128", "CLIP_RULE=sdclip", "GPTQ_ENABLED=0", "VE_LAYERS=2,3", "XSA_LAST_N=4",
+             "EVAL_STRIDE=0", f"VOCAB_SIZE={corpus.tokenizer.vocab_size()}"]
     out = tmp_path / "out.json"
     code = quality_bench.main(["--data", str(corpus.folder), "--tokenizer", str(corpus.tokenizer_path), "frontier",
                                "--out", str(out), *(word for pair in small for word in ("--set", pair))])
