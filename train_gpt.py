@@ -1210,9 +1210,10 @@ class Runtime:
 
     def free_memory(self) -> float:
         """Bytes that can still be had, of the GPU's or the machine's memory; infinite where nothing tells."""
-        if self.on_cuda:
-            return torch.cuda.mem_get_info(self.device)[0]
-        with contextlib.suppress(OSError):
+        if self.on_cuda:  # PyTorch keeps what it has had, and gives it out again
+            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + kept
+        with contextlib.suppress(OSError, TypeError):
             return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
         return math.inf
 
@@ -2901,7 +2902,8 @@ def resumable_settings(cfg: Hyperparameters) -> dict:
     free = {"resume", "run_id", "device", "compile", "attention", "kernels", "checkpoint_every", "checkpoint_seconds",
             "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens", "profile", "iterations",
             "max_wallclock_seconds", "code_bytes", "size_fit"}
-    late = "eval_", "ttt_", "hash_embed_", "ngram_", "compress", "artifact_", "gptq_", "waterfill_"
+    late = ("eval_", "ttt_", "phased_ttt_", "global_ttt_", "hash_embed_", "ngram_", "compress", "artifact_", "gptq_",
+            "waterfill_")
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)}
 
 

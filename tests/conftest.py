@@ -1,6 +1,7 @@
 """Shared pieces: a tiny real-text data set with its own tokenizer, a tiny model, a one-rank CPU runtime."""
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +116,31 @@ def run(corpus, tmp_path, monkeypatch, capsys):
         return SimpleNamespace(code=code, out=out, err=err, summary=summary, folder=tmp_path)
     start.folder = tmp_path
     return start
+
+
+ON_TWO_RANKS = """
+import json, sys
+sys.path[:0] = {paths!r}
+import train_gpt as tg
+from {module} import walks
+cfg = tg.Hyperparameters.from_env(tg.process_environment())
+rt = tg.Runtime.open(cfg)
+results = walks(cfg, rt)
+if rt.rank == 0:
+    print(json.dumps(results))
+rt.close()
+"""
+
+
+def walks_on_two_ranks(module: str, corpus, folder) -> list:
+    """What `walks(cfg, rt)` of a test module returns on rank 0 of two processes."""
+    script = folder / "walks.py"
+    script.write_text(ON_TWO_RANKS.format(paths=[str(ROOT), str(ROOT / "tests")], module=module))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, folder)})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def environment(corpus, folder, **variables):

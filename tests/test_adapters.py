@@ -1,15 +1,11 @@
 """Test-time training: adapters against slow obvious loops, documents side by side, ranks, the clock, refusals."""
 import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import train_gpt as tg
-from conftest import ROOT, environment, make_runtime, scrambled
+from conftest import environment, make_runtime, scrambled, walks_on_two_ranks
 from test_evaluation import LORA, MODES, Scores, reference_ttt, score, setting  # noqa: F401  (a fixture)
 from torch.nn import functional as F
 
@@ -642,27 +638,6 @@ def walks(cfg, rt):
     return results
 
 
-ON_TWO_RANKS = """
-import json, sys
-sys.path[:0] = {paths!r}
-import train_gpt as tg
-from test_adapters import walks
-cfg = tg.Hyperparameters.from_env(tg.process_environment())
-rt = tg.Runtime.open(cfg)
-results = walks(cfg, rt)
-if rt.rank == 0:
-    print(json.dumps(results))
-rt.close()
-"""
-
-
 def test_world_size_does_not_change_what_is_learnt(corpus, config, rt, tmp_path):
-    script = tmp_path / "walks.py"
-    script.write_text(ON_TWO_RANKS.format(paths=[str(ROOT), str(ROOT / "tests")]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, str(script)],
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, tmp_path)},
-                          capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    for two, one in zip(json.loads(done.stdout.strip().splitlines()[-1]), walks(config(), rt)):
+    for two, one in zip(walks_on_two_ranks("test_adapters", corpus, tmp_path), walks(config(), rt)):
         assert two[:2] == one[:2] and two[2] == pytest.approx(one[2], rel=2e-6)

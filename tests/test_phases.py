@@ -1,15 +1,11 @@
 """Phases: between documents that adapt by themselves, the weights train on those that are finished."""
 import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import train_gpt as tg
-from conftest import ROOT, environment, make_runtime, scrambled
+from conftest import environment, make_runtime, scrambled, walks_on_two_ranks
 from test_adapters import STARTS, WARM, reference_chains, with_documents
 from test_evaluation import Scores, score, setting  # noqa: F401  (a fixture)
 from torch.nn import functional as F
@@ -197,27 +193,7 @@ def walks(cfg, rt):
     return results
 
 
-ON_TWO_RANKS = """
-import json, sys
-sys.path[:0] = {paths!r}
-import train_gpt as tg
-from test_phases import walks
-cfg = tg.Hyperparameters.from_env(tg.process_environment())
-rt = tg.Runtime.open(cfg)
-results = walks(cfg, rt)
-if rt.rank == 0:
-    print(json.dumps(results))
-rt.close()
-"""
-
-
 def test_two_ranks_learn_the_same_to_the_bit(corpus, config, rt, tmp_path):
     """But for the order in which the nats of two ranks are added, in float64."""
-    script = tmp_path / "walks.py"
-    script.write_text(ON_TWO_RANKS.format(paths=[str(ROOT), str(ROOT / "tests")]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment(corpus, tmp_path)})
-    assert done.returncode == 0, done.stderr
-    for two, one in zip(json.loads(done.stdout.strip().splitlines()[-1]), walks(config(), rt)):
+    for two, one in zip(walks_on_two_ranks("test_phases", corpus, tmp_path), walks(config(), rt)):
         assert two[:2] == one[:2] and two[2] == pytest.approx(one[2], rel=1e-13)
