@@ -322,7 +322,8 @@ class Hyperparameters:
     hash_embed_buckets: int = env_field(0, "rows of a bigram table only TTT trains (PR 1460: 16,384); 0: none", lo=0)
     hash_embed_lr_mult: float = env_field(10.0, "its rate over the other weights'", lo=0, hi=1e5)
     ngram_orders: str = env_field("", "context lengths at which counts of scored tokens join the last score's "
-                                  "probabilities, shortest first: 2,3,4,5,6,8,12; empty: none")
+                                  "probabilities, shortest first, those of a document alone (d) before those of the "
+                                  "whole text: d1,d2,d3,2,3,4,5,6,8,12; empty: none")
     ngram_concentrations: str = env_field("8", "weight of a shorter context's probability there, for each token known "
                                         "to follow: one for all lengths or one each (tools/ngram.py finds them)")
 
@@ -445,10 +446,11 @@ class Hyperparameters:
         return dict(parse_list("TTT_LORA_LAYER_RATES", self.ttt_lora_layer_rates, "pairs like 7:0.6", pair(int, float)))
 
     @property
-    def ngrams(self) -> tuple[tuple[int, float], ...]:
-        """Lengths of the contexts that are counted, growing, each with its concentration. Raises UserError."""
-        orders = parse_list("NGRAM_ORDERS", self.ngram_orders, "growing lengths of contexts, like 2,3,5", int,
-                            lambda orders: growing([0, *orders]))
+    def ngrams(self) -> tuple[tuple[tuple[bool, int], float], ...]:
+        """Contexts that are counted, ((in the whole text?, length), concentration), growing. Raises UserError."""
+        orders = parse_list("NGRAM_ORDERS", self.ngram_orders, "growing lengths of contexts, like d1,d2,2,3,5",
+                            lambda part: (part[0] != "d", int(part.removeprefix("d"))),
+                            lambda orders: growing(orders) and all(length > 0 for _, length in orders))
         weights = parse_list(
             "NGRAM_CONCENTRATIONS", self.ngram_concentrations,
             f"one positive number, or one for each of NGRAM_ORDERS={self.ngram_orders}", float,
@@ -593,7 +595,7 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.attention_window <= min(*lengths, cfg.window), (
         f"{{attention_window}} is longer than the training sequences of {min(lengths)} or the windows of {{window}}")
     yield from adaptation_rules(cfg) if cfg.ttt_enabled else ()
-    yield not cfg.ngrams or cfg.ngrams[-1][0] <= 10_000, "{ngram_orders} has contexts longer than 10,000 tokens"
+    yield all(length <= 10_000 for (_, length), _ in cfg.ngrams), "{ngram_orders} has contexts over 10,000 tokens"
     yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
     if cfg.clip_rule == "waterfill":
@@ -4371,18 +4373,23 @@ class Occurrences:
         return torch.empty_like(sums).index_copy_(0, self.place, sums - sums[self.first])
 
 
-def count_contexts(tokens: Tensor, orders):
-    """For each context length, growing: how often each token's context has occurred before, how often followed by this
-    token, and by how many different ones. tokens [n + 1]  # yields three int64 [n] each"""
+def count_contexts(tokens: Tensor, orders, bos_id: int):
+    """For each order (in the whole text or only in its document?, context length), growing: how often each token's
+    context has occurred before, how often followed by this token, and by how many different ones.
+
+    tokens [n + 1]  # yields three int64 [n] each
+    """
     last, wanted = tokens[:-1].long(), tokens[1:].long()
-    contexts, length, base = Occurrences(last + 1), 1, max(len(tokens), 2 ** 16) + 1  # id 0: before the text
-    for order in orders:
-        while length < order:  # a longer context is two that overlap or touch
-            step = min(length, order - length)
-            contexts = Occurrences(F.pad(contexts.ids, (step, 0))[:-step] * base + contexts.ids)
-            length += step
-        hits = Occurrences(contexts.ids * base + wanted).before(torch.ones_like(wanted))
-        yield contexts.before(torch.ones_like(wanted)), hits, contexts.before(hits == 0)
+    base, document = max(len(tokens), 2 ** 16) + 1, (last == bos_id).cumsum(0)  # id 0: before the text
+    for whole, group in itertools.groupby(orders, lambda order: order[0]):
+        contexts, length = Occurrences(last + 1 + (0 if whole else document * base)), 1
+        for _, order in group:
+            while length < order:  # a longer context is two that overlap or touch
+                step = min(length, order - length)
+                contexts = Occurrences(F.pad(contexts.ids, (step, 0))[:-step] * base + contexts.ids)
+                length += step
+            hits = Occurrences(contexts.ids * base + wanted).before(torch.ones_like(wanted))
+            yield contexts.before(torch.ones_like(wanted)), hits, contexts.before(hits == 0)
 
 
 def back_off(logp: Tensor, counts, concentration: float) -> Tensor:
@@ -4392,20 +4399,21 @@ def back_off(logp: Tensor, counts, concentration: float) -> Tensor:
     return torch.where(seen > 0, torch.logaddexp(hits.log(), prior.log() + logp) - (seen + prior).log(), logp)
 
 
-def mixture_nll(tokens: Tensor, nll: Tensor, ngrams) -> Tensor:
+def mixture_nll(tokens: Tensor, nll: Tensor, ngrams, bos_id: int) -> Tensor:
     """Scores by a back-off over exact counts of the tokens before, with the model's probabilities at its end:
 
         p_n(w) = (c_n(w) + a_n p_{n-1}(w)) / (c_n + a_n),  p_0: the model's
 
     c_n: how often the last n tokens have occurred before, c_n(w): followed by w, a_n: how many different tokens have
     followed them, times a concentration. For any counts the probabilities of all w are 1 together if those of p_0 are,
-    so only the target's need be known. (PR 550 and its kin hash: theirs are hundreds together.)
+    so only the target's need be known. (PR 550 and its kin hash: theirs are hundreds together.) Contexts of the own
+    document, which begins with bos_id, come first; those of the whole text go on from their probabilities.
 
-    tokens [n + 1]: in the order of decoding; nll [n]: the model's, in nats, of all but the first; ngrams: (context
-    length, concentration), growing.  # float64 [n]
+    tokens [n + 1]: in the order of decoding; nll [n]: the model's, in nats, of all but the first; ngrams: as the
+    settings have them.  # float64 [n]
     """
     logp = -nll.double()
-    for counts, (_, concentration) in zip(count_contexts(tokens, [order for order, _ in ngrams]), ngrams):
+    for counts, (_, concentration) in zip(count_contexts(tokens, [order for order, _ in ngrams], bos_id), ngrams):
         logp = back_off(logp, counts, concentration)
     return -logp
 
@@ -4418,7 +4426,7 @@ def mixed_result(name: str, nll: Tensor, val: ValData, cfg: Hyperparameters, rt:
     """
     start_s, meter = time.perf_counter(), BpbMeter(val.tokens.device)
     if rt.rank == 0:
-        meter.add(mixture_nll(val.tokens, nll, cfg.ngrams), val.sizes[1:])
+        meter.add(mixture_nll(val.tokens, nll, cfg.ngrams, val.bos_id), val.sizes[1:])
     return EvalResult(name, *meter.reduce(rt), time.perf_counter() - start_s)
 
 
@@ -4607,7 +4615,7 @@ def final_scores(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData,
             raise UserError(f"counting NGRAM_ORDERS in {len(val.tokens):,} tokens takes about {needed / 2 ** 30:.1f} "
                             f"GiB, of which {free / 2 ** 30:.1f} are free; NGRAM_ORDERS= leaves it out")
         some = torch.arange(min(len(val.tokens), 2 ** 17), device=rt.device)
-        clock.measure_after(lambda: mixture_nll(some, some[1:], cfg.ngrams), len(some) / len(val.tokens))
+        clock.measure_after(lambda: mixture_nll(some, some[1:], cfg.ngrams, val.bos_id), len(some) / len(val.tokens))
     with torch.no_grad():
         clock.measure_pace(lambda: score_fn(nothing, fresh, 1.0), nothing.numel(),
                            sum(chunk.reads for plan in plans.values() for chunk in plan))

@@ -19,17 +19,22 @@ from test_evaluation import LORA, setting  # noqa: F401  (a fixture)
 sys.path.insert(0, str(ROOT / "tools"))
 import ngram as tool  # noqa: E402
 
-NGRAMS = ((1, 3.0), (2, 0.7), (3, 2.0), (5, 0.1), (8, 1.0), (12, 0.5))
+BOS = 0  # in texts made here
+NGRAMS = (((False, 1), 2.0), ((False, 2), 0.5), ((False, 4), 1.0),
+          ((True, 1), 3.0), ((True, 2), 0.7), ((True, 3), 2.0), ((True, 5), 0.1), ((True, 8), 1.0), ((True, 12), 0.5))
 
 
 class Plain:
-    """One token after another; what followed each context is in a dictionary."""
+    """One token after another; what followed each context, in the whole text or since the last BOS, is in a
+    dictionary."""
 
     def __init__(self, ngrams):
         self.ngrams, self.followed = ngrams, collections.defaultdict(collections.Counter)
 
     def contexts(self, past):
-        return [(self.followed[length, tuple(past[-length:])], weight) for length, weight in self.ngrams]
+        document = past.count(BOS)
+        return [(self.followed[-1 if whole else document, length, tuple(past[-length:])], weight)
+                for (whole, length), weight in self.ngrams]
 
     def mix(self, past, model):
         """Probabilities of the whole vocabulary after `past`, from the model's."""
@@ -51,11 +56,11 @@ def distributions(count, vocab, seed=0):
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_scores_are_those_of_plain_counting_and_sum_to_one(data):
-    """Any text, lengths and concentrations: at each place the probabilities of all words are 1 together, by the same
-    counts that give the target's; the score is -log of that one."""
+    """Any text, documents, lengths and concentrations: at each place the probabilities of all words are 1 together, by
+    the same counts that give the target's; the score is -log of that one."""
     vocab = data.draw(st.integers(2, 9))
     tokens = data.draw(st.lists(st.integers(0, vocab - 1), min_size=2, max_size=60))
-    orders = sorted(data.draw(st.sets(st.integers(1, 20), max_size=5)))
+    orders = sorted(data.draw(st.sets(st.tuples(st.booleans(), st.integers(1, 20)), max_size=6)))
     ngrams = [(order, data.draw(st.floats(1e-3, 1e3))) for order in orders]
     model, plain, wanted = distributions(len(tokens) - 1, vocab), Plain(ngrams), []
     for i, word in enumerate(tokens[1:]):
@@ -64,7 +69,7 @@ def test_scores_are_those_of_plain_counting_and_sum_to_one(data):
         wanted.append(-math.log(p[word]))
         plain.add(tokens[:i + 1], word)
     nll = -model.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].log()
-    assert tg.mixture_nll(torch.tensor(tokens), nll, ngrams).tolist() == pytest.approx(wanted, abs=1e-9)
+    assert tg.mixture_nll(torch.tensor(tokens), nll, ngrams, BOS).tolist() == pytest.approx(wanted, abs=1e-9)
 
 
 def test_probabilities_of_the_whole_vocabulary_are_one_together():
@@ -77,7 +82,7 @@ def test_probabilities_of_the_whole_vocabulary_are_one_together():
         for word in range(vocab):
             text, scores = tokens[:place + 2].clone(), nll[:place + 1].clone()
             text[-1], scores[-1] = word, -model[place, word].log()
-            total += tg.mixture_nll(text, scores, NGRAMS)[-1].neg().exp().item()
+            total += tg.mixture_nll(text, scores, NGRAMS, BOS)[-1].neg().exp().item()
         assert total == pytest.approx(1, abs=1e-6)
 
 
@@ -85,23 +90,35 @@ def test_nothing_later_counts():
     """Other tokens and scores from t on leave every score before t bit-identical, and their own token's counts too."""
     generator = torch.Generator().manual_seed(2)
     tokens, nll = torch.randint(0, 5, (500,), generator=generator), torch.rand(499, generator=generator)
-    before = tg.mixture_nll(tokens, nll, NGRAMS)
+    before = tg.mixture_nll(tokens, nll, NGRAMS, BOS)
     for t in (1, 2, 13, 250, 498, 499):  # token t is target t - 1
         changed, other = tokens.clone(), nll.clone()
         changed[t:] = (changed[t:] + 1 + torch.randint(0, 4, (500 - t,), generator=generator)) % 5
         other[t - 1:] = 1 - other[t - 1:]
-        after = tg.mixture_nll(changed, other, NGRAMS)
+        after = tg.mixture_nll(changed, other, NGRAMS, BOS)
         assert torch.equal(before[:t - 1], after[:t - 1]) and not torch.equal(before, after)
 
 
 def test_a_context_never_seen_leaves_the_score(device):
     tokens = torch.arange(100_000, device=device) % 65_536
     nll = torch.rand(99_999, device=device)
-    mixed = tg.mixture_nll(tokens, nll, NGRAMS)
+    mixed = tg.mixture_nll(tokens, nll, NGRAMS, BOS)
     assert torch.equal(mixed[:65_536], nll[:65_536].double()) and (mixed[65_548:] < nll[65_548:]).all()
     assert torch.isfinite(mixed).all()
-    huge = tg.mixture_nll(tokens, 1000 + nll, NGRAMS)  # a probability that no float holds
+    huge = tg.mixture_nll(tokens, 1000 + nll, NGRAMS, BOS)  # a probability that no float holds
     assert torch.equal(huge[:65_536], (1000 + nll)[:65_536].double()) and torch.isfinite(huge).all()
+
+
+def test_documents_count_by_themselves():
+    """Another document's tokens change nothing in a document's own counts; a context before its BOS is no context."""
+    one, other = [BOS, 1, 2, 1, 2, 3, 1, 2], [BOS, 1, 3, 1, 3, 2, 1, 3, 3]
+    alone = list(tg.count_contexts(torch.tensor([*one, BOS]), [(False, 1), (False, 2)], BOS))
+    both = list(tg.count_contexts(torch.tensor([*other, *one, BOS]), [(False, 1), (False, 2)], BOS))
+    for mine, all_of_them in zip(alone, both):
+        assert all(torch.equal(a, b[len(other):]) for a, b in zip(mine, all_of_them))
+    assert [count.tolist() for count in alone[0]] == [
+        [0, 0, 0, 1, 1, 0, 2, 2], [0, 0, 0, 1, 0, 0, 2, 0], [0, 0, 0, 1, 1, 0, 1, 2]]
+    assert alone[1][0].tolist() == [0, 0, 0, 0, 1, 0, 0, 2]
 
 
 def test_keys_are_exact():
@@ -120,7 +137,7 @@ def test_keys_are_exact():
 def test_any_number_of_ranks_gives_the_same_bits(setting, tmp_path, monkeypatch, stride, changes):
     """The scores of 1, 2 and 4 ranks, added up, mix to the same result; no weight learns from the mixture."""
     cfg, val, model = setting
-    cfg, val = dataclasses.replace(cfg, ngram_orders="2,4", **changes or {}), val.take(slice(700))
+    cfg, val = dataclasses.replace(cfg, ngram_orders="d1,2,4", **changes or {}), val.take(slice(700))
     monkeypatch.setattr(tg.Scored, "require_scored_once", lambda self, times: None)
     results = []
     for world in (1, 2, 4):
@@ -136,7 +153,7 @@ def test_any_number_of_ranks_gives_the_same_bits(setting, tmp_path, monkeypatch,
             shares.append(nll)
         nll = sum(shares)
         results.append(tg.mixed_result("mixed", nll, val, cfg, make_runtime(tmp_path)))
-        plain = tg.mixture_nll(val.tokens, nll, cfg.ngrams).sum().item()
+        plain = tg.mixture_nll(val.tokens, nll, cfg.ngrams, val.bos_id).sum().item()
         assert results[-1].loss == plain / 699 and results[-1].bytes == int(val.sizes[1:].sum())
         assert results[-1].bpb == plain / math.log(2) / results[-1].bytes
     assert results[0].bpb == results[1].bpb == results[2].bpb and results[0].tokens == 699
@@ -189,10 +206,12 @@ def test_the_clock_leaves_time_for_counting(tmp_path):
 @pytest.mark.parametrize("settings, message", [
     ({"NGRAM_ORDERS": "3,2"}, "NGRAM_ORDERS='3,2' is not growing lengths of contexts"),
     ({"NGRAM_ORDERS": "2,2"}, "NGRAM_ORDERS='2,2' is not growing"),
-    ({"NGRAM_ORDERS": "0,1"}, "NGRAM_ORDERS='0,1' is not"),
+    ({"NGRAM_ORDERS": "0,1"}, "NGRAM_ORDERS='0,1' is not"), ({"NGRAM_ORDERS": "d0,1"}, "NGRAM_ORDERS='d0,1' is not"),
+    ({"NGRAM_ORDERS": "1,2,d3"}, "NGRAM_ORDERS='1,2,d3' is not"), ({"NGRAM_ORDERS": "d"}, "NGRAM_ORDERS='d' is not"),
+    ({"NGRAM_ORDERS": "d-1"}, "NGRAM_ORDERS='d-1' is not"), ({"NGRAM_ORDERS": "d20000,2"}, "contexts over 10,000"),
     ({"NGRAM_ORDERS": "2", "TTT_WARM_START_A": 1, "TTT_MODE": "lora", "TTT_RESET": "document",
       "TTT_DOC_CHUNK_TOKENS": 16}, "TTT_WARM_START_A=True the lengths"),
-    ({"NGRAM_ORDERS": "two"}, "NGRAM_ORDERS='two' is not"), ({"NGRAM_ORDERS": "2,20000"}, "longer than 10,000 tokens"),
+    ({"NGRAM_ORDERS": "two"}, "NGRAM_ORDERS='two' is not"), ({"NGRAM_ORDERS": "2,20000"}, "contexts over 10,000"),
     *(({"NGRAM_ORDERS": "2,3", "NGRAM_CONCENTRATIONS": text},
        f"NGRAM_CONCENTRATIONS='{text}' is not one positive number")
       for text in ("0", "-1", "nan", "4,nan", "1,0", "inf", "1,2,3", "", "much"))])
@@ -204,7 +223,7 @@ def test_mistakes_are_one_line(corpus, tmp_path, settings, message):
 
 # ---- the audit
 
-COUNTED = {"ngram_orders": "1,2,3,5", "ngram_concentrations": "4"}
+COUNTED = {"ngram_orders": "d1,d2,1,2,3,5", "ngram_concentrations": "4"}
 CHECKS = {"counts are exact, of earlier tokens", "full-vocabulary normalisation", "the sum is that of the scores",
           "bits per byte are nats / ln 2 / bytes", "repeatable", "causality"}
 
@@ -241,19 +260,29 @@ def table_filled_in_another_order(monkeypatch):
     text."""
     honest = tg.mixture_nll
 
-    def cheat(tokens, nll, ngrams):
+    def cheat(tokens, nll, *others):
         half, n = len(nll) // 2, len(nll)
         order = torch.cat((torch.arange(half, n), torch.arange(half)))
         text = torch.cat((tokens[order], tokens[order[-1:] + 1]))
-        return torch.empty(n, dtype=torch.float64).index_copy_(0, order, honest(text, nll[order], ngrams))
+        return torch.empty(n, dtype=torch.float64).index_copy_(0, order, honest(text, nll[order], *others))
     monkeypatch.setattr(tg, "mixture_nll", cheat)
+
+
+def documents_end_before_their_last_target(monkeypatch):
+    """The BOS that ends a document is predicted as the next one's, which has no counts yet: that alone tells it."""
+    honest = tg.count_contexts
+
+    def cheat(tokens, orders, bos_id):
+        for (whole, _), counts in zip(orders, honest(tokens, orders, bos_id)):
+            yield counts if whole else [count.where(tokens[1:] != bos_id, 0) for count in counts]
+    monkeypatch.setattr(tg, "count_contexts", cheat)
 
 
 def lower_of_the_two(monkeypatch):
     """Each token has the better score of the two, with counts and without."""
     honest = tg.mixture_nll
-    monkeypatch.setattr(tg, "mixture_nll", lambda tokens, nll, ngrams: torch.minimum(
-        honest(tokens, nll, ngrams), nll.double()))
+    monkeypatch.setattr(tg, "mixture_nll", lambda tokens, nll, *others: torch.minimum(
+        honest(tokens, nll, *others), nll.double()))
 
 
 def sum_of_less(monkeypatch):
@@ -265,7 +294,7 @@ def sum_of_less(monkeypatch):
 def counts_of_other_scores(monkeypatch):
     """The model's part is better than what was scored."""
     honest = tg.mixture_nll
-    monkeypatch.setattr(tg, "mixture_nll", lambda tokens, nll, ngrams: honest(tokens, 0.9 * nll, ngrams))
+    monkeypatch.setattr(tg, "mixture_nll", lambda tokens, nll, *others: honest(tokens, 0.9 * nll, *others))
 
 
 @pytest.mark.parametrize("cheat, checks", [
@@ -273,6 +302,7 @@ def counts_of_other_scores(monkeypatch):
     (counts_of_the_whole_text, {"counts are exact, of earlier tokens", "causality"}),
     (hashed_counts, {"counts are exact, of earlier tokens", "full-vocabulary normalisation"}),
     (table_filled_in_another_order, {"counts are exact, of earlier tokens", "causality"}),
+    (documents_end_before_their_last_target, {"counts are exact, of earlier tokens", "full-vocabulary normalisation"}),
     (lower_of_the_two, {"counts are exact, of earlier tokens", "full-vocabulary normalisation"}),
     (sum_of_less, {"the sum is that of the scores"}),
     (counts_of_other_scores, {"counts are exact, of earlier tokens"})],
@@ -313,25 +343,26 @@ def find(corpus, tmp_path, monkeypatch, capsys, artifact):
 
 def test_concentrations_come_from_training_text(find, corpus, monkeypatch):
     """From the end of it: other validation text changes nothing; what is printed can be set."""
-    code, out, err = find("--tokens", "600", "NGRAM_ORDERS=2,3", "EVAL_STRIDE=0")
+    code, out, err = find("--tokens", "600", "NGRAM_ORDERS=d1,2,3", "EVAL_STRIDE=0")
     assert code == 0, err
     score, line = out.splitlines()
     assert score.startswith("roundtrip: ") and "on 300 targets of the training text" in score
     chosen = dict(pair.split("=") for pair in line.split())
-    assert [order for order, _ in tg.Hyperparameters.from_env(chosen).ngrams] == [2, 3]
+    assert [order for order, _ in tg.Hyperparameters.from_env(chosen).ngrams] == [(False, 1), (True, 2), (True, 3)]
     opened = tg.ValData.open.__func__
     monkeypatch.setattr(tg.ValData, "open", classmethod(lambda cls, *args: dataclasses.replace(
         opened(cls, *args), tokens=torch.zeros(1700, dtype=torch.int32))))
-    assert find("--tokens", "600", "NGRAM_ORDERS=2,3", "EVAL_STRIDE=0")[1].splitlines()[1] == line
+    assert find("--tokens", "600", "NGRAM_ORDERS=d1,2,3", "EVAL_STRIDE=0")[1].splitlines()[1] == line
     assert "on 600 targets of the validation text" in find("--val", "--tokens", "600", "NGRAM_ORDERS=2,3")[1]
 
 
 def test_picked_concentrations_are_better_than_their_neighbours():
     tokens = torch.randint(0, 6, (900,), generator=torch.Generator().manual_seed(3)) ** 2 // 6
     nll = torch.full((899,), math.log(6), dtype=torch.float64)
-    counts = list(tg.count_contexts(tokens, [1, 2]))
+    orders = [(True, 1), (True, 2)]
+    counts = list(tg.count_contexts(tokens, orders, BOS))
     chosen = tool.pick(counts, nll)
-    loss = lambda weights: tg.mixture_nll(tokens, nll, list(zip((1, 2), weights))).mean().item()
+    loss = lambda weights: tg.mixture_nll(tokens, nll, list(zip(orders, weights)), BOS).mean().item()
     assert loss(chosen) < loss([8.0, 8.0])
     for i in (0, 1):
         for factor in (0.5, 2.0):

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -344,17 +345,18 @@ def lent_to_all(hook, row: int):
 
 
 class Counts:
-    """The audit's own back-off over what followed each context before: plain, one token after another. ngrams: (context
-    length, concentration), growing."""
+    """The audit's own back-off over what followed each context before: plain, one token after another. ngrams: ((in the
+    whole text or in its document?, context length), concentration), growing."""
 
-    def __init__(self, tokens: list[int], ngrams):
+    def __init__(self, tokens: list[int], ngrams, bos_id: int):
         self.tokens, self.ngrams = tokens, ngrams
-        self.followed = {}  # (length, context) -> token -> how often
+        self.document = list(itertools.accumulate(token == bos_id for token in tokens))
+        self.followed = {}  # (document, length, context) -> token -> how often
 
     def contexts(self, i: int):
         """What followed the contexts of target i so far, each with its concentration, the shortest context first."""
-        for length, concentration in self.ngrams:
-            context = length, *self.tokens[max(i + 1 - length, 0):i + 1]
+        for (whole, length), concentration in self.ngrams:
+            context = None if whole else self.document[i], length, *self.tokens[max(i + 1 - length, 0):i + 1]
             yield self.followed.setdefault(context, collections.Counter()), concentration
 
     def mix(self, i: int, p, words):
@@ -604,7 +606,7 @@ class Audit:
         targets, vocab, places = len(self.tokens) - 1, self.cfg.vocab_size, 0
         given = before[-1].nll.numpy() if before else np.zeros(targets)
         mixed = passes[-1].nll.numpy() if len(passes) == 1 else np.full(targets, np.nan)
-        counts, own, worst = Counts(self.tokens.tolist(), self.cfg.ngrams), np.zeros(targets), 0.0
+        counts, own, worst = Counts(self.tokens.tolist(), self.cfg.ngrams, self.val.bos_id), np.zeros(targets), 0.0
         for i in range(targets):
             word = counts.tokens[i + 1]
             own[i] = -np.log(counts.mix(i, np.exp(-given[i:i + 1]), [word])[0])
@@ -633,7 +635,7 @@ class Audit:
 
     def often_seen(self, count: int) -> list[int]:
         """Targets whose shortest context occurred most often before."""
-        length, seen, times = self.cfg.ngrams[0][0], collections.Counter(), []
+        length, seen, times = self.cfg.ngrams[0][0][1], collections.Counter(), []
         for i in range(len(self.tokens) - 1):
             context = tuple(self.tokens[max(i + 1 - length, 0):i + 1].tolist())
             times.append(seen[context])
@@ -647,7 +649,8 @@ class Audit:
         nll[place] = math.log(self.cfg.vocab_size)
         for word in range(self.cfg.vocab_size):
             tokens[place + 1] = word
-            total += math.exp(-self.script.mixture_nll(tokens, nll, self.cfg.ngrams)[place].item())
+            mixed = self.script.mixture_nll(tokens, nll, self.cfg.ngrams, self.val.bos_id)
+            total += math.exp(-mixed[place].item())
         return total
 
     def where_to_change(self) -> list[int]:

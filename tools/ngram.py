@@ -1,6 +1,6 @@
 """Finds the concentrations of NGRAM_ORDERS for a model on training text, never on validation text.
 
-    python tools/ngram.py final_model.ptz --tokens 200000 NGRAM_ORDERS=2,3,4,5,6,8,12
+    python tools/ngram.py final_model.ptz --tokens 200000 NGRAM_ORDERS=d1,d2,d3,2,3,4,5,6,8,12
     python tools/ngram.py final_model.ptz --val --tokens 100000 NGRAM_ORDERS=2,3,4 NGRAM_CONCENTRATIONS=8   # measures
 
 The text is the end of the training shards, which a run reads last or never: a model knows what it has read too well. It
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         raise tg.UserError(f"--tokens {args.tokens} is out of range: 2 or more")
     cfg = tg.settings_from({**os.environ, **settings, "EVAL_ARTIFACT": args.artifact, "EVAL_MAX_SECONDS": "0"})
     if not cfg.ngrams:
-        raise tg.UserError("NGRAM_ORDERS is empty: name the lengths of contexts, like NGRAM_ORDERS=2,3,4,5,6,8,12")
+        raise tg.UserError("NGRAM_ORDERS is empty: name the lengths of contexts, like NGRAM_ORDERS=d1,d2,2,3,4,5,6,8")
     rt = tg.Runtime.open(cfg)
     rt = dataclasses.replace(rt, log=tg.RunLog(rt.folder, rt.run_id, active=False))
     text = read_text(cfg, rt, args.tokens, args.val)
@@ -93,16 +93,16 @@ def main(argv: list[str]) -> int:
         raise tg.UserError(f"--tokens {args.tokens} is less than a window of {cfg.window}")
     key, nll, seconds = scores(args.artifact, cfg, rt, text)
     begun, half, orders = time.perf_counter(), 0 if args.val else len(nll) // 2, [order for order, _ in cfg.ngrams]
-    counts = list(tg.count_contexts(text.tokens, orders))
+    counts = list(tg.count_contexts(text.tokens, orders, text.bos_id))
     counting = time.perf_counter() - begun
     chosen = [weight for _, weight in cfg.ngrams] if args.val else pick(
         [[count[:half] for count in each] for each in counts], nll[:half])
-    mixed = tg.mixture_nll(text.tokens, nll, list(zip(orders, chosen)))
+    mixed = tg.mixture_nll(text.tokens, nll, list(zip(orders, chosen)), text.bos_id)
     before, after = nll[half:].mean().item(), mixed[half:].mean().item()
     print(f"{key}: {before:.5f} nats a token, with counts {after:.5f}, {after / before - 1:+.2%}, on "
           f"{len(nll) - half:,} targets of the {'validation' if args.val else 'training'} text; {seconds:.1f} s to score, {counting:.2f} s "
           "to count")
-    print(f"NGRAM_ORDERS={','.join(map(str, orders))} NGRAM_CONCENTRATIONS={','.join(f'{c:.3g}' for c in chosen)}")
+    print(f"NGRAM_ORDERS={cfg.ngram_orders} NGRAM_CONCENTRATIONS={','.join(f'{c:.3g}' for c in chosen)}")
     return 0
 
 
