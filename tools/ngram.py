@@ -5,7 +5,7 @@
 
 The text is the end of the training shards, which a run reads last or never: a model knows what it has read too well. It
 is scored by the last of a run's evaluations. The first half of the scores picks the concentrations, one length after
-another in steps of a square root of two; the second half, with the first one's counts, tells what they gain. With --val
+another in steps of a fourth root of two; the second half, with the first one's counts, tells what they gain. With --val
 nothing is picked: the gain of the settings' own concentrations on the first tokens of the validation text. Settings are
 those of train_gpt.py, from the environment or as KEY=VALUE.
 """
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 import shell  # noqa: E402
 
-RANGE, STEP = (2.0 ** -10, 2.0 ** 20), 2 ** 0.5
+RANGE, STEP = (2.0 ** -10, 2.0 ** 20), 2 ** 0.25
 
 
 def read_text(cfg: tg.Hyperparameters, rt: tg.Runtime, targets: int, validation: bool) -> tg.ValData:
@@ -64,7 +64,7 @@ def pick(counts: list, nll: torch.Tensor, start: float = 8.0) -> list[float]:
     while before - best > 1e-6:
         before = best
         for i in range(len(chosen)):
-            for factor in (STEP ** 4, STEP ** -4, STEP, 1 / STEP):
+            for factor in (STEP ** 8, STEP ** -8, STEP ** 2, STEP ** -2, STEP, 1 / STEP):
                 while True:
                     tried = [*chosen[:i], chosen[i] * factor, *chosen[i + 1:]]
                     lower = loss(tried) if RANGE[0] <= tried[i] <= RANGE[1] else math.inf
