@@ -11,6 +11,7 @@ without the script. Below the table: bytes at equal loss and nats at equal bytes
 from __future__ import annotations
 
 import contextlib
+import copy
 import lzma
 import math
 import os
@@ -36,7 +37,9 @@ RULES = (
     ("percentile, nearest", {"CLIP_RULE": "percentile", "GPTQ_ENABLED": 0},
      {"CLIP_WIDEN": 1}, (4, 2)),
     *((f"water-filling, a={a}, nats", {"CLIP_RULE": "waterfill", "WATERFILL_EXPONENT": a}, {"WATERFILL_NATS": 1},
-       (0.06, 0.03, 0.015, 0.0075)) for a in (0.5, 0.75, 1.0)))
+       (0.06, 0.03, 0.015, 0.0075)) for a in (0.5, 0.75, 1.0)),
+    ("water-filling, tuned, nats", {"CLIP_RULE": "waterfill", "TUNE_STEPS": 120}, {"WATERFILL_NATS": 1},
+     (0.06, 0.03, 0.015, 0.0075)))
 CODECS = {"zstd-22": "zstd", "lzma-9e": "lzma", "range": "range"}
 
 
@@ -92,13 +95,15 @@ def measure(environ: dict, rt: tg.Runtime, model: tg.GPT, data: tg.TrainData, id
         for size in sizes:
             changes = fixed | {key: size * value for key, value in growing.items()}
             changed = tg.Hyperparameters.from_env(environ | {key: str(value) for key, value in changes.items()})
-            begun = time.perf_counter()
-            rounded = tg.round_model(changed, model, hessians if changed.gptq_enabled else {},
+            begun, tried = time.perf_counter(), copy.deepcopy(model)
+            rounded = tg.round_model(changed, tried, hessians if changed.gptq_enabled else {},
                                      factors if changed.clip_rule == "waterfill" else None)
-            size_bytes = len(tg.pack(changed, model, "0" * 64, rounded).blob)
+            if changed.tune_steps:
+                rounded = tg.fine_tune(changed, rounded, rt, tried, data, step + cfg.gptq_calibration_batches, math.inf)
+            size_bytes = len(tg.pack(changed, tried, "0" * 64, rounded).blob)
             seconds = time.perf_counter() - begun
-            with using_rounded_weights(model, rounded):
-                added = loss_on(model, ids, cfg.train_seq_len) - float_loss
+            with using_rounded_weights(tried, rounded):
+                added = loss_on(tried, ids, cfg.train_seq_len) - float_loss
             found.setdefault(name, []).append((added, size_bytes))
             print(f"{f'{name} {size:g}':<38} {added:10.5f}  {size_bytes:14,}  {8 * size_bytes / weights:13.3f}  "
                   f"{seconds:7.1f}", flush=True)
