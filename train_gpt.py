@@ -20,7 +20,7 @@ read back -> evaluate -> report.
     SCHEDULES   plan_step: progress -> learning-rate scale, momentum, QAT, snapshots
     AVERAGING   Averager: EMA, or the mean of snapshots (SWA, LAWA)
     TRAINING    train: warm-up, steps, validation, checkpoints
-    ROUNDING    calibrate, round_model, fit_size: from a float model to codes of the right size
+    ROUNDING    calibrate, round_model, fit_size, fine_tune: from a float model to codes of the right size
     ARTIFACT    pack, load_model: range coder, container, checks of what is read
     ADAPTERS    what test-time training changes: all weights, LoRA, a hashed embedding
     EVALUATION  evaluate: plan -> score -> commit -> train an adapter; Scored decides what makes a score illegal
@@ -41,7 +41,7 @@ Where a technique lives:
     Muon, Newton-Schulz, Polar Express      Muon, newton_schulz; NorMuon: normalise_rows_; MuonEq-R: launch_update
     late QAT, soft rounding                 when: qat_progress; how: fake_quantise, soft_round
     complementary training                  BigramCounts; pruning: prune
-    GPTQ, fitting the size                  gptq, HessianSums; fit_size
+    GPTQ, fitting the size                  gptq, HessianSums; fit_size; fine-tuning after both: fine_tune
     steps by what they cost (water-filling) loss_curvature, curvature, water_fill; the coder: finer_sixteenths
     sliding windows, time limit             Windows, plan_stream; EvalClock
     counts of scored tokens (back-off)      count_contexts, mixture_nll; mixed_result
@@ -905,23 +905,10 @@ def causal_mask(queries: int, keys: int, device, window: int = 0, documents: Doc
     return mask & (number[keys - queries:, None] == number)
 
 
-def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDPBackend | None,
-              documents: Documents | None = None):
-    """Call F.scaled_dot_product_attention, or a function of its arguments. `first`: the kernel PyTorch tries first; the
-    others stay allowed, because none takes every shape, type and mask. None: PyTorch's own order."""
-    whole = q.size(1) == k.size(1) and not window and documents is None
-    causal = True if whole else False  # a plain bool, for graphs of any length too
-    mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window, documents)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if q.is_cuda and not causal:  # the flash kernel takes no mask, and the memory-efficient one no grouped heads
-        k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-    with sdpa_kernel([first, *SDPA_KERNELS], set_priority=True) if first else contextlib.nullcontext():
-        return function(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1))
-
-
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Documents | None = None,
                 first: SDPBackend | None = None) -> Tensor:
-    """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
+    """`attend_math` by PyTorch's fused kernels. `first`: the one that it tries first; the others stay allowed, because
+    none takes every shape, type and mask. None: PyTorch's own order."""
     if documents is not None and q.device.type != "cpu" and q.dtype != torch.float32:
         # what varlen_attn calls, which torch 2.9 has not, and later ones with other arguments
         return attend_varlen(torch.ops.aten._flash_attention_forward, q, k, v, documents, dropout_p=0.0, is_causal=True,
@@ -930,7 +917,15 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Doc
         bounds = documents.starts.unique().tolist()
         parts = [[t[:, begin:end] for t in (q, k, v)] for begin, end in zip(bounds, bounds[1:])]
         return torch.cat([attend_sdpa(*part, window, first=first) for part in parts], dim=1)
-    return call_sdpa(F.scaled_dot_product_attention, q, k, v, window, first, documents).transpose(1, 2)
+    whole = q.size(1) == k.size(1) and not window and documents is None
+    causal = True if whole else False  # a plain bool, for graphs of any length too
+    mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window, documents)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if q.is_cuda and not causal:  # the flash kernel takes no mask, and the memory-efficient one no grouped heads
+        k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+    with sdpa_kernel([first, *SDPA_KERNELS], set_priority=True) if first else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                              enable_gqa=k.size(1) < q.size(1)).transpose(1, 2)
 
 
 def attend_varlen(function, q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options) -> Tensor:
@@ -1192,18 +1187,6 @@ class Runtime:
             event.synchronize()
             finished.append(number.item())
         return finished
-
-    def attention_kernels(self, cfg: Hyperparameters) -> str:
-        """The attention back end and, where PyTorch chooses another of its kernels instead, that one's name."""
-        text, first = self.attention, getattr(self.attend, "keywords", {}).get("first")
-        lengths = {"training": [cfg.train_seq_len] * 2, "scoring": [cfg.stride, cfg.window]}
-        for use, (queries, keys) in lengths.items() if first else ():
-            shapes = (queries, cfg.num_heads), (keys, cfg.num_kv_heads), (keys, cfg.num_kv_heads)
-            qkv = [torch.empty(1, *shape, cfg.head_dim, device=self.device, dtype=self.dtype,
-                               requires_grad=use == "training") for shape in shapes]
-            runs = SDPBackend(call_sdpa(torch._fused_sdp_choice, *qkv, cfg.attention_window, first))
-            text += "" if runs == first else f",{use}:{runs.name.lower().removesuffix('_attention')}"
-        return text
 
     def peak_memory_line(self) -> str:
         if self.on_cuda:
@@ -3259,6 +3242,7 @@ def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data
             torch._foreach_copy_(weights, [weight * gain.exp() for weight, gain in zip(untuned, gains)])
         loss = divergence(model, float_model, ids)
         before = rt.agree(loss.item()) if before is None else before
+        rt.synchronize()
         share = max(done / cfg.tune_steps, rt.agree(watch.elapsed()) / max(left_s, 1e-9))
         if share >= 1:
             break
@@ -4496,7 +4480,7 @@ def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, da
         f"val_loader:shards pattern={cfg.val_files} tokens:{len(val.tokens) - 1}",
         f"model_params:{count(model)}",
         f"XSA:last_{cfg.xsa_last_n} active_layers:{[i for i, b in enumerate(model.blocks) if b.attn.exclusive]}",
-        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention_kernels(cfg)} "
+        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention} "
         f"kernels:{rt.kernels}",
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}"]
     lines += [] if data is None else [

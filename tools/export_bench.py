@@ -65,6 +65,13 @@ def loss_on(model: tg.GPT, ids: torch.Tensor, seq_len: int) -> float:
     return float(sum(parts)) / targets.numel()
 
 
+@torch.no_grad()
+def divergence_on(model: tg.GPT, wanted: tg.GPT, ids: torch.Tensor, seq_len: int) -> float:
+    """From the wanted model, in nats per token: what is added to the loss, but for the chance of which tokens follow."""
+    batches = ids[:-1].view(-1, seq_len).split(16)
+    return sum(float(tg.divergence(model, wanted, batch)) * len(batch) for batch in batches) * seq_len / (len(ids) - 1)
+
+
 @contextlib.contextmanager
 def using_rounded_weights(model: tg.GPT, rounded: dict[str, tuple[torch.Tensor, torch.Tensor]]):
     """The model with rounded weights in place of its own."""
@@ -89,7 +96,7 @@ def measure(environ: dict, rt: tg.Runtime, model: tg.GPT, data: tg.TrainData, id
     factors = tg.loss_curvature(cfg, rt, model, data, step, hessians, math.inf)
     float_loss, weights = loss_on(model, ids, cfg.train_seq_len), sum(p.numel() for p in model.parameters())
     print(f"{weights:,} weights, float loss {float_loss:.5f} nats on {len(ids) - 1:,} tokens\n"
-          f"{'rule':<38} added nats  artifact bytes  bits a weight  seconds")
+          f"{'rule':<38} added nats  KL nats  artifact bytes  bits a weight  seconds")
     found: dict[str, list[tuple[float, int]]] = {}
     for name, fixed, growing, sizes in [rule for rule in RULES if only in rule[0]]:
         for size in sizes:
@@ -104,9 +111,10 @@ def measure(environ: dict, rt: tg.Runtime, model: tg.GPT, data: tg.TrainData, id
             seconds = time.perf_counter() - begun
             with using_rounded_weights(tried, rounded):
                 added = loss_on(tried, ids, cfg.train_seq_len) - float_loss
+                kl = divergence_on(tried, model, ids, cfg.train_seq_len)
             found.setdefault(name, []).append((added, size_bytes))
-            print(f"{f'{name} {size:g}':<38} {added:10.5f}  {size_bytes:14,}  {8 * size_bytes / weights:13.3f}  "
-                  f"{seconds:7.1f}", flush=True)
+            print(f"{f'{name} {size:g}':<38} {added:10.5f}  {kl:7.5f}  {size_bytes:14,}  "
+                  f"{8 * size_bytes / weights:13.3f}  {seconds:7.1f}", flush=True)
     return found
 
 
