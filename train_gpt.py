@@ -451,8 +451,7 @@ class Hyperparameters:
     def ngrams(self) -> tuple[tuple[tuple[bool, int], float], ...]:
         """Contexts that are counted, ((in the whole text?, length), concentration), growing. Raises UserError."""
         orders = parse_list("NGRAM_ORDERS", self.ngram_orders, "growing lengths of contexts, like d1,d2,2,3,5",
-                            lambda part: (part[0] != "d", int(part.removeprefix("d"))),
-                            lambda orders: growing(orders) and all(length > 0 for _, length in orders))
+                            lambda part: (part[0] != "d", int(part.removeprefix("d"))), growing)
         weights = parse_list(
             "NGRAM_CONCENTRATIONS", self.ngram_concentrations,
             f"one positive number, or one for each of NGRAM_ORDERS={self.ngram_orders}", float,
@@ -597,7 +596,8 @@ def combination_rules(cfg: Hyperparameters):
     yield cfg.attention_window <= min(*lengths, cfg.window), (
         f"{{attention_window}} is longer than the training sequences of {min(lengths)} or the windows of {{window}}")
     yield from adaptation_rules(cfg) if cfg.ttt_enabled else ()
-    yield all(length <= 10_000 for (_, length), _ in cfg.ngrams), "{ngram_orders} has contexts over 10,000 tokens"
+    yield all(1 <= length <= 10_000 for (_, length), _ in cfg.ngrams), (
+        "{ngram_orders} has contexts that are not 1 to 10,000 tokens long")
     yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
     if cfg.clip_rule == "waterfill":
@@ -4375,7 +4375,7 @@ def count_contexts(tokens: Tensor, orders, bos_id: int):
     last, wanted = tokens[:-1].long(), tokens[1:].long()
     base, document = max(len(tokens), 2 ** 16) + 1, (last == bos_id).cumsum(0)  # id 0: before the text
     for whole, group in itertools.groupby(orders, lambda order: order[0]):
-        contexts, length = Occurrences(last + 1 + (0 if whole else document * base)), 1
+        contexts, length = Occurrences(last + (not whole) * document * base), 1
         for _, order in group:
             while length < order:  # a longer context is two that overlap or touch
                 step = min(length, order - length)

@@ -206,12 +206,12 @@ def test_the_clock_leaves_time_for_counting(tmp_path):
 @pytest.mark.parametrize("settings, message", [
     ({"NGRAM_ORDERS": "3,2"}, "NGRAM_ORDERS='3,2' is not growing lengths of contexts"),
     ({"NGRAM_ORDERS": "2,2"}, "NGRAM_ORDERS='2,2' is not growing"),
-    ({"NGRAM_ORDERS": "0,1"}, "NGRAM_ORDERS='0,1' is not"), ({"NGRAM_ORDERS": "d0,1"}, "NGRAM_ORDERS='d0,1' is not"),
+    ({"NGRAM_ORDERS": "0,1"}, "NGRAM_ORDERS='0,1' has contexts"), ({"NGRAM_ORDERS": "d0,1"}, "not 1 to 10,000 tokens"),
     ({"NGRAM_ORDERS": "1,2,d3"}, "NGRAM_ORDERS='1,2,d3' is not"), ({"NGRAM_ORDERS": "d"}, "NGRAM_ORDERS='d' is not"),
-    ({"NGRAM_ORDERS": "d-1"}, "NGRAM_ORDERS='d-1' is not"), ({"NGRAM_ORDERS": "d20000,2"}, "contexts over 10,000"),
+    ({"NGRAM_ORDERS": "d-1"}, "NGRAM_ORDERS='d-1' has contexts"), ({"NGRAM_ORDERS": "d20000,2"}, "not 1 to 10,000"),
     ({"NGRAM_ORDERS": "2", "TTT_WARM_START_A": 1, "TTT_MODE": "lora", "TTT_RESET": "document",
       "TTT_DOC_CHUNK_TOKENS": 16}, "TTT_WARM_START_A=True the lengths"),
-    ({"NGRAM_ORDERS": "two"}, "NGRAM_ORDERS='two' is not"), ({"NGRAM_ORDERS": "2,20000"}, "contexts over 10,000"),
+    ({"NGRAM_ORDERS": "two"}, "NGRAM_ORDERS='two' is not"), ({"NGRAM_ORDERS": "2,20000"}, "not 1 to 10,000"),
     *(({"NGRAM_ORDERS": "2,3", "NGRAM_CONCENTRATIONS": text},
        f"NGRAM_CONCENTRATIONS='{text}' is not one positive number")
       for text in ("0", "-1", "nan", "4,nan", "1,0", "inf", "1,2,3", "", "much"))])
