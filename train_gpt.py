@@ -3245,13 +3245,14 @@ def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data
         loss = divergence(model, float_model, ids)
         before = rt.agree(loss.item()) if before is None else before
         rt.synchronize()
-        share = max(done / cfg.tune_steps, rt.agree(watch.elapsed()) / max(left_s, 1e-9))
+        share = max(done / cfg.tune_steps, rt.agree(watch.elapsed() / max(left_s, 1e-9)))
         if share >= 1:
             break
         grads = list(torch.autograd.grad(loss, weights + floats, materialize_grads=True))
-        grads[:len(gains)] = [(grad * weight).sum(-1, keepdim=True) for grad, weight in zip(grads, weights)]
-        for p, grad in zip(gains + floats, rt.sum_many_(grads)):
-            p.grad = grad  # Adam does not mind that it is a sum over ranks
+        with torch.no_grad():
+            grads[:len(gains)] = [(grad * weight).sum(-1, keepdim=True) for grad, weight in zip(grads, weights)]
+            for p, grad in zip(gains + floats, rt.sum_many_(grads)):
+                p.grad = grad  # Adam does not mind that it is a sum over ranks
         adam.param_groups[0]["lr"] = TUNE_RATE * (1 - 0.95 * share)
         adam.step()
     tuned = {}
