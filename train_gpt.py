@@ -1143,6 +1143,24 @@ class Runtime:
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Waits for nothing."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.on_cuda else tensor
+
+    def moment(self, clock):
+        """This place in the GPU's queue of work; elsewhere what `clock()` says."""
+        if not self.on_cuda:
+            return clock()
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+
+    def seconds_between(self, begin, end) -> float:
+        """Of two moments. Waits until the GPU gets to the second one."""
+        if not self.on_cuda:
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world_size > 1:
@@ -1379,17 +1397,13 @@ class TrainData:
         """Part of the tokens of a step and the one that follows them.  # int32 [len(part) + 1]"""
         return self.stream.read(step * self.batch_tokens + part.start, len(part) + 1)
 
-    def to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.rt.device, non_blocking=True) if self.rt.on_cuda else tensor
-
     def micro_batches(self, per_token: Tensor, seq_len: int = 0) -> Tensor:
         """One number per token of this rank, as its micro-batches.  # [tokens] -> [micro_steps, rows, seq_len]"""
         return per_token.view(self.micro_steps, -1, seq_len or self.seq_len)
 
     def rows(self, ids: np.ndarray, seq_len: int):
         """Inputs and targets of each micro-batch of this rank, whose tokens are `ids`.  # int64 [rows, seq_len] each"""
-        span = self.to_device(ids).long()
+        span = self.rt.to_device(ids).long()
         return zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
 
     def batch(self, step: int):
@@ -1403,7 +1417,7 @@ class TrainData:
             if self.bos_id < 0:
                 yield inputs, targets, {}
             else:
-                starts = self.to_device(document_starts(part, self.bos_id, seq_len))
+                starts = self.rt.to_device(document_starts(part, self.bos_id, seq_len))
                 yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
 
 
@@ -1584,7 +1598,7 @@ class BpbMeter:
 
     def add(self, nll: Tensor, size: Tensor) -> None:
         """Nll in nats of some tokens, and the bytes of text they stand for.  # [n] each"""
-        count = torch.tensor(len(nll), dtype=torch.float64, device=nll.device)
+        count = torch.full((), len(nll), dtype=torch.float64, device=nll.device)
         self.sums += torch.stack((nll.double().sum(), count, size.double().sum()))
 
     def reduce(self, rt: Runtime) -> tuple[float, float, int, int]:
@@ -2826,7 +2840,7 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span = data.to_device(data.read(step, range(data.batch_tokens))).long()
+        span = data.rt.to_device(data.read(step, range(data.batch_tokens))).long()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
         return data.micro_batches((weights / weights.mean())[data.share.start:data.share.stop])
@@ -3838,18 +3852,18 @@ class Adapter:
             ((rescore() if epoch else nll) * weight).sum().backward()
             self.step()
 
-    def learn_documents(self, tokens: Tensor, targets: Tensor, bos_id: int) -> None:
-        """One step of all ranks on the mean loss of scored documents end to end.  # int64 [n] each
+    def learn_documents(self, tokens: Tensor, targets: Tensor, on_host: Tensor, bos_id: int) -> None:
+        """One step of all ranks on the mean loss of scored documents end to end. on_host: the tokens  # int64 [n] each
 
         They are computed in rows of the context's length, in which no document reads another. The rows' gradients are
         summed in float64, so that any number of ranks makes the same step.
         """
         length, sums = self.cfg.doc_context, [torch.zeros_like(t, dtype=torch.float64) for t in self.trained]
         weights = torch.full(tokens.shape, length / len(tokens), device=tokens.device)
-        rows = list(zip(*(t.split(length) for t in (tokens, targets, weights))))
+        rows = list(zip(*(t.split(length) for t in (tokens, targets, weights, on_host))))
         for row in [rows[i] for i in self.rt.share_of(len(rows))]:
-            x, y, weights = (F.pad(t, (0, length - len(t)))[None] for t in row)  # one length, so one compiled graph
-            begins = torch.from_numpy(document_starts(x[0].cpu().numpy(), bos_id, length)).to(x.device)
+            x, y, weights, ids = (F.pad(t, (0, length - len(t)))[None] for t in row)  # one length, so one graph
+            begins = self.rt.to_device(document_starts(ids[0].numpy(), bos_id, length))
             self.loss_fn(x, y, token_weights=weights, documents=Documents(begins, length)).backward()
             for total, tensor in zip(sums, self.trained):
                 total += 0 if tensor.grad is None else tensor.grad
@@ -3961,7 +3975,7 @@ class LoraAdapter(Adapter):
         cfg, weights = self.cfg, [(1.0, p) for p, _ in self.weights]
         sgd = dataclasses.replace(cfg, ttt_momentum=cfg.global_ttt_momentum, ttt_grad_clip=cfg.global_ttt_grad_clip)
         trainer = Adapter(self.model, sgd, self.rt, weights, cfg.global_ttt_lr, "sgd", rows=1)
-        chunks = list(zip(tokens.split(cfg.global_ttt_chunk_tokens), targets.split(cfg.global_ttt_chunk_tokens)))
+        chunks = list(zip(*(t.split(cfg.global_ttt_chunk_tokens) for t in (tokens, targets, tokens.cpu()))))
         for i, chunk in enumerate(chunks[:-1] or chunks):  # the last one's rate would be 0
             trainer.set_progress(i / max(len(chunks) - 1, 1))
             for _ in range(cfg.global_ttt_epochs):
@@ -4007,11 +4021,13 @@ class Windows:
     copies of that token fill its rest.
     """
 
-    start: Tensor    # int64 [windows]
-    low: Tensor      # int64 [windows]
-    high: Tensor     # int64 [windows]
+    bounds: Tensor   # int64 [4, windows]: start, low, high, end of the document (or of what is known of it)
     length: int      # tokens of a window
     keep: int        # its last so many positions hold all targets it scores
+    count: int       # targets scored, all windows together
+
+    def __len__(self) -> int:
+        return self.bounds.size(1)
 
     @classmethod
     def sliding(cls, targets: int, length: int, stride: int) -> Windows:
@@ -4019,29 +4035,30 @@ class Windows:
         the text, and score its tail several times.)"""
         count = 1 + -(-max(targets - length, 0) // stride)
         high = (length + stride * torch.arange(count)).clamp(max=targets)
-        return cls(high - length, F.pad(high[:-1], (1, 0)), high, length, stride)
+        return cls.of(high - length, F.pad(high[:-1], (1, 0)), high, high, length, stride)
+
+    @classmethod
+    def of(cls, start: Tensor, low: Tensor, high: Tensor, end: Tensor, length: int, keep: int) -> Windows:
+        return cls(torch.stack((start, low, high, end)), length, keep, int((high - low).sum()))
 
     def part(self, start: int, stop: int) -> Windows:
-        return dataclasses.replace(self, start=self.start[start:stop], low=self.low[start:stop],
-                                   high=self.high[start:stop])
+        return self.of(*self.bounds[:, start:stop], self.length, self.keep)
 
     def filled(self, count: int) -> Windows:
         """Padded to `count` windows: compiled graphs need fixed shapes, and sums of a fixed order give equal scores."""
-        more = [-1] * (count - len(self.low))
-        return dataclasses.replace(self, start=torch.cat((self.start, self.start[more])),
-                                   low=torch.cat((self.low, self.high[more])),
-                                   high=torch.cat((self.high, self.high[more])))
+        filler = self.bounds[[0, 2, 2, 3], -1:].expand(-1, count - len(self))
+        return dataclasses.replace(self, bounds=torch.cat((self.bounds, filler), dim=1))
 
     def batches(self, size: int, fixed: bool) -> list[Windows]:
         """Batches of at most `size` windows. The first window of a text scores all it reads, in a batch of its own."""
-        alone = int(len(self.low) > 0 and self.high[0] - self.low[0] > self.keep)
+        alone = int(self.part(0, 1).count > self.keep)
         whole = [dataclasses.replace(self.part(0, 1), keep=self.length)] * alone
-        parts = whole + [self.part(i, i + size) for i in range(alone, len(self.low), size)]
+        parts = whole + [self.part(i, i + size) for i in range(alone, len(self), size)]
         return [part.filled(size) if fixed else part for part in parts]
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs [n, length]; target ids, target numbers and which of them to score, [n, keep] each."""
-        start, low, high = (t.to(tokens.device)[:, None] for t in (self.start, self.low, self.high))
+        start, low, high = self.bounds[:3, :, None]
         at = start + torch.arange(self.length + 1, device=tokens.device)
         text, number = tokens[at.minimum(high)].long(), at[:, -self.keep - 1:-1]
         ids, wanted = text[:, :-1].contiguous(), text[:, -self.keep:].contiguous()  # one layout, so one compiled graph
@@ -4058,13 +4075,12 @@ class ScoredChunk:
     progress: float = 0.0   # 0..1 of the text
     resets: bool = False    # the adapter starts afresh: other documents begin here
     keeps_a: bool = False   # but for the first factors of its additions
-    goes_on: Tensor | None = None  # which documents have more chunks, bool [rows]: the others have no use of a lesson
     finished: Tensor | None = None  # documents on which all ranks train the weights: first target and end, [n, 2]
 
     @property
     def reads(self) -> int:
         """Tokens this rank reads in order to score."""
-        return sum(len(windows.low) * windows.length for windows in self.batches)
+        return sum(len(windows) * windows.length for windows in self.batches)
 
 
 def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, size: int,
@@ -4075,7 +4091,7 @@ def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, si
     windows = Windows.sliding(targets, cfg.window, stride)
     chunk = cfg.ttt_chunk_tokens if adapts else targets
     count = -(-targets // chunk)
-    first = torch.searchsorted(windows.low, chunk * torch.arange(count + 1)).tolist()
+    first = torch.searchsorted(windows.bounds[1], chunk * torch.arange(count + 1)).tolist()
     plan = []
     for i in range(count):
         mine = rt.share_of(first[i + 1] - first[i])
@@ -4131,11 +4147,10 @@ def plan_chains(groups: list[Tensor], cfg: Hyperparameters, rt: Runtime) -> list
             end = chunk * (step + 1)
             low, high = ((first + at).minimum(stop) for at in (end - chunk, end))
             length, reach = min(end, cfg.doc_context), high if cfg.lengths_known else first + end
-            windows = Windows((reach - length).maximum(first), low, high, length, chunk).filled(rows)
+            windows = Windows.of((reach - length).maximum(first), low, high, stop, length, chunk).filled(rows)
             trains = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
-            chains[owner].append(ScoredChunk(
-                [windows], rows * length if trains else 0, resets=step == 0, keeps_a=carried[owner],
-                goes_on=F.pad(stop - first > end, (0, rows - len(first)))))
+            chains[owner].append(ScoredChunk([windows], rows * length if trains else 0, resets=step == 0,
+                                             keeps_a=carried[owner]))
         loads[owner] += steps
         carried[owner] = warm and len(first) == rows  # where a row had no document, nothing was learnt
     return [chunk for chain in chains for chunk in chain]
@@ -4147,6 +4162,15 @@ def plan_evaluation(val: ValData, cfg: Hyperparameters, rt: Runtime, stride: int
     if adapts and cfg.ttt_reset == "document":
         return plan_documents(val, cfg, rt)
     return plan_stream(len(val.tokens) - 1, cfg, rt, stride, batch_seqs, adapts)
+
+
+def on_device(plan: list[ScoredChunk], device) -> list[ScoredChunk]:
+    """The plan with its windows there, after one transfer: each waits for all work before it."""
+    bounds = [windows.bounds for chunk in plan for windows in chunk.batches]
+    whole = torch.cat([torch.empty(4, 0, dtype=torch.int64), *bounds], dim=1).to(device)
+    parts = iter(whole.split([part.size(1) for part in bounds], dim=1))
+    return [dataclasses.replace(chunk, batches=[dataclasses.replace(windows, bounds=next(parts))
+                                                for windows in chunk.batches]) for chunk in plan]
 
 
 class EvalClock:
@@ -4189,7 +4213,8 @@ class EvalClock:
         self.planned, self.left_out = epochs * sum(chunk.train_tokens > 0 for chunk in plan), 0
         self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
         self.graphs = set()  # that a lap has used
-        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # (seconds, tokens, compiled?)
+        self.laps, self.open = {"score": [], "learn": []}, collections.deque()  # (seconds, tokens, compiled?)
+        self.mark = self.rt.moment(self.watch.elapsed)
 
     def cost(self, what: str) -> float:
         """Seconds per token. The first lap of each graph is left out: it may have compiled."""
@@ -4204,11 +4229,16 @@ class EvalClock:
         one that is compiled for the first chunks of documents."""
         self.to_do[what] -= tokens
         if tokens * epochs:
-            self.rt.synchronize()
-            now = self.watch.elapsed()
-            self.laps[what].append((now - self.mark, tokens * epochs, (what, graph) in self.graphs))
+            self.open.append((what, graph, tokens * epochs, self.rt.moment(self.watch.elapsed)))
+            self.close_laps(int(self.rt.on_cuda))  # a GPU's last one stays open: so its queue never runs empty
+
+    def close_laps(self, keep: int) -> None:
+        """Note all laps but the last `keep`, once they have ended. The deadline does not see what is open."""
+        while len(self.open) > keep:
+            what, graph, tokens, end = self.open.popleft()
+            self.laps[what].append((self.rt.seconds_between(self.mark, end), tokens, (what, graph) in self.graphs))
             self.graphs.add((what, graph))
-            self.mark = now
+            self.mark = end
 
     def affordable_epochs(self, tokens: int, chunk: int) -> int:
         """Epochs over the `tokens` training tokens of a chunk that there is time for. Rounded up over all chunks to
@@ -4231,6 +4261,7 @@ class EvalClock:
 
     def end(self) -> None:
         """An evaluation is over: say what was left out, on any rank."""
+        self.close_laps(0)
         if math.isinf(self.limit):
             return
         left_out, planned = self.rt.sum_(torch.tensor([self.left_out, self.planned], device=self.rt.device)).tolist()
@@ -4293,7 +4324,7 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     temperature, hook, rows = (cfg.ttt_temp, adapter.hook, adapter.rows) if adapter else (1.0, None, 0)
     clock.begin(plan, cfg.ttt_epochs if adapter else 0)
     bar = Progress(rt.log, sum(len(chunk.batches) for chunk in plan), name)
-    for i, chunk in enumerate(plan):
+    for i, chunk in enumerate(on_device(plan, val.tokens.device)):
         phase = chunk.finished is not None
         clock.in_step = phase or not rows  # the ranks train together and must agree
         epochs = clock.affordable_epochs(chunk.train_tokens, i)
@@ -4302,9 +4333,10 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
         for windows in chunk.batches:
             ids, targets, numbers, counted = windows.read(val.tokens)
             rescore = functools.partial(score_fn, ids, targets, temperature, hook)
-            with torch.set_grad_enabled(rows > 0 and clock.epochs > 0):
+            with torch.set_grad_enabled(rows > 0 and clock.most > 0):  # to the end: other graphs would have to compile
                 nll = rescore()
-            numbers, values = numbers[counted], nll.detach()[counted]
+            chosen = torch.nonzero_static(counted, size=windows.count).unbind(1)  # a mask's count would be waited for
+            numbers, values = numbers[chosen], nll.detach()[chosen]
             scored.commit(numbers, values)
             if observe:
                 observe(numbers, values)
@@ -4315,9 +4347,9 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
         if epochs and phase:
             adapter.train_weights(*scored.training_documents(chunk.finished), val.bos_id)
             rt.log(f"ttpr: documents:{len(chunk.finished)} t:{time.perf_counter() - start_s:.1f}s")
-        elif epochs and rows:
-            scored.require_scored_once(scored.times[numbers])
-            adapter.learn_rows(nll, counted & chunk.goes_on.to(counted.device)[:, None], epochs, rescore)
+        elif epochs and rows:  # from the scores just committed, and not in documents that have no more to score
+            _, _, high, end = windows.bounds
+            adapter.learn_rows(nll, counted & (high < end)[:, None], epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
         clock.lap("learn", None if phase else chunk.resets, chunk.train_tokens, epochs)
@@ -4423,8 +4455,8 @@ def mixed_result(name: str, nll: Tensor, val: ValData, cfg: Hyperparameters, rt:
 
 
 def report_chunk(rt: Runtime, meter: BpbMeter, chunk: int, chunks: int, seconds: float) -> None:
-    """The running score of rank 0's share, every tenth chunk."""
-    if chunk % 10 == 0 or chunk + 1 == chunks:
+    """The running score of rank 0's share, every tenth chunk or, of many, some hundred times."""
+    if chunk % max(10, chunks // 100) == 0 or chunk + 1 == chunks:
         nats, _, size = meter.sums.tolist()
         bpb = nats / math.log(2) / max(size, 1)
         rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] bpb={bpb:.6f} time={seconds:.1f}s", "ttt_chunk",
@@ -4581,7 +4613,7 @@ def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapt
                f"min_doc_tokens={cfg.ttt_min_doc_tokens}")
     else:
         rt.log(f"ttt_sliding:start chunks={-(-targets // cfg.ttt_chunk_tokens)} chunk_tokens={cfg.ttt_chunk_tokens} "
-               f"total_windows={len(Windows.sliding(targets, cfg.window, stride).low)} stride={stride} "
+               f"total_windows={len(Windows.sliding(targets, cfg.window, stride))} stride={stride} "
                f"ttt_lr={cfg.lora_lr if lora else cfg.ttt_lr} ttt_epochs={cfg.ttt_epochs} "
                f"freeze_blocks={0 if lora else cfg.ttt_freeze_blocks}")
     rt.log(f"ttt_sliding:params unfrozen={trained} frozen={frozen}")

@@ -16,14 +16,15 @@ def test_windows_score_each_target_once_with_all_the_context_there_is(targets, l
     length = min(length, targets)
     stride = data.draw(st.integers(1, length))
     windows = tg.Windows.sliding(targets, length, stride)
-    scored = [t for low, high in zip(windows.low.tolist(), windows.high.tolist()) for t in range(low, high)]
+    start, low, high, _ = windows.bounds
+    scored = [t for first, end in zip(low.tolist(), high.tolist()) for t in range(first, end)]
     assert scored == list(range(targets))
-    assert torch.equal(windows.start, windows.high - length) and windows.high.max() == targets
-    assert ((windows.high - windows.low)[1:] <= stride).all() and (windows.start >= 0).all()
+    assert torch.equal(start, high - length) and high.max() == targets
+    assert ((high - low)[1:] <= stride).all() and (start >= 0).all()
     tokens = torch.arange(targets + 1)
     for part in windows.batches(3, fixed=data.draw(st.booleans())):
         inputs, wanted, at, counted = part.read(tokens)
-        assert torch.equal(wanted[counted], at[counted] + 1)
+        assert torch.equal(wanted[counted], at[counted] + 1) and counted.sum() == part.count
         assert torch.equal(inputs[:, -part.keep:][counted], at[counted])
         scored = scored[len(at[counted]):] if at[counted].tolist() == scored[:len(at[counted])] else None
     assert scored == []
@@ -266,8 +267,8 @@ def test_plans_of_all_ranks_together_score_each_target_once_and_before_its_lesso
         assert len({(leg.train_tokens, leg.first, leg.progress) for leg in legs}) == 1, "the ranks learn in step"
         for windows in (windows for leg in legs for windows in leg.batches):
             ids, wanted, at, counted = windows.read(tokens)
-            assert ids.shape == (len(windows.low), window) and wanted.shape == (len(windows.low), windows.keep)
-            assert len(windows.low) <= size and (at[counted] >= i * chunk).all()
+            assert ids.shape == (len(windows), window) and wanted.shape == (len(windows), windows.keep)
+            assert len(windows) <= size and (at[counted] >= i * chunk).all()
             times.index_add_(0, at[counted], torch.ones_like(at[counted], dtype=torch.int))
         lesson = legs[0].train_tokens
         if lesson:
@@ -298,8 +299,8 @@ def test_plans_of_documents(data):
         for leg in tg.plan_documents(val, cfg, make_runtime(".", rank=rank, world_size=world)):
             for windows in leg.batches:
                 _, _, at, counted = windows.read(tokens)
-                assert len(windows.low) == docs
-                for start, row, use in zip(windows.start.tolist(), at, counted):
+                assert len(windows) == docs
+                for start, row, use in zip(windows.bounds[0].tolist(), at, counted):
                     if use.any():
                         own = begins[torch.searchsorted(begins, row[use], right=True) - 1]
                         assert (own == own[0]).all(), "a window scores one document"
