@@ -1125,18 +1125,18 @@ class Runtime:
         return self.folder / "runs" / self.run_id
 
     def compiled(self, function, grows: bool = False):
-        """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first argument `grows`,
-        one for all its sizes. (With dynamic=True all sizes would be dynamic, and torch 2.13 cannot trace ScaledNorm.)
-        """
+        """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first two arguments
+        `grows`, one for all sizes. (With dynamic=True all would be dynamic, and torch 2.13 cannot trace ScaledNorm.)"""
         if not self.compiles:
             return function
         if not grows:
             return torch.compile(function, dynamic=False, fullgraph=True)
         graphs = torch.compile(function, fullgraph=True)
 
-        def call(ids: Tensor, *rest):
+        def call(ids: Tensor, targets: Tensor, *rest):
             torch._dynamo.maybe_mark_dynamic(ids, 1)
-            return graphs(ids, *rest)
+            torch._dynamo.maybe_mark_dynamic(targets, 1)
+            return graphs(ids, targets, *rest)
         return call
 
     def synchronize(self) -> None:
