@@ -1143,23 +1143,14 @@ class Runtime:
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
-    def to_device(self, array: np.ndarray) -> Tensor:
+    def to_device(self, array: np.ndarray | Tensor) -> Tensor:
         """Waits for nothing."""
-        tensor = torch.from_numpy(array)
+        tensor = torch.as_tensor(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.on_cuda else tensor
 
-    def moment(self, clock):
-        """This place in the GPU's queue of work; elsewhere what `clock()` says."""
-        if not self.on_cuda:
-            return clock()
-        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
-
-    def seconds_between(self, begin, end) -> float:
-        """Of two moments. Waits until the GPU gets to the second one."""
-        if not self.on_cuda:
-            return end - begin
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
+    def waiter(self):
+        """A function that waits until the device has done all that it has been given by now."""
+        return torch.cuda.current_stream().record_event().synchronize if self.on_cuda else lambda: None
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -1199,12 +1190,11 @@ class Runtime:
         step late; none: the clock is right. Returns each finished step's `number`, which are not waited for."""
         if not self.on_cuda:
             return [number.item()]
-        self.in_flight.append((number.to("cpu", non_blocking=True), torch.cuda.Event()))
-        self.in_flight[-1][1].record()
+        self.in_flight.append((number.to("cpu", non_blocking=True), self.waiter()))
         finished = []
         while len(self.in_flight) > behind:
-            number, event = self.in_flight.popleft()
-            event.synchronize()
+            number, wait = self.in_flight.popleft()
+            wait()
             finished.append(number.item())
         return finished
 
@@ -3852,18 +3842,19 @@ class Adapter:
             ((rescore() if epoch else nll) * weight).sum().backward()
             self.step()
 
-    def learn_documents(self, tokens: Tensor, targets: Tensor, on_host: Tensor, bos_id: int) -> None:
-        """One step of all ranks on the mean loss of scored documents end to end. on_host: the tokens  # int64 [n] each
+    def learn_documents(self, tokens: Tensor, targets: Tensor, bos_id: int) -> None:
+        """One step of all ranks on the mean loss of scored documents end to end.  # int64 [n] each, on the CPU
 
         They are computed in rows of the context's length, in which no document reads another. The rows' gradients are
         summed in float64, so that any number of ranks makes the same step.
         """
         length, sums = self.cfg.doc_context, [torch.zeros_like(t, dtype=torch.float64) for t in self.trained]
-        weights = torch.full(tokens.shape, length / len(tokens), device=tokens.device)
-        rows = list(zip(*(t.split(length) for t in (tokens, targets, weights, on_host))))
+        weights = torch.full(tokens.shape, length / len(tokens))
+        rows = list(zip(*(t.split(length) for t in (tokens, targets, weights))))
         for row in [rows[i] for i in self.rt.share_of(len(rows))]:
-            x, y, weights, ids = (F.pad(t, (0, length - len(t)))[None] for t in row)  # one length, so one graph
-            begins = self.rt.to_device(document_starts(ids[0].numpy(), bos_id, length))
+            x, y, weights = (F.pad(t, (0, length - len(t)))[None] for t in row)  # one length, so one compiled graph
+            begins = document_starts(x[0].numpy(), bos_id, length)
+            x, y, weights, begins = map(self.rt.to_device, (x, y, weights, begins))
             self.loss_fn(x, y, token_weights=weights, documents=Documents(begins, length)).backward()
             for total, tensor in zip(sums, self.trained):
                 total += 0 if tensor.grad is None else tensor.grad
@@ -3975,7 +3966,7 @@ class LoraAdapter(Adapter):
         cfg, weights = self.cfg, [(1.0, p) for p, _ in self.weights]
         sgd = dataclasses.replace(cfg, ttt_momentum=cfg.global_ttt_momentum, ttt_grad_clip=cfg.global_ttt_grad_clip)
         trainer = Adapter(self.model, sgd, self.rt, weights, cfg.global_ttt_lr, "sgd", rows=1)
-        chunks = list(zip(*(t.split(cfg.global_ttt_chunk_tokens) for t in (tokens, targets, tokens.cpu()))))
+        chunks = list(zip(*(t.cpu().split(cfg.global_ttt_chunk_tokens) for t in (tokens, targets))))
         for i, chunk in enumerate(chunks[:-1] or chunks):  # the last one's rate would be 0
             trainer.set_progress(i / max(len(chunks) - 1, 1))
             for _ in range(cfg.global_ttt_epochs):
@@ -4021,10 +4012,10 @@ class Windows:
     copies of that token fill its rest.
     """
 
-    bounds: Tensor   # int64 [4, windows]: start, low, high, end of the document (or of what is known of it)
+    bounds: Tensor   # int64 [4, windows]: start, low, high, and the end of the document
     length: int      # tokens of a window
     keep: int        # its last so many positions hold all targets it scores
-    count: int       # targets scored, all windows together
+    count: int = 0   # targets it scores: see `on_device`
 
     def __len__(self) -> int:
         return self.bounds.size(1)
@@ -4035,23 +4026,19 @@ class Windows:
         the text, and score its tail several times.)"""
         count = 1 + -(-max(targets - length, 0) // stride)
         high = (length + stride * torch.arange(count)).clamp(max=targets)
-        return cls.of(high - length, F.pad(high[:-1], (1, 0)), high, high, length, stride)
-
-    @classmethod
-    def of(cls, start: Tensor, low: Tensor, high: Tensor, end: Tensor, length: int, keep: int) -> Windows:
-        return cls(torch.stack((start, low, high, end)), length, keep, int((high - low).sum()))
+        return cls(torch.stack((high - length, F.pad(high[:-1], (1, 0)), high, high)), length, stride)
 
     def part(self, start: int, stop: int) -> Windows:
-        return self.of(*self.bounds[:, start:stop], self.length, self.keep)
+        return dataclasses.replace(self, bounds=self.bounds[:, start:stop])
 
-    def filled(self, count: int) -> Windows:
-        """Padded to `count` windows: compiled graphs need fixed shapes, and sums of a fixed order give equal scores."""
-        filler = self.bounds[[0, 2, 2, 3], -1:].expand(-1, count - len(self))
+    def filled(self, size: int) -> Windows:
+        """Padded to `size` windows: compiled graphs need fixed shapes, and sums of a fixed order give equal scores."""
+        filler = self.bounds[[0, 2, 2, 3], -1:].expand(-1, size - len(self))
         return dataclasses.replace(self, bounds=torch.cat((self.bounds, filler), dim=1))
 
     def batches(self, size: int, fixed: bool) -> list[Windows]:
         """Batches of at most `size` windows. The first window of a text scores all it reads, in a batch of its own."""
-        alone = int(self.part(0, 1).count > self.keep)
+        alone = int(len(self) > 0 and self.bounds[2, 0] - self.bounds[1, 0] > self.keep)
         whole = [dataclasses.replace(self.part(0, 1), keep=self.length)] * alone
         parts = whole + [self.part(i, i + size) for i in range(alone, len(self), size)]
         return [part.filled(size) if fixed else part for part in parts]
@@ -4147,10 +4134,10 @@ def plan_chains(groups: list[Tensor], cfg: Hyperparameters, rt: Runtime) -> list
             end = chunk * (step + 1)
             low, high = ((first + at).minimum(stop) for at in (end - chunk, end))
             length, reach = min(end, cfg.doc_context), high if cfg.lengths_known else first + end
-            windows = Windows.of((reach - length).maximum(first), low, high, stop, length, chunk).filled(rows)
+            bounds = torch.stack(((reach - length).maximum(first), low, high, stop))
             trains = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
-            chains[owner].append(ScoredChunk([windows], rows * length if trains else 0, resets=step == 0,
-                                             keeps_a=carried[owner]))
+            chains[owner].append(ScoredChunk([Windows(bounds, length, chunk).filled(rows)],
+                                             rows * length if trains else 0, resets=step == 0, keeps_a=carried[owner]))
         loads[owner] += steps
         carried[owner] = warm and len(first) == rows  # where a row had no document, nothing was learnt
     return [chunk for chain in chains for chunk in chain]
@@ -4165,12 +4152,13 @@ def plan_evaluation(val: ValData, cfg: Hyperparameters, rt: Runtime, stride: int
 
 
 def on_device(plan: list[ScoredChunk], device) -> list[ScoredChunk]:
-    """The plan with its windows there, after one transfer: each waits for all work before it."""
+    """The plan with its windows there and their targets counted, so that a walk waits for neither."""
     bounds = [windows.bounds for chunk in plan for windows in chunk.batches]
     whole = torch.cat([torch.empty(4, 0, dtype=torch.int64), *bounds], dim=1).to(device)
     parts = iter(whole.split([part.size(1) for part in bounds], dim=1))
-    return [dataclasses.replace(chunk, batches=[dataclasses.replace(windows, bounds=next(parts))
-                                                for windows in chunk.batches]) for chunk in plan]
+    place = lambda windows: dataclasses.replace(windows, bounds=next(parts),
+                                                count=int(windows.bounds[1:3].diff(dim=0).sum()))
+    return [dataclasses.replace(chunk, batches=[place(windows) for windows in chunk.batches]) for chunk in plan]
 
 
 class EvalClock:
@@ -4213,8 +4201,8 @@ class EvalClock:
         self.planned, self.left_out = epochs * sum(chunk.train_tokens > 0 for chunk in plan), 0
         self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
         self.graphs = set()  # that a lap has used
-        self.laps, self.open = {"score": [], "learn": []}, collections.deque()  # (seconds, tokens, compiled?)
-        self.mark = self.rt.moment(self.watch.elapsed)
+        self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # (seconds, tokens, compiled?)
+        self.open = collections.deque()  # laps whose end the device may have before it
 
     def cost(self, what: str) -> float:
         """Seconds per token. The first lap of each graph is left out: it may have compiled."""
@@ -4229,16 +4217,18 @@ class EvalClock:
         one that is compiled for the first chunks of documents."""
         self.to_do[what] -= tokens
         if tokens * epochs:
-            self.open.append((what, graph, tokens * epochs, self.rt.moment(self.watch.elapsed)))
-            self.close_laps(int(self.rt.on_cuda))  # a GPU's last one stays open: so its queue never runs empty
+            self.open.append((what, graph, tokens * epochs, self.rt.waiter()))
+            self.close_laps(int(self.rt.on_cuda))  # with one open a GPU's queue never runs empty, and `watch` is it late
 
     def close_laps(self, keep: int) -> None:
-        """Note all laps but the last `keep`, once they have ended. The deadline does not see what is open."""
+        """Wait for the end of all open laps but the last `keep`, and note them."""
         while len(self.open) > keep:
-            what, graph, tokens, end = self.open.popleft()
-            self.laps[what].append((self.rt.seconds_between(self.mark, end), tokens, (what, graph) in self.graphs))
+            what, graph, tokens, wait = self.open.popleft()
+            wait()
+            now = self.watch.elapsed()
+            self.laps[what].append((now - self.mark, tokens, (what, graph) in self.graphs))
             self.graphs.add((what, graph))
-            self.mark = end
+            self.mark = now
 
     def affordable_epochs(self, tokens: int, chunk: int) -> int:
         """Epochs over the `tokens` training tokens of a chunk that there is time for. Rounded up over all chunks to
@@ -4308,9 +4298,7 @@ class Scored:
     def result(self, name: str, start_s: float) -> EvalResult:
         """The total. Raises IllegalScore if the ranks together did not score every target once."""
         self.require_scored_once(self.rt.sum_(self.times.clone()))
-        loss, bpb, tokens, size = self.meter.reduce(self.rt)
-        self.rt.synchronize()
-        return EvalResult(name, loss, bpb, tokens, size, time.perf_counter() - start_s)
+        return EvalResult(name, *self.meter.reduce(self.rt), time.perf_counter() - start_s)
 
 
 def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtime, plan: list[ScoredChunk],
