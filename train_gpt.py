@@ -4218,7 +4218,8 @@ class EvalClock:
         self.to_do[what] -= tokens
         if tokens * epochs:
             self.open.append((what, graph, tokens * epochs, self.rt.waiter()))
-            self.close_laps(int(self.rt.on_cuda))  # with one open a GPU's queue never runs empty, and `watch` is it late
+            # A GPU's last lap stays open, so that its queue never runs empty. The deadline sees all but that lap.
+            self.close_laps(int(self.rt.on_cuda))
 
     def close_laps(self, keep: int) -> None:
         """Wait for the end of all open laps but the last `keep`, and note them."""
