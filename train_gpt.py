@@ -20,7 +20,7 @@ read back -> evaluate -> report.
     SCHEDULES   plan_step: progress -> learning-rate scale, momentum, QAT, snapshots
     AVERAGING   Averager: EMA, or the mean of snapshots (SWA, LAWA)
     TRAINING    train: warm-up, steps, validation, checkpoints
-    ROUNDING    calibrate, round_model, fit_size: from a float model to codes of the right size
+    ROUNDING    calibrate, round_model, fit_size, fine_tune: from a float model to codes of the right size
     ARTIFACT    pack, load_model: range coder, container, checks of what is read
     ADAPTERS    what test-time training changes: all weights, LoRA, a hashed embedding
     EVALUATION  evaluate: plan -> score -> commit -> train an adapter; Scored decides what makes a score illegal
@@ -41,7 +41,7 @@ Where a technique lives:
     Muon, Newton-Schulz, Polar Express      Muon, newton_schulz; NorMuon: normalise_rows_; MuonEq-R: launch_update
     late QAT, soft rounding                 when: qat_progress; how: fake_quantise, soft_round
     complementary training                  BigramCounts; pruning: prune
-    GPTQ, fitting the size                  gptq, HessianSums; fit_size
+    GPTQ, fitting the size                  gptq, HessianSums; fit_size; fine-tuning after both: fine_tune
     steps by what they cost (water-filling) loss_curvature, curvature, water_fill; the coder: finer_sixteenths
     sliding windows, time limit             Windows, plan_stream; EvalClock
     counts of scored tokens (back-off)      count_contexts, mixture_nll; mixed_result
@@ -252,6 +252,8 @@ class Hyperparameters:
                                       "SIZE_FIT moves it, both ways", lo=1e-9, hi=100)
     waterfill_exponent: float = env_field(0.75, "a: its steps are in proportion to (second derivative of the loss)^"
                                           "(-a/2); 1 is best for fine steps, less for coarse ones", lo=0, hi=1)
+    tune_steps: int = env_field(0, "optimiser steps after rounding, on the rows' steps and on all that is not rounded, "
+                                "towards the float model's distribution (needs waterfill)", lo=0)
     mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     embed_clip_sigmas: float = env_field(20.0, "k of sdclip, all tables", lo=0.1, hi=1000)
@@ -600,6 +602,7 @@ def combination_rules(cfg: Hyperparameters):
         yield cfg.gptq_enabled, "{clip_rule} rounds by GPTQ's Hessians; {gptq_enabled}"
         yield not (cfg.qat_enabled or cfg.late_qat), (
             "{clip_rule} has no steps before the end of training: {late_qat}, {qat_enabled}")
+    yield not cfg.tune_steps or cfg.clip_rule == "waterfill", "{tune_steps} moves the steps of waterfill; {clip_rule}"
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
     yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
     yield re.fullmatch(r"(?!\.)[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits, _ + -, later dots"
@@ -902,23 +905,10 @@ def causal_mask(queries: int, keys: int, device, window: int = 0, documents: Doc
     return mask & (number[keys - queries:, None] == number)
 
 
-def call_sdpa(function, q: Tensor, k: Tensor, v: Tensor, window: int, first: SDPBackend | None,
-              documents: Documents | None = None):
-    """Call F.scaled_dot_product_attention, or a function of its arguments. `first`: the kernel PyTorch tries first; the
-    others stay allowed, because none takes every shape, type and mask. None: PyTorch's own order."""
-    whole = q.size(1) == k.size(1) and not window and documents is None
-    causal = True if whole else False  # a plain bool, for graphs of any length too
-    mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window, documents)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if q.is_cuda and not causal:  # the flash kernel takes no mask, and the memory-efficient one no grouped heads
-        k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-    with sdpa_kernel([first, *SDPA_KERNELS], set_priority=True) if first else contextlib.nullcontext():
-        return function(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1))
-
-
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Documents | None = None,
                 first: SDPBackend | None = None) -> Tensor:
-    """`attend_math` by PyTorch's fused kernels, which support grouped kv heads."""
+    """`attend_math` by PyTorch's fused kernels. `first`: the one that it tries first; the others stay allowed, because
+    none takes every shape, type and mask. None: PyTorch's own order."""
     if documents is not None and q.device.type != "cpu" and q.dtype != torch.float32:
         # what varlen_attn calls, which torch 2.9 has not, and later ones with other arguments
         return attend_varlen(torch.ops.aten._flash_attention_forward, q, k, v, documents, dropout_p=0.0, is_causal=True,
@@ -927,7 +917,15 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Doc
         bounds = documents.starts.unique().tolist()
         parts = [[t[:, begin:end] for t in (q, k, v)] for begin, end in zip(bounds, bounds[1:])]
         return torch.cat([attend_sdpa(*part, window, first=first) for part in parts], dim=1)
-    return call_sdpa(F.scaled_dot_product_attention, q, k, v, window, first, documents).transpose(1, 2)
+    whole = q.size(1) == k.size(1) and not window and documents is None
+    causal = True if whole else False  # a plain bool, for graphs of any length too
+    mask = None if causal else causal_mask(q.size(1), k.size(1), q.device, window, documents)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if q.is_cuda and not causal:  # the flash kernel takes no mask, and the memory-efficient one no grouped heads
+        k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+    with sdpa_kernel([first, *SDPA_KERNELS], set_priority=True) if first else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                              enable_gqa=k.size(1) < q.size(1)).transpose(1, 2)
 
 
 def attend_varlen(function, q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options) -> Tensor:
@@ -1197,18 +1195,6 @@ class Runtime:
             wait()
             finished.append(number.item())
         return finished
-
-    def attention_kernels(self, cfg: Hyperparameters) -> str:
-        """The attention back end and, where PyTorch chooses another of its kernels instead, that one's name."""
-        text, first = self.attention, getattr(self.attend, "keywords", {}).get("first")
-        lengths = {"training": [cfg.train_seq_len] * 2, "scoring": [cfg.stride, cfg.window]}
-        for use, (queries, keys) in lengths.items() if first else ():
-            shapes = (queries, cfg.num_heads), (keys, cfg.num_kv_heads), (keys, cfg.num_kv_heads)
-            qkv = [torch.empty(1, *shape, cfg.head_dim, device=self.device, dtype=self.dtype,
-                               requires_grad=use == "training") for shape in shapes]
-            runs = SDPBackend(call_sdpa(torch._fused_sdp_choice, *qkv, cfg.attention_window, first))
-            text += "" if runs == first else f",{use}:{runs.name.lower().removesuffix('_attention')}"
-        return text
 
     def peak_memory_line(self) -> str:
         if self.on_cuda:
@@ -1603,7 +1589,8 @@ SCALE_FLOOR = 2.0 ** -20  # for rows of zeros; below any trained row (PR 1092's 
 GPTQ_BLOCK = 128      # columns rounded before their errors are passed on to the rest of the matrix
 GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
 WATER_BITS = 13       # of the codes under water-filling: so many that hardly a weight is clipped
-STEPS_PER_OCTAVE, STEP_LIMIT = 4, 128  # their steps are 2**(k/4); the row's and the column's part of k is 128 at most
+STEPS_PER_OCTAVE, STEP_LIMIT = 32, 1024  # their steps are 2**(k/32); the row's and the column's part of k is 1024 at most
+COLUMN_GRID = 8       # the column's part is a multiple of this; the row's has to be finer for fine_tune
 CURVATURE_FLOOR = 0.03  # of a matrix's mean, for rows that calibration hardly reaches
 
 
@@ -1623,7 +1610,7 @@ class QuantSpec:
 
 
 class Steps(NamedTuple):
-    """The steps of water-filling, as a file holds them: 2**((row + column) / 4)."""
+    """The steps of water-filling, as a file holds them: 2**((row + column) / 32)."""
 
     rows: Tensor     # int16 [..., rows, 1]
     columns: Tensor  # int16 [..., 1, columns]
@@ -1807,9 +1794,9 @@ def water_fill(factors: dict[str, tuple[Tensor, Tensor]], nats: float, exponent:
                for rows, columns in factors.values())
     level = math.log2(24 * nats / cost) / 2
 
-    def stored(exponents: Tensor) -> Tensor:
-        return (STEPS_PER_OCTAVE * exponents).round().clamp(-STEP_LIMIT, STEP_LIMIT).short()
-    return {name: Steps(stored(level - exponent / 2 * rows.log2()), stored(-exponent / 2 * columns.log2()))
+    def stored(exponents: Tensor, grid: int) -> Tensor:
+        return exponents.mul(STEPS_PER_OCTAVE / grid).round().mul(grid).clamp(-STEP_LIMIT, STEP_LIMIT).short()
+    return {name: Steps(stored(level - exponent / 2 * rows.log2(), 1), stored(-exponent / 2 * columns.log2(), COLUMN_GRID))
             for name, (rows, columns) in factors.items()}
 
 
@@ -3110,6 +3097,8 @@ SELF_TEXT_ROWS, SELF_TEXT_TEMPERATURE = 4, 0.8   # PR 1019; its 64 sequences are
 FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
 FIT_DOUBLINGS, FILL_DOUBLINGS = 4.0, 8.0  # of the step, at most: 6-bit weights then have 2 bits left; by water-filling
 GRADIENT_PIECES, GRADIENT_TOKENS = 256, 256  # pieces of text, over all ranks, and tokens in each
+TUNE_RATE, TUNE_TOKENS = 4e-3, 16_384  # of a relative change, falling to 5 %; tokens of a rank at most, in each step
+TUNE_ROOM = 0.001  # share of the limit that is left for what moves
 
 
 class HessianSums:
@@ -3227,6 +3216,63 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
                            hessians.get(name), name) for name, spec in quant_specs(cfg, params).items()}
 
 
+def divergence(model: GPT, wanted: GPT, ids: Tensor) -> Tensor:
+    """KL divergence of a model's distribution from the wanted one's, in nats per token of ids [batch, T]."""
+    with torch.no_grad():
+        target = wanted.logits(wanted.hidden(ids)).log_softmax(-1)
+    own = model.logits(model.hidden(ids)).log_softmax(-1)
+    return F.kl_div(own, target, reduction="sum", log_target=True) / ids.numel()
+
+
+def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data: TrainData, step: int,
+              left_s: float) -> dict[str, tuple[Tensor, Steps]]:
+    """Move what rounding left continuous, so that the rounded model's distribution comes nearer to that of `model`.
+
+    These are the parameters that are not rounded and, under the same codes, the steps of the rows: TUNE_STEPS steps of
+    Adam on the KL divergence over training text from `step` on, or fewer in `left_s` seconds (after WaterSIC-FT, arXiv
+    2603.04956). Returns `rounded` with the new steps and leaves the result in `model`; neither changes if the divergence
+    on the first piece of text has not fallen.
+    """
+    params, watch, float_model = dict(model.named_parameters()), Stopwatch(), copy.deepcopy(model)
+    weights, untuned = [params[name] for name in rounded], list(itertools.starmap(dequantise, rounded.values()))
+    gains = [torch.zeros_like(weight[..., :1]) for weight in untuned]  # logarithms of what the rows are multiplied by
+    floats = [p for name, p in params.items() if name not in rounded and not name.startswith("mtp_heads")]
+    adam = torch.optim.Adam(gains + floats, TUNE_RATE, betas=(0.9, 0.99))
+    pieces = (piece for i in itertools.count(step) for ids, _ in data.batch(i)
+              for piece in ids.split(max(TUNE_TOKENS // ids.size(1), 1)))
+    first, before = next(pieces), None
+    for done, ids in enumerate(itertools.chain([first], pieces)):
+        with torch.no_grad():
+            torch._foreach_copy_(weights, [weight * gain.exp() for weight, gain in zip(untuned, gains)])
+        loss = divergence(model, float_model, ids)
+        before = rt.agree(loss.item()) if before is None else before
+        rt.synchronize()
+        share = max(done / cfg.tune_steps, rt.agree(watch.elapsed() / max(left_s, 1e-9)))
+        if share >= 1:
+            break
+        grads = list(torch.autograd.grad(loss, weights + floats, materialize_grads=True))
+        with torch.no_grad():
+            grads[:len(gains)] = [(grad * weight).sum(-1, keepdim=True) for grad, weight in zip(grads, weights)]
+            for p, grad in zip(gains + floats, rt.sum_many_(grads)):
+                p.grad = grad  # Adam does not mind that it is a sum over ranks
+        adam.param_groups[0]["lr"] = TUNE_RATE * (1 - 0.95 * share)
+        adam.step()
+    tuned = {}
+    for (name, (codes, steps)), gain in zip(rounded.items(), gains):
+        rows = steps.rows + gain * (STEPS_PER_OCTAVE / math.log(2))
+        tuned[name] = codes, Steps(rows.round().clamp(-STEP_LIMIT, STEP_LIMIT).short(), steps.columns)
+    with torch.no_grad():
+        torch._foreach_copy_(weights, list(itertools.starmap(dequantise, tuned.values())))
+        after = rt.agree(divergence(model, float_model, first).item())
+    rt.log(f"fine_tune:steps:{done} kl:{before:.6f}->{after:.6f} time:{watch.elapsed():.1f}s", "fine_tune", steps=done,
+           before=before, after=after, seconds=watch.elapsed())
+    if after < before:
+        return tuned
+    rt.log(f"warning: fine-tuning gained nothing in {done} steps and is undone")
+    model.load_state_dict(float_model.state_dict())
+    return rounded
+
+
 def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, code_bytes: int):
     """(settings, artifact) at most 0.5 % under ARTIFACT_LIMIT_BYTES: all steps of the banks - with water-filling of all
     rounded parameters - of `weights` weights are widened by one factor, by water-filling also narrowed.
@@ -3237,6 +3283,7 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
     Raises UserError where the widest steps do not suffice. Stops after FIT_ROUNDS packings or FIT_SECONDS.
     """
     limit, watch, best, doublings, slope = cfg.artifact_limit_bytes, Stopwatch(), None, 0.0, -weights / 8
+    limit -= int(limit * TUNE_ROOM) if cfg.tune_steps else 0
     finest, coarsest = (-FILL_DOUBLINGS, FILL_DOUBLINGS) if cfg.clip_rule == "waterfill" else (0.0, FIT_DOUBLINGS)
     rt.log(f"size_fit:start total:{total} limit:{limit} over:{total / limit - 1:.2%}")
     for _ in range(FIT_ROUNDS):
@@ -3329,7 +3376,7 @@ def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[S
 # | header: LZMA of JSON (see header_bytes) | the packed streams | first 16 bytes of the SHA-256 of all before.
 # Nothing in it is executed. Names, shapes and streams of the parameters follow from the model settings in the header;
 # their sizes are bounded before memory of that size is allocated.
-ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES, ARTIFACT_HEADER_LIMIT = b"PGOLF", 5, 16, 2 ** 20
+ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES, ARTIFACT_HEADER_LIMIT = b"PGOLF", 6, 16, 2 ** 20
 ARTIFACT_MAGIC = ARTIFACT_NAME + bytes([ARTIFACT_VERSION]) + b"\r\n"
 ARTIFACT_NUMBERS = struct.Struct("<QII")
 FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xfd7zXZ": "an xz file",
@@ -3448,69 +3495,24 @@ class SpreadHistograms:
         return symbols
 
 
-class RowPredictor:
-    """Linear prediction of a table's columns from those to their left, by the covariance of the rows above.
-
-    With covariance L D L' a row is L e of uncorrelated innovations e: a column's prediction is its row of L times the e
-    so far. This uses the directions that rows share; those of unused tokens are nearly equal. Products are of integers
-    and below 2**53, where float64 is exact.
-    """
-
-    def __init__(self, columns: int):
-        self.moments, self.lower = np.zeros((columns, columns)), np.zeros((columns, columns))
-        self.rows, self.due = 0, 16
-
-    def begin(self, above: np.ndarray, rows: int) -> None:
-        """Add the block `above`, start one of `rows` rows. Whenever the rows above have doubled, L is fitted anew to
-        their covariance, shrunk by 160 rows without correlation; not by BLAS, which may sum in any order."""
-        self.moments += above.T.astype(np.float64) @ above.astype(np.float64)
-        self.rows += len(above)
-        self.innovations = np.zeros((rows, len(self.moments)))  # in 1/256 code
-        if self.rows < self.due:
-            return
-        a, variance = self.moments.copy(), np.diag(self.moments)
-        np.fill_diagonal(a, variance + 160 * variance / self.rows + 1)
-        for j in range(len(a) - 1):
-            factor = a[j + 1:, j] / a[j, j]
-            a[j + 1:, j + 1:] -= factor[:, None] * a[j, j + 1:]
-            a[j + 1:, j] = factor
-        self.lower, self.due = np.rint(np.tril(a, -1) * 4096).clip(-2 ** 16, 2 ** 16), 2 * self.rows  # L - 1, in 1/4096
-
-    def predict(self, left: int, width: int, top: int) -> np.ndarray:
-        """The next `width` columns, from those before `left`.  # int64 [rows, width]"""
-        self.expected = np.floor(self.innovations[:, :left] @ self.lower[left:left + width, :left].T / 4096)
-        return np.floor(self.expected / 256 + 0.5).clip(-top, top).astype(np.int64)
-
-    def observe(self, left: int, codes: np.ndarray) -> None:
-        """The true values of the columns predicted last."""
-        residual = 256.0 * codes - self.expected
-        for k in range(codes.shape[1]):
-            within = self.innovations[:, left:left + k] @ self.lower[left + k, left:left + k]
-            self.innovations[:, left + k] = (residual[:, k] - np.floor(within / 4096)).clip(-2 ** 20, 2 ** 20)
-
-
-def code_tensor(codes: np.ndarray, top: int, histograms_of, steps: Steps | None = None) -> None:
+def code_tensor(codes: np.ndarray, histograms: SpreadHistograms, steps: Steps | None = None) -> None:
     """Code a tensor, integers [(matrices,) rows, columns]: an encoder reads it, a decoder fills it.
 
     Matrix by matrix, in growing blocks of rows. A weight's predicted magnitude is the level of its row, from the tiles
     to its left, times the factor of its column, from the blocks above; both are shrunk towards the average so far.
     With `steps` these are magnitudes of weights, and a code's is so much larger as its step is finer than the mean.
     """
-    columns, is_table, total, cells = codes.shape[-1], codes.ndim == 2, 4, 1  # the average starts at 4 codes
+    columns, total, cells = codes.shape[-1], 4, 1  # the average starts at 4 codes
     matrices = (t.reshape(-1, *codes.shape[-2:]) for t in (codes, finer_sixteenths(steps, codes.shape)))
-    histograms = histograms_of(2 * top if is_table else top)  # a table's symbols are differences of two codes
     for matrix, finer in zip(*matrices):
-        predictor = RowPredictor(columns) if is_table and columns <= 1024 else None
-        column_sum, level_sum, done, block = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0, matrix[:0]
+        column_sum, level_sum, done = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0
         while done < len(matrix):
-            above, block = block, matrix[done:done + min(max(done // 2, 4), max(4096 // columns, 64))]
-            if predictor:
-                predictor.begin(above, len(block))
+            block = matrix[done:done + min(max(done // 2, 4), max(4096 // columns, 64))]
             average = max(total * FIXED // cells, FIXED // 256)
             column = (column_sum + 6 * average) * FIXED // (level_sum + 6 * average)  # FIXED: like its row
             fineness = finer[done:done + len(block)]
             scale = powers_of_two()[16 * 16 + fineness]  # FIXED: a code of the mean step
-            magnitude, level = code_block(block, top, histograms, predictor, average, column, fineness, scale)
+            magnitude, level = code_block(block, histograms, average, column, fineness, scale)
             column_sum += magnitude.sum(0) * FIXED
             level_sum += (level[:, None] * scale // FIXED).sum(0)
             total += int(magnitude.sum())
@@ -3524,14 +3526,12 @@ def finer_sixteenths(steps: Steps | None, shape: tuple[int, ...]) -> np.ndarray:
         return np.broadcast_to(np.int16(0), shape)
     rows, columns = (t.numpy() for t in steps)
     mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
-    return (16 // STEPS_PER_OCTAVE * (mean - rows - columns)).clip(-96, 96)
+    return ((mean - rows - columns) // (STEPS_PER_OCTAVE // 16)).clip(-96, 96)
 
 
-def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPredictor | None, average: int, column,
-               fineness, scale):
-    """Code rows of a matrix tile by tile: the residuals of the predictor or, without one, the codes themselves.
-    Raises ValueError for a code out of range. Returns (magnitudes of the symbols [rows, columns], levels [rows])."""
-    width = 16 if predictor else 64  # columns of a tile; the average counts as much as so many columns of a row
+def code_block(block, histograms: SpreadHistograms, average: int, column, fineness, scale):
+    """Code rows of a matrix tile by tile. Returns (magnitudes of the codes [rows, columns], levels [rows])."""
+    width = 64  # columns of a tile; the average counts as much as so many columns of a row
     magnitude, row_sum = np.zeros(block.shape, np.int64), np.zeros(len(block), np.int64)
     level, expected = row_sum + average, 0
     for left in range(0, block.shape[1], width):
@@ -3539,15 +3539,9 @@ def code_block(block, top: int, histograms: SpreadHistograms, predictor: RowPred
         tile, factor = block[:, here], column[here]
         spread = log2_sixteenths(level)[:, None] + log2_sixteenths(factor) + fineness[:, here]  # 512: one code
         bucket = ((spread - 448) // BUCKET_STEP).clip(0, BUCKETS - 1)
-        predicted = predictor.predict(left, tile.shape[1], top) if predictor else 0
-        symbols = histograms.code(bucket, tile.astype(np.int64) - predicted)
-        if (np.abs(symbols + predicted) > top).any():
-            raise ValueError("a code is out of range")
-        tile[:] = symbols + predicted
-        if predictor:
-            predictor.observe(left, tile)
-        magnitude[:, here] = np.abs(symbols)
-        row_sum += np.abs(symbols).sum(1)
+        tile[:] = histograms.code(bucket, tile.astype(np.int64))
+        magnitude[:, here] = np.abs(tile.astype(np.int64))
+        row_sum += magnitude[:, here].sum(1)
         expected += (factor * scale[:, here] // FIXED).sum(1)
         level = (row_sum * FIXED + width * average) * FIXED // (expected + width * FIXED)
     return magnitude, level
@@ -3561,7 +3555,7 @@ def code_tensors(parts: Parts, packed: bytes | None = None) -> bytes:
     decoder = None if packed is None else coders.RangeDecoder(np.frombuffer(packed, "<u4").astype(np.uint32))
     histograms_of = functools.cache(lambda reach: SpreadHistograms(reach, encoder, decoder))  # shared where it is equal
     for codes, bits, *steps in parts:
-        code_tensor(codes, QuantSpec(bits).max_code, histograms_of, *(read() for read in steps))
+        code_tensor(codes, histograms_of(QuantSpec(bits).max_code), *(read() for read in steps))
     written = encoder.get_compressed().astype("<u4").tobytes()
     if packed is not None and written != packed:
         raise ValueError("a range stream is not the code of its values")
@@ -4508,7 +4502,7 @@ def log_preamble(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, da
         f"val_loader:shards pattern={cfg.val_files} tokens:{len(val.tokens) - 1}",
         f"model_params:{count(model)}",
         f"XSA:last_{cfg.xsa_last_n} active_layers:{[i for i, b in enumerate(model.blocks) if b.attn.exclusive]}",
-        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention_kernels(cfg)} "
+        f"device:{rt.device} dtype:{rt.dtype} compile:{int(rt.compiles)} attention:{rt.attention} "
         f"kernels:{rt.kernels}",
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}"]
     lines += [] if data is None else [
@@ -4528,52 +4522,74 @@ def submitted_code_bytes(cfg: Hyperparameters) -> int:
     return cfg.code_bytes or os.path.getsize(__file__)
 
 
+def write_float_model(rt: Runtime, model: GPT, path: Path) -> int:
+    """Returns its bytes."""
+    skipped = sum(p.numel() for p in model.mtp_heads.parameters())
+    if skipped:
+        rt.log(f"export_excluding_mtp_params:{skipped}")
+    whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
+    rt.attempt(write_atomically, path, whole)
+    rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
+    return len(whole)
+
+
+def write_artifact(rt: Runtime, path: Path, artifact: Artifact) -> Path:
+    """Where it was written: in the temporary folder if `path` cannot be."""
+    older = older_place(path) if path.exists() and not rt.resumes else None
+    try:
+        write_atomically(path, artifact.blob, older)
+    except UserError as error:
+        path = Path(tempfile.gettempdir(), f"{rt.run_id}.ptz")
+        rt.unwritten.append(f"{error}; the artifact is {path}")
+        rt.log(f"warning: {error}; it goes to {path}")
+        write_atomically(path, artifact.blob)
+    return path
+
+
 def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians: dict[str, Tensor],
-           factors: dict[str, tuple[Tensor, Tensor]]) -> Path:
+           factors: dict[str, tuple[Tensor, Tensor]], tune) -> Path:
     """Write the float model and the artifact, and hold the artifact against its limit. Returns the artifact's path.
 
     Raises UserError above the limit, after the table of what took the bytes; with SIZE_FIT=1 it rounds more coarsely
-    instead, or by water-filling also more finely.
+    instead, or by water-filling also more finely. `tune(settings, rounded)` is `fine_tune`, which changes the model.
     """
-    def make(settings: Hyperparameters) -> Artifact:
-        return pack(settings, model, val.tokenizer_sha256, round_model(settings, model, hessians, factors))
+    path, code_bytes, limit = rt.run_folder / "final_model.ptz", submitted_code_bytes(cfg), cfg.artifact_limit_bytes
+    rounded_by = lambda settings: round_model(settings, model, hessians, factors)
+    packed = lambda rounded: pack(cfg, model, val.tokenizer_sha256, rounded)
 
-    path, code_bytes, total = rt.run_folder / "final_model.ptz", submitted_code_bytes(cfg), 0
-    if rt.rank == 0:
-        skipped = sum(p.numel() for p in model.mtp_heads.parameters())
-        if skipped:
-            rt.log(f"export_excluding_mtp_params:{skipped}")
-        whole = torch_bytes({k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("mtp_heads")})
-        rt.attempt(write_atomically, path.with_suffix(".pt"), whole)
-        rt.log(f"packing {sum(p.numel() for p in model.parameters()) - skipped:,} weights")
-        artifact = make(cfg)
+    def first_artifact() -> tuple[Hyperparameters, Artifact]:
+        artifact = packed(rounded_by(cfg))
         total = len(artifact.blob) + code_bytes
-        if cfg.size_fit and (total > cfg.artifact_limit_bytes or factors):
-            weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith("_bank") or n in factors)
-            cfg, artifact = fit_size(cfg, rt, weights, make, total, code_bytes)
-            total = len(artifact.blob) + code_bytes
-        older = older_place(path) if path.exists() and not rt.resumes else None
-        try:
-            write_atomically(path, artifact.blob, older)
-        except UserError as error:
-            path = Path(tempfile.gettempdir(), f"{rt.run_id}.ptz")
-            rt.unwritten.append(f"{error}; the artifact is {path}")
-            rt.log(f"warning: {error}; it goes to {path}")
-            write_atomically(path, artifact.blob)
+        if not cfg.size_fit or total <= limit and not factors:
+            return cfg, artifact
+        weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith("_bank") or n in factors)
+        return fit_size(cfg, rt, weights, lambda settings: packed(rounded_by(settings)), total, code_bytes)
+
+    whole = write_float_model(rt, model, path.with_suffix(".pt")) if rt.rank == 0 else 0
+    settings, artifact = rt.from_first(first_artifact)
+    if cfg.tune_steps:
+        rounded = tune(settings, rounded_by(settings))
+        tuned = rt.from_first(lambda: packed(rounded))
+        if len(tuned.blob) <= max(limit - code_bytes, len(artifact.blob)):
+            artifact = tuned
+        else:
+            rt.log(f"warning: the artifact is not fine-tuned: {len(tuned.blob) + code_bytes - limit} bytes too many")
+    total = len(artifact.blob) + code_bytes
+    if rt.rank == 0:
+        path = write_artifact(rt, path, artifact)
         for file in filter(Path.exists, (path, path.with_suffix(".pt"))):  # where the published scripts have them
             rt.attempt(link, rt.folder / f"final_model{file.suffix}", file)
         tag = f"{precision_tag(cfg)}+{'+'.join(sorted({row[1] for row in artifact.ledger}))}"
-        rt.log(f"Serialized model: {len(whole)} bytes")
+        rt.log(f"Serialized model: {whole} bytes")
         rt.log(f"Code size: {code_bytes} bytes")
         for line in artifact.table(code_bytes):
             rt.log(line)
         rt.log(f"Serialized model {tag}: {len(artifact.blob)} bytes")
         rt.log(f"Total submission size {tag}: {total} bytes", "artifact", bytes=len(artifact.blob),
                code_bytes=code_bytes, ledger=artifact.ledger, sha256=hashlib.sha256(artifact.blob).hexdigest())
-    total = int(rt.agree(total))
-    if total > cfg.artifact_limit_bytes:
-        raise UserError(f"submission of {total:,} bytes is over ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes:,}; the "
-                        "table above shows what took them")
+    if total > limit:
+        raise UserError(f"submission of {total:,} bytes is over ARTIFACT_LIMIT_BYTES={limit:,}; the table above shows "
+                        "what took them")
     return path
 
 
@@ -4688,7 +4704,9 @@ def make_artifact(cfg: Hyperparameters, rt: Runtime, val: ValData, watch: Stopwa
     averaged = plain("post_average", rt.compiled(model.nll))
     log_score(rt, "DIAGNOSTIC post_average", averaged)
     phase = Stopwatch()
-    path = export(cfg, rt, model, val, hessians, factors)
+    tune = functools.partial(fine_tune, rt=rt, model=model, data=data, step=state.step + cfg.gptq_calibration_batches,
+                             left_s=left_s - seconds["calibrate"])
+    path = export(cfg, rt, model, val, hessians, factors, tune)
     seconds["export"] = phase.elapsed()
     return {"artifact_path": str(path), "val_bpb_pre_quant": averaged.bpb, "steps": state.step,
             "tokens": state.step * cfg.train_batch_tokens}, seconds

@@ -133,30 +133,6 @@ def test_the_order_of_kernels_is_part_of_one_graph(first, queries, window):
     assert torch._C._get_sdp_priority_order() == before and torch.backends.cuda.math_sdp_enabled()
 
 
-def test_the_log_names_the_kernels_that_run(config, rt):
-    """Only cuDNN's is missing here: both uses fall to flash, which the log must say."""
-    cfg = config()
-    assert rt.attention_kernels(cfg) == "flash"
-    for name, first, text in (("cudnn", SDPBackend.CUDNN_ATTENTION, "cudnn,training:flash,scoring:flash"),
-                              ("flash", SDPBackend.FLASH_ATTENTION, "flash"),
-                              ("fa4", SDPBackend.FLASH_ATTENTION, "fa4")):
-        on = dataclasses.replace(rt, attention=name, attend=functools.partial(tg.attend_sdpa, first=first))
-        assert on.attention_kernels(cfg) == text
-
-
-@pytest.mark.parametrize("window, asked", [(0, [(8, 2, None), (2, 8, "mask")]), (3, [(8, 2, "mask"), (2, 8, "mask")])])
-def test_pytorch_is_asked_with_the_shapes_that_occur(config, rt, monkeypatch, window, asked):
-    seen = []
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v, attn_mask, is_causal, enable_gqa: seen.append(
-        (tuple(q.shape), tuple(k.shape), None if attn_mask is None else tuple(attn_mask.shape), is_causal, enable_gqa,
-         q.requires_grad)) or 2)
-    cfg = config(train_seq_len=16, eval_seq_len=32, eval_stride=8, attention_window=window)
-    on = dataclasses.replace(rt, attend=functools.partial(tg.attend_sdpa, first=SDPBackend.FLASH_ATTENTION))
-    assert on.attention_kernels(cfg) == "flash,training:efficient,scoring:efficient"
-    assert seen == [((1, 4, 16, 8), (1, 2, 16, 8), (16, 16) if window else None, not window, True, True),
-                    ((1, 4, 8, 8), (1, 2, 32, 8), (8, 32), False, True, False)]
-
-
 # ---- process groups
 
 def test_a_process_group_of_gpus(config, tmp_path, monkeypatch):

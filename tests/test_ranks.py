@@ -5,6 +5,7 @@ Both ranks run through all scenarios in one pair of processes, because importing
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import pytest
 import torch
 import train_gpt as tg
 from clocks import FakeTime
-from conftest import ROOT, environment
+from conftest import ROOT, environment, scrambled
 
 SCENARIOS = {}
 
@@ -145,6 +146,20 @@ def calibrated(cfg, rt, patch):
     return [summary["val_bpb_roundtrip"], summary["val_bpb_sliding"], summary["artifact_bytes"]]
 
 
+@scenario
+def fine_tuned(cfg, rt, patch):
+    """The ranks read different text, and their clocks differ: all moves alike."""
+    cfg = dataclasses.replace(cfg, clip_rule="waterfill", waterfill_nats=0.3, gptq_enabled=True, late_qat=False,
+                              gptq_calibration_batches=1, tune_steps=4)
+    torch.manual_seed(0)
+    model, data = scrambled(tg.GPT(cfg)).eval(), tg.TrainData.open(cfg, rt)
+    hessians = tg.calibrate(cfg, rt, model, data, 6, math.inf)
+    factors = tg.loss_curvature(cfg, rt, model, data, 6, hessians, math.inf)
+    tuned = tg.fine_tune(cfg, tg.round_model(cfg, model, hessians, factors), rt, model, data, 8, 100.0 * (1 + rt.rank))
+    rows = sum(int(steps.rows.sum()) for _, steps in tuned.values())
+    return [digest(model), rows, [float(p.detach().double().sum()) for p in model.parameters()]]
+
+
 def digest(model):
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
 
@@ -237,6 +252,13 @@ def test_all_ranks_start_from_the_first_one_s_weights(ranks):
 def test_all_ranks_hear_of_the_limit(ranks):
     first, second = ranks[1]["over_the_limit"]
     assert first == second and "is over ARTIFACT_LIMIT_BYTES=1,000" in first
+
+
+def test_fine_tuning_is_that_of_one_rank_with_all_the_text(ranks, config, rt):
+    first, second = ranks[1]["fine_tuned"]
+    assert first == second
+    _, rows, sums = fine_tuned(config(), rt, None)
+    assert abs(rows - first[1]) < 200 and sums == pytest.approx(first[2], rel=1e-3, abs=1e-3)
 
 
 def test_all_ranks_score_what_the_first_one_wrote(ranks, run):

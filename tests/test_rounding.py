@@ -1,4 +1,5 @@
 """Calibration, the rounding of a whole model and the fitting of its size, against slow and obvious references."""
+import copy
 import dataclasses
 import json
 import math
@@ -210,3 +211,103 @@ def test_size_fit_changes_nothing_that_fits(run):
     done = run(SIZE_FIT=1, GPTQ_CALIBRATION_BATCHES=1, ARTIFACT_LIMIT_BYTES=free.summary["total_bytes"], **variables)
     assert done.code == 0 and "size_fit:start" not in done.out
     assert (done.folder / "final_model.ptz").read_bytes() == blob
+
+
+# ---- fine-tuning
+
+@pytest.fixture
+def tuned(config, rt):
+    """cfg, the float model, the model after fine-tuning, codes and steps before and after, and text of no step."""
+    cfg = config(clip_rule="waterfill", waterfill_nats=0.3, gptq_enabled=True, late_qat=False, gptq_calibration_batches=2,
+                 tune_steps=12)
+    model, data = model_of(cfg), tg.TrainData.open(cfg, rt)
+    hessians = tg.calibrate(cfg, rt, model, data, 6, math.inf)
+    factors = tg.loss_curvature(cfg, rt, model, data, 6, hessians, math.inf)
+    before, changed = tg.round_model(cfg, model, hessians, factors), copy.deepcopy(model)
+    after = tg.fine_tune(cfg, before, rt, changed, data, 8, math.inf)
+    return cfg, model, changed, before, after, torch.cat([ids for ids, _ in data.batch(40)])
+
+
+def kl(wanted, model, ids):
+    """By its definition, token by token."""
+    p, q = (m.logits(m.hidden(ids)).double().softmax(-1) for m in (wanted, model))
+    return float((p * (p / q).log()).sum(-1).mean())
+
+
+@torch.no_grad()
+def test_fine_tuning_brings_other_text_nearer_under_the_same_codes(tuned):
+    cfg, model, changed, before, after, ids = tuned
+    rounded = copy.deepcopy(model)
+    for name, p in rounded.named_parameters():
+        p.copy_(tg.dequantise(*before[name]) if name in before else p)
+    assert kl(model, changed, ids) < 0.97 * kl(model, rounded, ids)
+    assert float(tg.divergence(changed, model, ids)) == pytest.approx(kl(model, changed, ids), rel=1e-3)
+    floats = [not torch.equal(p, model.get_parameter(name))
+              for name, p in changed.named_parameters() if name not in before]
+    assert sum(floats) > 0.5 * len(floats)  # some have no gradient in a model of random weights
+    for name, p in changed.named_parameters():
+        if name in before:
+            assert after[name][0] is before[name][0] and torch.equal(p, tg.dequantise(*after[name])), name
+            assert name == "ve_shared.embed.weight" or (after[name][1].rows != before[name][1].rows).any()
+
+
+def test_what_was_tuned_can_be_stored(tuned):
+    """Keys and values still have the steps of the queries' columns, which are in the file once."""
+    cfg, _, changed, _, after, _ = tuned
+    queries, keys = after["qo_bank"][1].columns, after["kv_bank"][1].columns
+    assert torch.equal(keys, queries[:cfg.num_layers].repeat(2, 1, 1))
+    read = tg.unpack(tg.pack(cfg, changed, "0" * 64, after).blob)[2]
+    for name in after:
+        assert torch.equal(read[name], changed.get_parameter(name)), name
+
+
+@torch.no_grad()
+def test_the_first_step_moves_each_row_against_its_gradient(tuned, rt, monkeypatch):
+    """Adam's first step moves all rows by the rate, each to the side that a finite difference names."""
+    monkeypatch.setattr(tg, "TUNE_RATE", 0.05)
+    cfg, model, _, before, *_ = tuned
+    cfg, data, moved = dataclasses.replace(cfg, tune_steps=1), tg.TrainData.open(cfg, rt), copy.deepcopy(model)
+    with torch.enable_grad():
+        after = tg.fine_tune(cfg, before, rt, moved, data, 8, math.inf)
+    assert after is not before
+    rounded, ids = copy.deepcopy(model), next(data.batch(8))[0]
+    for name, p in rounded.named_parameters():
+        p.copy_(tg.dequantise(*before[name]) if name in before else p)
+    checked = 0
+    for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "tok_emb.weight"):
+        rows = rounded.get_parameter(name).view(-1, before[name][0].size(-1))
+        change = (after[name][1].rows - before[name][1].rows).flatten()
+        for r in range(0, len(rows), 13):
+            row, sides = rows[r].clone(), []
+            for factor in (1.05, 1 / 1.05):
+                rows[r] = row * factor
+                sides.append(kl(model, rounded, ids))
+            rows[r] = row
+            if abs(sides[0] - sides[1]) > 1e-6:
+                assert int(change[r]) == (-2 if sides[0] > sides[1] else 2), (name, r)
+                checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize("left_s, rate, says", [(0.0, 4e-3, "in 0 steps"), (math.inf, 30.0, "in 12 steps")])
+def test_fine_tuning_that_gains_nothing_is_undone(tuned, tmp_path, capsys, monkeypatch, left_s, rate, says):
+    cfg, model, _, before, *_ = tuned
+    rt = make_runtime(tmp_path, log=tg.RunLog(tmp_path, "test"))
+    monkeypatch.setattr(tg, "TUNE_RATE", rate)
+    changed = copy.deepcopy(model)
+    assert tg.fine_tune(cfg, before, rt, changed, tg.TrainData.open(cfg, rt), 8, left_s) is before
+    assert f"warning: fine-tuning gained nothing {says} and is undone" in capsys.readouterr().out
+    for name, p in changed.named_parameters():
+        assert torch.equal(p, model.get_parameter(name)), name
+
+
+def test_a_run_that_is_fine_tuned_keeps_its_size(run):
+    """Of the text behind calibration's."""
+    settings = {"CLIP_RULE": "waterfill", "GPTQ_ENABLED": 1, "LATE_QAT": 0, "SIZE_FIT": 1, "ARTIFACT_LIMIT_BYTES": 20_000,
+                "CODE_BYTES": 1000, "ITERATIONS": 4, "GPTQ_CALIBRATION_BATCHES": 2, **BRIEF, "COMPRESS": "range"}
+    done, plain = run(TUNE_STEPS=20, **settings), run(TUNE_STEPS=0, **settings)
+    assert done.code == plain.code == 0, done.err
+    assert "fine_tune:steps:20 kl:" in done.out and "fine_tune:" not in plain.out
+    assert done.summary["total_bytes"] <= 20_000 and plain.summary["val_bpb_roundtrip"] != done.summary["val_bpb_roundtrip"]
+    assert abs(done.summary["total_bytes"] - plain.summary["total_bytes"]) < 600
+    assert run(**settings | {"CLIP_RULE": "percentile"}, TUNE_STEPS=5).err.count("\n") == 1

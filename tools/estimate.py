@@ -30,7 +30,7 @@ BITS_OVER_GAUSSIAN = {"attn": 0.985, "mlp": 0.953, "embed": 0.925, "ngram": 0.99
 CODEC_OVER_RANGE = {"auto": 1.0, "range": 1.0, "zstd": 1.025, "lzma": 1.037}  # records/packing
 FLOAT_BITS = {"half": 13.4, "float": 26.9, "scales": 10.9}  # after LZMA
 WATERFILL_BITS, WATERFILL_SLOPE = 3.27, -0.47  # per code at 0.015 nats, and by each doubling of them (records/export)
-STEP_BITS = 4.4           # per row and column of water-filling
+STEP_BITS = 5.0           # per row and column of water-filling
 HEADER_BYTES = 800
 ERROR = 0.05
 

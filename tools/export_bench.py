@@ -11,6 +11,7 @@ without the script. Below the table: bytes at equal loss and nats at equal bytes
 from __future__ import annotations
 
 import contextlib
+import copy
 import lzma
 import math
 import os
@@ -36,7 +37,9 @@ RULES = (
     ("percentile, nearest", {"CLIP_RULE": "percentile", "GPTQ_ENABLED": 0},
      {"CLIP_WIDEN": 1}, (4, 2)),
     *((f"water-filling, a={a}, nats", {"CLIP_RULE": "waterfill", "WATERFILL_EXPONENT": a}, {"WATERFILL_NATS": 1},
-       (0.06, 0.03, 0.015, 0.0075)) for a in (0.5, 0.75, 1.0)))
+       (0.06, 0.03, 0.015, 0.0075)) for a in (0.5, 0.75, 1.0)),
+    ("water-filling, tuned, nats", {"CLIP_RULE": "waterfill", "TUNE_STEPS": 120}, {"WATERFILL_NATS": 1},
+     (0.06, 0.03, 0.015, 0.0075)))
 CODECS = {"zstd-22": "zstd", "lzma-9e": "lzma", "range": "range"}
 
 
@@ -60,6 +63,13 @@ def loss_on(model: tg.GPT, ids: torch.Tensor, seq_len: int) -> float:
     inputs, targets = ids[:-1].view(-1, seq_len), ids[1:].view(-1, seq_len)
     parts = [model.nll(x, y).double().sum() for x, y in zip(inputs.split(16), targets.split(16))]
     return float(sum(parts)) / targets.numel()
+
+
+@torch.no_grad()
+def divergence_on(model: tg.GPT, wanted: tg.GPT, ids: torch.Tensor, seq_len: int) -> float:
+    """From the wanted model, in nats per token: what is added to the loss, but for the chance of which tokens follow."""
+    batches = ids[:-1].view(-1, seq_len).split(16)
+    return sum(float(tg.divergence(model, wanted, batch)) * len(batch) for batch in batches) * seq_len / (len(ids) - 1)
 
 
 @contextlib.contextmanager
@@ -86,22 +96,25 @@ def measure(environ: dict, rt: tg.Runtime, model: tg.GPT, data: tg.TrainData, id
     factors = tg.loss_curvature(cfg, rt, model, data, step, hessians, math.inf)
     float_loss, weights = loss_on(model, ids, cfg.train_seq_len), sum(p.numel() for p in model.parameters())
     print(f"{weights:,} weights, float loss {float_loss:.5f} nats on {len(ids) - 1:,} tokens\n"
-          f"{'rule':<38} added nats  artifact bytes  bits a weight  seconds")
+          f"{'rule':<38} added nats  KL nats  artifact bytes  bits a weight  seconds")
     found: dict[str, list[tuple[float, int]]] = {}
     for name, fixed, growing, sizes in [rule for rule in RULES if only in rule[0]]:
         for size in sizes:
             changes = fixed | {key: size * value for key, value in growing.items()}
             changed = tg.Hyperparameters.from_env(environ | {key: str(value) for key, value in changes.items()})
-            begun = time.perf_counter()
-            rounded = tg.round_model(changed, model, hessians if changed.gptq_enabled else {},
+            begun, tried = time.perf_counter(), copy.deepcopy(model)
+            rounded = tg.round_model(changed, tried, hessians if changed.gptq_enabled else {},
                                      factors if changed.clip_rule == "waterfill" else None)
-            size_bytes = len(tg.pack(changed, model, "0" * 64, rounded).blob)
+            if changed.tune_steps:
+                rounded = tg.fine_tune(changed, rounded, rt, tried, data, step + cfg.gptq_calibration_batches, math.inf)
+            size_bytes = len(tg.pack(changed, tried, "0" * 64, rounded).blob)
             seconds = time.perf_counter() - begun
-            with using_rounded_weights(model, rounded):
-                added = loss_on(model, ids, cfg.train_seq_len) - float_loss
+            with using_rounded_weights(tried, rounded):
+                added = loss_on(tried, ids, cfg.train_seq_len) - float_loss
+                kl = divergence_on(tried, model, ids, cfg.train_seq_len)
             found.setdefault(name, []).append((added, size_bytes))
-            print(f"{f'{name} {size:g}':<38} {added:10.5f}  {size_bytes:14,}  {8 * size_bytes / weights:13.3f}  "
-                  f"{seconds:7.1f}", flush=True)
+            print(f"{f'{name} {size:g}':<38} {added:10.5f}  {kl:7.5f}  {size_bytes:14,}  "
+                  f"{8 * size_bytes / weights:13.3f}  {seconds:7.1f}", flush=True)
     return found
 
 

@@ -139,6 +139,7 @@ RULES: dict[str, Callable[[Settings, Settings], object]] = {
     "lawa_k": lambda was, now: min(was.lawa_k, 3),
     "lawa_freq": lambda was, now: min(was.lawa_freq, now.iterations // 8),
     "gptq_calibration_batches": lambda was, now: min(was.gptq_calibration_batches, 2),
+    "tune_steps": lambda was, now: min(was.tune_steps, 8),
     "eval_seq_len": lambda was, now: scaled(was.eval_seq_len, was.train_seq_len, now.train_seq_len),
     "attention_window": lambda was, now: max(part(was.attention_window, was.train_seq_len, now.train_seq_len),
                                              min(was.attention_window, 2)),
