@@ -1148,7 +1148,11 @@ class Runtime:
 
     def waiter(self):
         """A function that waits until the device has done all that it has been given by now."""
-        return torch.cuda.current_stream().record_event().synchronize if self.on_cuda else lambda: None
+        if not self.on_cuda:
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
