@@ -644,13 +644,11 @@ def settings_by_section() -> dict[str, list[dataclasses.Field]]:
     return sections
 
 
-def config_table(markdown: bool = False) -> str:
-    """The settings as a table: what --help prints and what SETTINGS.md shows."""
-    head = ["", "| variable | default | range | meaning |", "|---|---|---|---|"] if markdown else []
-    row = "| `{0}` | `{1}` | {2} | {3} |" if markdown else "  {0:<34} {1!s:<10} {3} [{2}]"
+def config_table(title: str = "{0}", row: str = "  {0:<34} {1!s:<10} {3} [{2}]") -> str:
+    """The settings by section, each in a row: variable, default, range, meaning. What --help prints."""
     lines = []
     for section, fields in settings_by_section().items():
-        lines += [f"**{section}**" if markdown else section, *head]
+        lines.append(title.format(section))
         for f in fields:
             default = "(empty)" if f.default == "" else int(f.default) if f.type == "bool" else f.default
             lines.append(row.format(" = ".join(env_names(f)), default, describe_range(f), f.metadata["help"]))
@@ -822,30 +820,21 @@ class RunLog:
 
 
 class Progress:
-    """A progress bar on a terminal (with the package tqdm), and one line in the log after some seconds."""
+    """Lines in the log of how far something has come: after 5 seconds, then whenever twice as many have passed."""
 
-    QUIET_SECONDS = 5.0
+    FIRST_SECONDS = 5.0
 
     def __init__(self, log: RunLog, total: int, what: str):
-        self.log, self.total, self.what, self.done, self.logged, self.bar = log, total, what, 0, False, None
-        self.start = time.perf_counter()
-        if log.active and sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                self.bar = importlib.import_module("tqdm").tqdm(total=total, desc=what, leave=False)
+        self.log, self.total, self.what, self.done = log, total, what, 0
+        self.start, self.due = time.perf_counter(), self.FIRST_SECONDS
 
     def update(self) -> None:
         self.done += 1
         seconds = time.perf_counter() - self.start
-        if not self.logged and seconds > self.QUIET_SECONDS and self.done < self.total:
-            self.logged = True
+        if seconds > self.due and self.done < self.total:
+            self.due = 2 * seconds
             self.log(f"{self.what}: {self.done} of {self.total} after {seconds:.0f} s, about "
-                     f"{seconds * (self.total / self.done - 1):.0f} s to go", console=self.bar is None)
-        if self.bar is not None:
-            self.bar.update()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+                     f"{seconds * (self.total / self.done - 1):.0f} s to go")
 
 
 class Stopwatch:
@@ -1125,23 +1114,36 @@ class Runtime:
         return self.folder / "runs" / self.run_id
 
     def compiled(self, function, grows: bool = False):
-        """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first argument `grows`,
-        one for all its sizes. (With dynamic=True all sizes would be dynamic, and torch 2.13 cannot trace ScaledNorm.)
-        """
+        """The function, compiled if `compiles`: one graph per shape or, if dimension 1 of its first two arguments
+        `grows`, one for all sizes. (With dynamic=True all would be dynamic, and torch 2.13 cannot trace ScaledNorm.)"""
         if not self.compiles:
             return function
         if not grows:
             return torch.compile(function, dynamic=False, fullgraph=True)
         graphs = torch.compile(function, fullgraph=True)
 
-        def call(ids: Tensor, *rest):
+        def call(ids: Tensor, targets: Tensor, *rest):
             torch._dynamo.maybe_mark_dynamic(ids, 1)
-            return graphs(ids, *rest)
+            torch._dynamo.maybe_mark_dynamic(targets, 1)
+            return graphs(ids, targets, *rest)
         return call
 
     def synchronize(self) -> None:
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
+
+    def to_device(self, array: np.ndarray | Tensor) -> Tensor:
+        """Waits for nothing."""
+        tensor = torch.as_tensor(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.on_cuda else tensor
+
+    def waiter(self):
+        """A function that waits until the device has done all that it has been given by now."""
+        if not self.on_cuda:
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -1181,12 +1183,11 @@ class Runtime:
         step late; none: the clock is right. Returns each finished step's `number`, which are not waited for."""
         if not self.on_cuda:
             return [number.item()]
-        self.in_flight.append((number.to("cpu", non_blocking=True), torch.cuda.Event()))
-        self.in_flight[-1][1].record()
+        self.in_flight.append((number.to("cpu", non_blocking=True), self.waiter()))
         finished = []
         while len(self.in_flight) > behind:
-            number, event = self.in_flight.popleft()
-            event.synchronize()
+            number, wait = self.in_flight.popleft()
+            wait()
             finished.append(number.item())
         return finished
 
@@ -1367,17 +1368,13 @@ class TrainData:
         """Part of the tokens of a step and the one that follows them.  # int32 [len(part) + 1]"""
         return self.stream.read(step * self.batch_tokens + part.start, len(part) + 1)
 
-    def to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.rt.device, non_blocking=True) if self.rt.on_cuda else tensor
-
     def micro_batches(self, per_token: Tensor, seq_len: int = 0) -> Tensor:
         """One number per token of this rank, as its micro-batches.  # [tokens] -> [micro_steps, rows, seq_len]"""
         return per_token.view(self.micro_steps, -1, seq_len or self.seq_len)
 
     def rows(self, ids: np.ndarray, seq_len: int):
         """Inputs and targets of each micro-batch of this rank, whose tokens are `ids`.  # int64 [rows, seq_len] each"""
-        span = self.to_device(ids).long()
+        span = self.rt.to_device(ids).long()
         return zip(self.micro_batches(span[:-1], seq_len), self.micro_batches(span[1:], seq_len))
 
     def batch(self, step: int):
@@ -1391,7 +1388,7 @@ class TrainData:
             if self.bos_id < 0:
                 yield inputs, targets, {}
             else:
-                starts = self.to_device(document_starts(part, self.bos_id, seq_len))
+                starts = self.rt.to_device(document_starts(part, self.bos_id, seq_len))
                 yield inputs.view(1, -1), targets.view(1, -1), {"documents": Documents(starts, seq_len)}
 
 
@@ -1572,7 +1569,7 @@ class BpbMeter:
 
     def add(self, nll: Tensor, size: Tensor) -> None:
         """Nll in nats of some tokens, and the bytes of text they stand for.  # [n] each"""
-        count = torch.tensor(len(nll), dtype=torch.float64, device=nll.device)
+        count = torch.full((), len(nll), dtype=torch.float64, device=nll.device)
         self.sums += torch.stack((nll.double().sum(), count, size.double().sum()))
 
     def reduce(self, rt: Runtime) -> tuple[float, float, int, int]:
@@ -2815,7 +2812,7 @@ class BigramCounts:
         if COMPLEMENT_ALPHA is 0. Every rank counts the whole batch, so that all have the same counts."""
         if not self.alpha:
             return [None] * data.micro_steps
-        span = data.to_device(data.read(step, range(data.batch_tokens))).long()
+        span = data.rt.to_device(data.read(step, range(data.batch_tokens))).long()
         weights = self.weights(span[:-1], span[1:])
         self.update(span[:-1], span[1:])
         return data.micro_batches((weights / weights.mean())[data.share.start:data.share.stop])
@@ -3287,6 +3284,8 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
     for _ in range(FIT_ROUNDS):
         before, size_before = doublings, total
         doublings = min(max(doublings + (limit * (1 - FIT_WINDOW / 2) - total) / slope, finest), coarsest)
+        if doublings == before:  # at an end
+            break
         settings = dataclasses.replace(cfg, clip_widen=cfg.clip_widen * 2 ** doublings,
                                        waterfill_nats=cfg.waterfill_nats * 4 ** doublings)
         artifact = make(settings)
@@ -3295,11 +3294,9 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
                f"time:{watch.elapsed():.1f}s", "size_fit", total=total, limit=limit, widen=2 ** doublings)
         if total <= limit and (best is None or total > best[2]):
             best = settings, artifact, total
-        at_end = doublings == coarsest if total > limit else doublings == finest < 0
-        if limit * (1 - FIT_WINDOW) <= total <= limit or at_end or watch.elapsed() > FIT_SECONDS:
+        if limit * (1 - FIT_WINDOW) <= total <= limit or watch.elapsed() > FIT_SECONDS:
             break
-        if doublings != before:  # a search that stands still keeps its slope; no slope is flatter than 1/8 bit
-            slope = min((total - size_before) / (doublings - before), -weights / 64)
+        slope = min((total - size_before) / (doublings - before), -weights / 64)  # no slope is flatter than 1/8 bit
     if best is None:
         raise UserError(f"SIZE_FIT=1 cannot reach ARTIFACT_LIMIT_BYTES={limit:,}: {total:,} bytes are left with "
                         f"steps {2 ** doublings:.3g} times as wide; fewer parameters"
@@ -3835,17 +3832,18 @@ class Adapter:
             self.step()
 
     def learn_documents(self, tokens: Tensor, targets: Tensor, bos_id: int) -> None:
-        """One step of all ranks on the mean loss of scored documents end to end.  # int64 [n] each
+        """One step of all ranks on the mean loss of scored documents end to end.  # int64 [n] each, on the CPU
 
         They are computed in rows of the context's length, in which no document reads another. The rows' gradients are
         summed in float64, so that any number of ranks makes the same step.
         """
         length, sums = self.cfg.doc_context, [torch.zeros_like(t, dtype=torch.float64) for t in self.trained]
-        weights = torch.full(tokens.shape, length / len(tokens), device=tokens.device)
+        weights = torch.full(tokens.shape, length / len(tokens))
         rows = list(zip(*(t.split(length) for t in (tokens, targets, weights))))
         for row in [rows[i] for i in self.rt.share_of(len(rows))]:
             x, y, weights = (F.pad(t, (0, length - len(t)))[None] for t in row)  # one length, so one compiled graph
-            begins = torch.from_numpy(document_starts(x[0].cpu().numpy(), bos_id, length)).to(x.device)
+            begins = document_starts(x[0].numpy(), bos_id, length)
+            x, y, weights, begins = map(self.rt.to_device, (x, y, weights, begins))
             self.loss_fn(x, y, token_weights=weights, documents=Documents(begins, length)).backward()
             for total, tensor in zip(sums, self.trained):
                 total += 0 if tensor.grad is None else tensor.grad
@@ -3957,7 +3955,7 @@ class LoraAdapter(Adapter):
         cfg, weights = self.cfg, [(1.0, p) for p, _ in self.weights]
         sgd = dataclasses.replace(cfg, ttt_momentum=cfg.global_ttt_momentum, ttt_grad_clip=cfg.global_ttt_grad_clip)
         trainer = Adapter(self.model, sgd, self.rt, weights, cfg.global_ttt_lr, "sgd", rows=1)
-        chunks = list(zip(tokens.split(cfg.global_ttt_chunk_tokens), targets.split(cfg.global_ttt_chunk_tokens)))
+        chunks = list(zip(*(t.cpu().split(cfg.global_ttt_chunk_tokens) for t in (tokens, targets))))
         for i, chunk in enumerate(chunks[:-1] or chunks):  # the last one's rate would be 0
             trainer.set_progress(i / max(len(chunks) - 1, 1))
             for _ in range(cfg.global_ttt_epochs):
@@ -4003,11 +4001,13 @@ class Windows:
     copies of that token fill its rest.
     """
 
-    start: Tensor    # int64 [windows]
-    low: Tensor      # int64 [windows]
-    high: Tensor     # int64 [windows]
+    bounds: Tensor   # int64 [4, windows]: start, low, high, and the end of the document
     length: int      # tokens of a window
     keep: int        # its last so many positions hold all targets it scores
+    count: int = 0   # targets it scores: see `on_device`
+
+    def __len__(self) -> int:
+        return self.bounds.size(1)
 
     @classmethod
     def sliding(cls, targets: int, length: int, stride: int) -> Windows:
@@ -4015,29 +4015,26 @@ class Windows:
         the text, and score its tail several times.)"""
         count = 1 + -(-max(targets - length, 0) // stride)
         high = (length + stride * torch.arange(count)).clamp(max=targets)
-        return cls(high - length, F.pad(high[:-1], (1, 0)), high, length, stride)
+        return cls(torch.stack((high - length, F.pad(high[:-1], (1, 0)), high, high)), length, stride)
 
     def part(self, start: int, stop: int) -> Windows:
-        return dataclasses.replace(self, start=self.start[start:stop], low=self.low[start:stop],
-                                   high=self.high[start:stop])
+        return dataclasses.replace(self, bounds=self.bounds[:, start:stop])
 
-    def filled(self, count: int) -> Windows:
-        """Padded to `count` windows: compiled graphs need fixed shapes, and sums of a fixed order give equal scores."""
-        more = [-1] * (count - len(self.low))
-        return dataclasses.replace(self, start=torch.cat((self.start, self.start[more])),
-                                   low=torch.cat((self.low, self.high[more])),
-                                   high=torch.cat((self.high, self.high[more])))
+    def filled(self, size: int) -> Windows:
+        """Padded to `size` windows: compiled graphs need fixed shapes, and sums of a fixed order give equal scores."""
+        filler = self.bounds[[0, 2, 2, 3], -1:].expand(-1, size - len(self))
+        return dataclasses.replace(self, bounds=torch.cat((self.bounds, filler), dim=1))
 
     def batches(self, size: int, fixed: bool) -> list[Windows]:
         """Batches of at most `size` windows. The first window of a text scores all it reads, in a batch of its own."""
-        alone = int(len(self.low) > 0 and self.high[0] - self.low[0] > self.keep)
+        alone = int(len(self) > 0 and self.bounds[2, 0] - self.bounds[1, 0] > self.keep)
         whole = [dataclasses.replace(self.part(0, 1), keep=self.length)] * alone
-        parts = whole + [self.part(i, i + size) for i in range(alone, len(self.low), size)]
+        parts = whole + [self.part(i, i + size) for i in range(alone, len(self), size)]
         return [part.filled(size) if fixed else part for part in parts]
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs [n, length]; target ids, target numbers and which of them to score, [n, keep] each."""
-        start, low, high = (t.to(tokens.device)[:, None] for t in (self.start, self.low, self.high))
+        start, low, high = self.bounds[:3, :, None]
         at = start + torch.arange(self.length + 1, device=tokens.device)
         text, number = tokens[at.minimum(high)].long(), at[:, -self.keep - 1:-1]
         ids, wanted = text[:, :-1].contiguous(), text[:, -self.keep:].contiguous()  # one layout, so one compiled graph
@@ -4054,13 +4051,12 @@ class ScoredChunk:
     progress: float = 0.0   # 0..1 of the text
     resets: bool = False    # the adapter starts afresh: other documents begin here
     keeps_a: bool = False   # but for the first factors of its additions
-    goes_on: Tensor | None = None  # which documents have more chunks, bool [rows]: the others have no use of a lesson
     finished: Tensor | None = None  # documents on which all ranks train the weights: first target and end, [n, 2]
 
     @property
     def reads(self) -> int:
         """Tokens this rank reads in order to score."""
-        return sum(len(windows.low) * windows.length for windows in self.batches)
+        return sum(len(windows) * windows.length for windows in self.batches)
 
 
 def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, size: int,
@@ -4071,7 +4067,7 @@ def plan_stream(targets: int, cfg: Hyperparameters, rt: Runtime, stride: int, si
     windows = Windows.sliding(targets, cfg.window, stride)
     chunk = cfg.ttt_chunk_tokens if adapts else targets
     count = -(-targets // chunk)
-    first = torch.searchsorted(windows.low, chunk * torch.arange(count + 1)).tolist()
+    first = torch.searchsorted(windows.bounds[1], chunk * torch.arange(count + 1)).tolist()
     plan = []
     for i in range(count):
         mine = rt.share_of(first[i + 1] - first[i])
@@ -4127,11 +4123,10 @@ def plan_chains(groups: list[Tensor], cfg: Hyperparameters, rt: Runtime) -> list
             end = chunk * (step + 1)
             low, high = ((first + at).minimum(stop) for at in (end - chunk, end))
             length, reach = min(end, cfg.doc_context), high if cfg.lengths_known else first + end
-            windows = Windows((reach - length).maximum(first), low, high, length, chunk).filled(rows)
+            bounds = torch.stack(((reach - length).maximum(first), low, high, stop))
             trains = step + 1 < steps and end >= cfg.ttt_min_doc_tokens
-            chains[owner].append(ScoredChunk(
-                [windows], rows * length if trains else 0, resets=step == 0, keeps_a=carried[owner],
-                goes_on=F.pad(stop - first > end, (0, rows - len(first)))))
+            chains[owner].append(ScoredChunk([Windows(bounds, length, chunk).filled(rows)],
+                                             rows * length if trains else 0, resets=step == 0, keeps_a=carried[owner]))
         loads[owner] += steps
         carried[owner] = warm and len(first) == rows  # where a row had no document, nothing was learnt
     return [chunk for chain in chains for chunk in chain]
@@ -4143,6 +4138,16 @@ def plan_evaluation(val: ValData, cfg: Hyperparameters, rt: Runtime, stride: int
     if adapts and cfg.ttt_reset == "document":
         return plan_documents(val, cfg, rt)
     return plan_stream(len(val.tokens) - 1, cfg, rt, stride, batch_seqs, adapts)
+
+
+def on_device(plan: list[ScoredChunk], device) -> list[ScoredChunk]:
+    """The plan with its windows there and their targets counted, so that a walk waits for neither."""
+    bounds = [windows.bounds for chunk in plan for windows in chunk.batches]
+    whole = torch.cat([torch.empty(4, 0, dtype=torch.int64), *bounds], dim=1).to(device)
+    parts = iter(whole.split([part.size(1) for part in bounds], dim=1))
+    place = lambda windows: dataclasses.replace(windows, bounds=next(parts),
+                                                count=int(windows.bounds[1:3].diff(dim=0).sum()))
+    return [dataclasses.replace(chunk, batches=[place(windows) for windows in chunk.batches]) for chunk in plan]
 
 
 class EvalClock:
@@ -4186,6 +4191,7 @@ class EvalClock:
         self.to_do = {"score": sum(chunk.reads for chunk in plan), "learn": sum(chunk.train_tokens for chunk in plan)}
         self.graphs = set()  # that a lap has used
         self.laps, self.mark = {"score": [], "learn": []}, self.watch.elapsed()  # (seconds, tokens, compiled?)
+        self.open = collections.deque()  # laps whose end the device may have before it
 
     def cost(self, what: str) -> float:
         """Seconds per token. The first lap of each graph is left out: it may have compiled."""
@@ -4200,9 +4206,17 @@ class EvalClock:
         one that is compiled for the first chunks of documents."""
         self.to_do[what] -= tokens
         if tokens * epochs:
-            self.rt.synchronize()
+            self.open.append((what, graph, tokens * epochs, self.rt.waiter()))
+            # A GPU's last lap stays open, so that its queue never runs empty. The deadline sees all but that lap.
+            self.close_laps(int(self.rt.on_cuda))
+
+    def close_laps(self, keep: int) -> None:
+        """Wait for the end of all open laps but the last `keep`, and note them."""
+        while len(self.open) > keep:
+            what, graph, tokens, wait = self.open.popleft()
+            wait()
             now = self.watch.elapsed()
-            self.laps[what].append((now - self.mark, tokens * epochs, (what, graph) in self.graphs))
+            self.laps[what].append((now - self.mark, tokens, (what, graph) in self.graphs))
             self.graphs.add((what, graph))
             self.mark = now
 
@@ -4227,6 +4241,7 @@ class EvalClock:
 
     def end(self) -> None:
         """An evaluation is over: say what was left out, on any rank."""
+        self.close_laps(0)
         if math.isinf(self.limit):
             return
         left_out, planned = self.rt.sum_(torch.tensor([self.left_out, self.planned], device=self.rt.device)).tolist()
@@ -4273,9 +4288,7 @@ class Scored:
     def result(self, name: str, start_s: float) -> EvalResult:
         """The total. Raises IllegalScore if the ranks together did not score every target once."""
         self.require_scored_once(self.rt.sum_(self.times.clone()))
-        loss, bpb, tokens, size = self.meter.reduce(self.rt)
-        self.rt.synchronize()
-        return EvalResult(name, loss, bpb, tokens, size, time.perf_counter() - start_s)
+        return EvalResult(name, *self.meter.reduce(self.rt), time.perf_counter() - start_s)
 
 
 def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtime, plan: list[ScoredChunk],
@@ -4288,8 +4301,8 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
     start_s, scored, clock = time.perf_counter(), Scored(val, rt), clock or EvalClock(0.0, rt)
     temperature, hook, rows = (cfg.ttt_temp, adapter.hook, adapter.rows) if adapter else (1.0, None, 0)
     clock.begin(plan, cfg.ttt_epochs if adapter else 0)
-    bar = Progress(rt.log, sum(len(chunk.batches) for chunk in plan), name)
-    for i, chunk in enumerate(plan):
+    progress = Progress(rt.log, sum(len(chunk.batches) for chunk in plan), name)
+    for i, chunk in enumerate(on_device(plan, val.tokens.device)):
         phase = chunk.finished is not None
         clock.in_step = phase or not rows  # the ranks train together and must agree
         epochs = clock.affordable_epochs(chunk.train_tokens, i)
@@ -4298,29 +4311,29 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
         for windows in chunk.batches:
             ids, targets, numbers, counted = windows.read(val.tokens)
             rescore = functools.partial(score_fn, ids, targets, temperature, hook)
-            with torch.set_grad_enabled(rows > 0 and clock.epochs > 0):
+            with torch.set_grad_enabled(rows > 0 and clock.most > 0):  # to the end: other graphs would have to compile
                 nll = rescore()
-            numbers, values = numbers[counted], nll.detach()[counted]
+            chosen = torch.nonzero_static(counted, size=windows.count).unbind(1)  # a mask's count would be waited for
+            numbers, values = numbers[chosen], nll.detach()[chosen]
             scored.commit(numbers, values)
             if observe:
                 observe(numbers, values)
-            bar.update()
+            progress.update()
         clock.lap("score", chunk.resets, chunk.reads)
         if adapter:
             report_chunk(rt, scored.meter, i, len(plan), time.perf_counter() - start_s)
         if epochs and phase:
             adapter.train_weights(*scored.training_documents(chunk.finished), val.bos_id)
             rt.log(f"ttpr: documents:{len(chunk.finished)} t:{time.perf_counter() - start_s:.1f}s")
-        elif epochs and rows:
-            scored.require_scored_once(scored.times[numbers])
-            adapter.learn_rows(nll, counted & chunk.goes_on.to(counted.device)[:, None], epochs, rescore)
+        elif epochs and rows:  # from the scores just committed, and not in documents that have no more to score
+            _, _, high, end = windows.bounds
+            adapter.learn_rows(nll, counted & (high < end)[:, None], epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
         clock.lap("learn", None if phase else chunk.resets, chunk.train_tokens, epochs)
         nll = rescore = None  # frees the graph of the forward pass
     if rows:
         adapter.restore_weights()
-    bar.close()
     clock.end()
     return scored.result(name, start_s)
 
@@ -4425,8 +4438,8 @@ def mixed_result(name: str, nll: Tensor, val: ValData, cfg: Hyperparameters, rt:
 
 
 def report_chunk(rt: Runtime, meter: BpbMeter, chunk: int, chunks: int, seconds: float) -> None:
-    """The running score of rank 0's share, every tenth chunk."""
-    if chunk % 10 == 0 or chunk + 1 == chunks:
+    """The running score of rank 0's share, every tenth chunk or, of many, some hundred times."""
+    if chunk % max(10, chunks // 100) == 0 or chunk + 1 == chunks:
         nats, _, size = meter.sums.tolist()
         bpb = nats / math.log(2) / max(size, 1)
         rt.log(f"  ttt_chunk [{chunk + 1}/{chunks}] bpb={bpb:.6f} time={seconds:.1f}s", "ttt_chunk",
@@ -4605,7 +4618,7 @@ def log_adaptation(cfg: Hyperparameters, rt: Runtime, model: GPT, adapter: Adapt
                f"min_doc_tokens={cfg.ttt_min_doc_tokens}")
     else:
         rt.log(f"ttt_sliding:start chunks={-(-targets // cfg.ttt_chunk_tokens)} chunk_tokens={cfg.ttt_chunk_tokens} "
-               f"total_windows={len(Windows.sliding(targets, cfg.window, stride).low)} stride={stride} "
+               f"total_windows={len(Windows.sliding(targets, cfg.window, stride))} stride={stride} "
                f"ttt_lr={cfg.lora_lr if lora else cfg.ttt_lr} ttt_epochs={cfg.ttt_epochs} "
                f"freeze_blocks={0 if lora else cfg.ttt_freeze_blocks}")
     rt.log(f"ttt_sliding:params unfrozen={trained} frozen={frozen}")

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -16,10 +17,11 @@ def test_windows_score_each_target_once_with_all_the_context_there_is(targets, l
     length = min(length, targets)
     stride = data.draw(st.integers(1, length))
     windows = tg.Windows.sliding(targets, length, stride)
-    scored = [t for low, high in zip(windows.low.tolist(), windows.high.tolist()) for t in range(low, high)]
+    start, low, high, _ = windows.bounds
+    scored = [t for first, end in zip(low.tolist(), high.tolist()) for t in range(first, end)]
     assert scored == list(range(targets))
-    assert torch.equal(windows.start, windows.high - length) and windows.high.max() == targets
-    assert ((windows.high - windows.low)[1:] <= stride).all() and (windows.start >= 0).all()
+    assert torch.equal(start, high - length) and high.max() == targets
+    assert ((high - low)[1:] <= stride).all() and (start >= 0).all()
     tokens = torch.arange(targets + 1)
     for part in windows.batches(3, fixed=data.draw(st.booleans())):
         inputs, wanted, at, counted = part.read(tokens)
@@ -209,13 +211,21 @@ def test_padding_for_compiled_graphs_counts_nothing(setting, rt, tmp_path):
     assert score(cfg, val, model(), 8, None, padded)[0].bpb == pytest.approx(eager.bpb, rel=1e-6)
 
 
+def epochs_until(clock, last, tokens, chunk):
+    """What `affordable_epochs` says of a clock that ends adaptation at a chunk."""
+    clock.epochs = clock.most if chunk < last else 0
+    return clock.epochs if tokens else 0
+
+
 @pytest.mark.parametrize("mode, graphs", [("sliding", 2), ("sgd, frozen", 4), ("lora, hash", 4), ("document", 2),
-                                          ("warm", 6)])
+                                          ("warm", 2)])
 def test_every_way_to_adapt_compiles(setting, tmp_path, monkeypatch, mode, graphs):
-    """As on a GPU: whole graphs, few of them - windows that grow with their documents share one - and the same scores.
+    """As on a GPU: whole graphs, few of them - windows that grow with their documents share one, whatever they keep,
+    and also when the clock ends adaptation - and the same scores.
     The back end runs them eagerly, for want of time; what cannot be traced fails all the same."""
     cfg, val, model = setting
     val = val.take(slice(1100))
+    val.tokens[[40, 41, 300, 340, 600]] = val.bos_id
     warm = {**MODES["document"][1], "ttt_warm_start_a": True, "ttt_chunk_ladder": "40:4,80:8", "ttt_lora_parallel": True}
     stride, changes = {**MODES, "warm": (8, warm)}[mode]
     cfg = dataclasses.replace(cfg, rope_train_seq_len=20, **changes or {})  # the base stretches within the windows
@@ -226,9 +236,10 @@ def test_every_way_to_adapt_compiles(setting, tmp_path, monkeypatch, mode, graph
     for compiles in (False, True):
         rt, trained = make_runtime(tmp_path, compiles=compiles), model()
         trained.cfg = cfg
-        adapter = None if changes is None else tg.adapter_for(trained, cfg, rt)
+        adapter, clock = None if changes is None else tg.adapter_for(trained, cfg, rt), tg.EvalClock(0.0, rt)
+        clock.affordable_epochs = functools.partial(epochs_until, clock, 9)
         plan = tg.plan_evaluation(val, cfg, rt, stride, 16, bool(adapter))
-        results.append(tg.evaluate("test", tg.scorer(trained, rt, adapter), val, cfg, rt, plan, adapter).bpb)
+        results.append(tg.evaluate("test", tg.scorer(trained, rt, adapter), val, cfg, rt, plan, adapter, clock).bpb)
     assert results[1] == pytest.approx(results[0], rel=1e-5) and counted.frame_count <= graphs
 
 
@@ -266,8 +277,8 @@ def test_plans_of_all_ranks_together_score_each_target_once_and_before_its_lesso
         assert len({(leg.train_tokens, leg.first, leg.progress) for leg in legs}) == 1, "the ranks learn in step"
         for windows in (windows for leg in legs for windows in leg.batches):
             ids, wanted, at, counted = windows.read(tokens)
-            assert ids.shape == (len(windows.low), window) and wanted.shape == (len(windows.low), windows.keep)
-            assert len(windows.low) <= size and (at[counted] >= i * chunk).all()
+            assert ids.shape == (len(windows), window) and wanted.shape == (len(windows), windows.keep)
+            assert len(windows) <= size and (at[counted] >= i * chunk).all()
             times.index_add_(0, at[counted], torch.ones_like(at[counted], dtype=torch.int))
         lesson = legs[0].train_tokens
         if lesson:
@@ -298,8 +309,8 @@ def test_plans_of_documents(data):
         for leg in tg.plan_documents(val, cfg, make_runtime(".", rank=rank, world_size=world)):
             for windows in leg.batches:
                 _, _, at, counted = windows.read(tokens)
-                assert len(windows.low) == docs
-                for start, row, use in zip(windows.start.tolist(), at, counted):
+                assert len(windows) == docs
+                for start, row, use in zip(windows.bounds[0].tolist(), at, counted):
                     if use.any():
                         own = begins[torch.searchsorted(begins, row[use], right=True) - 1]
                         assert (own == own[0]).all(), "a window scores one document"

@@ -1,5 +1,6 @@
 """What must hold on a GPU as on a CPU. Every test runs on the CPU too (fixture `device`), in small."""
 import functools
+import warnings
 
 import pytest
 import torch
@@ -135,6 +136,26 @@ def test_two_walks_give_the_same_bits(config, device, tmp_path):
         tg.evaluate("sliding", model.nll, val, cfg, rt, plan, observe=lambda at, nll: scores.append(nll))
         walks.append(torch.cat(scores))
     assert torch.equal(*walks)
+
+
+@pytest.mark.parametrize("changes", [None, {"ttt_mode": "lora", "ttt_reset": "document", "ttt_doc_chunk_tokens": 16,
+                                            "ttt_batch_docs": 4}], ids=["sliding", "documents"])
+def test_a_longer_text_is_not_waited_for_more_often(config, device, tmp_path, monkeypatch, changes):
+    """By PyTorch's warnings, which a GPU alone gives; tests/test_walk.py counts on a CPU what would wait."""
+    cfg, rt, found = config(**SHAPE, **changes or {}), runtime_on(device, tmp_path), []
+    whole, model = tg.ValData.open(cfg, rt), model_on(rt, cfg)
+    monkeypatch.setattr(tg, "report_chunk", lambda *args: None)
+    watch = torch.cuda.set_sync_debug_mode if device.type == "cuda" else lambda mode: None
+    for length in (600, 1200):
+        val, adapter = whole.take(slice(length)), tg.adapter_for(model, cfg, rt) if changes else None
+        plan = tg.plan_evaluation(val, cfg, rt, cfg.eval_stride, 4, bool(adapter))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            watch("warn")
+            tg.evaluate("test", model.nll, val, cfg, rt, plan, adapter)
+            watch("default")
+        found.append(sum("synchronizing" in str(warning.message) for warning in said))
+    assert found[0] == found[1]
 
 
 def test_a_whole_run(run, device):

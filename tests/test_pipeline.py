@@ -398,7 +398,7 @@ def test_an_evaluation_over_its_time_does_not_count(run, monkeypatch):
 
 
 def test_long_phases_say_how_far_they_are(run, monkeypatch):
-    monkeypatch.setattr(tg.Progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(tg.Progress, "FIRST_SECONDS", 0.0)
     out = run(WARMUP_STEPS=2).out
     assert re.search(r"^final_int6_sliding_window: 1 of \d+ after \d+ s, about \d+ s to go$", out, re.M)
     assert "warm-up: 2 steps, before the clock starts" in out and re.search(r"^packing [\d,]+ weights", out, re.M)

@@ -190,7 +190,7 @@ def test_a_fitted_run_says_what_it_did_and_keeps_to_it(run):
 
 @pytest.mark.parametrize("sizes, kept", [
     ((9300, 9800, 9700, 10_050, 9900, 9400), 9900), ((9300, 9970), 9970), ((10_001, 10_000), 10_000),
-    ((9300,) * 6, 9300)])
+    ((9300,) * 3, 9300)])  # it is back at the steps that it began with, and narrower ones there are none
 def test_of_all_packings_the_largest_that_fits_is_kept(config, rt, sizes, kept):
     """A packer whose sizes nobody could foresee: the search ends with the first within half a percent of the limit."""
     cfg = config(artifact_limit_bytes=10_000)
@@ -201,7 +201,7 @@ def test_of_all_packings_the_largest_that_fits_is_kept(config, rt, sizes, kept):
         return packings[-1][1]
     settings, artifact = tg.fit_size(cfg, rt, 16_000, make, 12_000, 500)
     assert len(artifact.blob) + 500 == kept and any(pair == (settings, artifact) for pair in packings)
-    assert len(packings) == 1 + next((i for i, size in enumerate(sizes) if 9950 <= size <= 10_000), 5)
+    assert len(packings) == 1 + next((i for i, size in enumerate(sizes) if 9950 <= size <= 10_000), len(sizes) - 1)
 
 
 def test_size_fit_changes_nothing_that_fits(run):

@@ -7,7 +7,9 @@ sys.path.insert(0, str(ROOT))
 import train_gpt
 import estimate
 
-TABLES = {"settings": lambda: train_gpt.config_table(markdown=True),
+SECTION = "**{0}**\n\n| variable | default | range | meaning |\n|---|---|---|---|"
+SETTING = "| `{0}` | `{1}` | {2} | {3} |"
+TABLES = {"settings": lambda: train_gpt.config_table(SECTION, SETTING),
           "systems": lambda: estimate.table_of_systems(markdown=True)}
 
 
