@@ -253,7 +253,7 @@ class Hyperparameters:
     waterfill_exponent: float = env_field(0.75, "a: its steps are in proportion to (second derivative of the loss)^"
                                           "(-a/2); 1 is best for fine steps, less for coarse ones", lo=0, hi=1)
     tune_steps: int = env_field(0, "optimiser steps after rounding, on the rows' steps and on all that is not rounded, "
-                                "towards the float model's distribution (needs waterfill)", lo=0)
+                                "towards the float model's distribution; of waterfill only", lo=0)
     mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     embed_clip_sigmas: float = env_field(20.0, "k of sdclip, all tables", lo=0.1, hi=1000)
@@ -604,7 +604,6 @@ def combination_rules(cfg: Hyperparameters):
         yield cfg.gptq_enabled, "{clip_rule} rounds by GPTQ's Hessians; {gptq_enabled}"
         yield not (cfg.qat_enabled or cfg.late_qat), (
             "{clip_rule} has no steps before the end of training: {late_qat}, {qat_enabled}")
-    yield not cfg.tune_steps or cfg.clip_rule == "waterfill", "{tune_steps} moves the steps of waterfill; {clip_rule}"
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
     yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
     yield re.fullmatch(r"(?!\.)[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits, _ + -, later dots"
@@ -4567,7 +4566,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
 
     whole = write_float_model(rt, model, path.with_suffix(".pt")) if rt.rank == 0 else 0
     settings, artifact = rt.from_first(first_artifact)
-    if cfg.tune_steps:
+    if cfg.tune_steps and factors:
         rounded = tune(settings, rounded_by(settings))
         tuned = rt.from_first(lambda: packed(rounded))
         if len(tuned.blob) <= max(limit - code_bytes, len(artifact.blob)):

@@ -236,7 +236,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         environ = {**os.environ, "ARTIFACT_DIR": folder, "RUN_ID": "export_bench", **own}
         if not args.packers:
-            environ |= {"GPTQ_ENABLED": "1", "LATE_QAT": "0", "SIZE_FIT": "0"}
+            environ |= {"GPTQ_ENABLED": "1", "LATE_QAT": "0", "SIZE_FIT": "0", "TUNE_STEPS": "0"}
         cfg = tg.Hyperparameters.from_env(environ)
         rt = tg.Runtime.open(cfg)
         model = load(args.model, cfg, rt)
