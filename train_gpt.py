@@ -4463,16 +4463,18 @@ def settings_from(environ) -> Hyperparameters:
 
 
 def model_variables(path: str) -> tuple[dict[str, str], str]:
-    """An artifact's model settings as variables, with the bits its log lines are named after, and the sha256 of its
-    tokenizer. Raises UserError."""
+    """An artifact's model settings as variables, with those of rounding that its log lines are named after, and the
+    sha256 of its tokenizer. Raises UserError."""
     blob = read_file(path)
     try:
         cfg, tokenizer_sha256, stored = read_artifact(blob, values=False)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     bits = {s.stream: s.bits for s in stored}
-    return model_settings(cfg) | {f.bits.upper(): str(bits[f.name]) for f in FAMILIES
-                                  if f.name in ("mlp", "attn") and f.name in bits}, tokenizer_sha256
+    rounding = {f.bits.upper(): str(bits[f.name]) for f in FAMILIES if f.name in ("mlp", "attn") and f.name in bits}
+    if WATER_BITS in bits.values():
+        rounding = {"CLIP_RULE": "waterfill", "GPTQ_ENABLED": "1", "LATE_QAT": "0", "QAT_ENABLED": "0"}
+    return model_settings(cfg) | rounding, tokenizer_sha256
 
 
 def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:

@@ -301,14 +301,21 @@ def test_fine_tuning_that_gains_nothing_is_undone(tuned, tmp_path, capsys, monke
         assert torch.equal(p, model.get_parameter(name)), name
 
 
-def test_a_run_that_is_fine_tuned_keeps_its_size(run):
-    """Of the text behind calibration's."""
+def test_a_run_that_is_fine_tuned_fits_and_is_scored_again(run):
+    """And can be scored by itself, whatever the other settings say."""
     settings = {"CLIP_RULE": "waterfill", "GPTQ_ENABLED": 1, "LATE_QAT": 0, "SIZE_FIT": 1, "ARTIFACT_LIMIT_BYTES": 20_000,
                 "CODE_BYTES": 1000, "ITERATIONS": 4, "GPTQ_CALIBRATION_BATCHES": 2, **BRIEF, "COMPRESS": "range"}
-    done, plain = run(TUNE_STEPS=20, **settings), run(TUNE_STEPS=0, **settings)
+    done = run(TUNE_STEPS=20, **settings)
+    blob = (done.folder / "final_model.ptz").read_bytes()
+    plain = run(TUNE_STEPS=0, **settings)
     assert done.code == plain.code == 0, done.err
     assert "fine_tune:steps:20 kl:" in done.out and "fine_tune:" not in plain.out
     assert done.summary["total_bytes"] <= 20_000 and plain.summary["val_bpb_roundtrip"] != done.summary["val_bpb_roundtrip"]
     assert abs(done.summary["total_bytes"] - plain.summary["total_bytes"]) < 600
-    other = run(**settings | {"CLIP_RULE": "percentile", "SIZE_FIT": 0, "ARTIFACT_LIMIT_BYTES": 10 ** 6}, TUNE_STEPS=5)
+    artifact = done.folder / "tuned.ptz"
+    artifact.write_bytes(blob)
+    again = run(EVAL_ARTIFACT=artifact, **settings | {"CLIP_RULE": "percentile", "GPTQ_ENABLED": 0, "LATE_QAT": 1})
+    assert again.code == 0 and "final_waterfill_roundtrip" in again.out, again.err
+    assert again.summary["val_bpb_roundtrip"] == done.summary["val_bpb_roundtrip"]
+    other = run(EVAL_ARTIFACT="", **settings | {"CLIP_RULE": "percentile", "SIZE_FIT": 0, "ARTIFACT_LIMIT_BYTES": 10 ** 6}, TUNE_STEPS=5)
     assert other.code == 0 and "fine_tune:" not in other.out
