@@ -600,7 +600,7 @@ def combination_rules(cfg: Hyperparameters):
         "{ngram_orders} has contexts that are not 1 to 10,000 tokens long")
     yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
         "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
-    if cfg.clip_rule == "waterfill":
+    if cfg.clip_rule == "waterfill" and not cfg.eval_artifact:
         yield cfg.gptq_enabled, "{clip_rule} rounds by GPTQ's Hessians; {gptq_enabled}"
         yield not (cfg.qat_enabled or cfg.late_qat), (
             "{clip_rule} has no steps before the end of training: {late_qat}, {qat_enabled}")
@@ -3088,7 +3088,7 @@ def announce(rt: Runtime, state: TrainState, plan: StepPlan, cfg: Hyperparameter
 
 # ------------------------------------------------------------------------------------------------ ROUNDING
 SELF_TEXT_ROWS, SELF_TEXT_TEMPERATURE = 4, 0.8   # PR 1019; its 64 sequences are 16 batches
-FIT_WINDOW, FIT_ROUNDS, FIT_SECONDS = 0.005, 6, 300.0   # share of the limit that may stay unused; packings; seconds
+FIT_WINDOW, FIT_ROUNDS = 0.005, 6        # share of the limit that may stay unused; packings
 FIT_DOUBLINGS, FILL_DOUBLINGS = 4.0, 8.0  # of the step, at most: 6-bit weights then have 2 bits left; by water-filling
 GRADIENT_PIECES, GRADIENT_TOKENS = 256, 256  # pieces of text, over all ranks, and tokens in each
 TUNE_RATE, TUNE_TOKENS = 4e-3, 16_384  # of a relative change, falling to 5 %; tokens of a rank at most, in each step
@@ -3258,11 +3258,10 @@ def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data
     with torch.no_grad():
         torch._foreach_copy_(weights, list(itertools.starmap(dequantise, tuned.values())))
         after = rt.agree(divergence(model, float_model, first).item())
-    rt.log(f"fine_tune:steps:{done} kl:{before:.6f}->{after:.6f} time:{watch.elapsed():.1f}s", "fine_tune", steps=done,
-           before=before, after=after, seconds=watch.elapsed())
+    rt.log(f"fine_tune:steps:{done} kl:{before:.6f}->{after:.6f} time:{watch.elapsed():.1f}s")
     if after < before:
         return tuned
-    rt.log(f"warning: fine-tuning gained nothing in {done} steps and is undone")
+    rt.log("warning: fine-tuning gained nothing and is undone")
     model.load_state_dict(float_model.state_dict())
     return rounded
 
@@ -3274,7 +3273,7 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
 
     With an entropy coder a step twice as wide saves about one bit per weight; from there on the secant of the sizes
     packed so far says how wide. (Bits are no further knob: INT5 is INT6 with steps twice as wide, to the same codes.)
-    Raises UserError where the widest steps do not suffice. Stops after FIT_ROUNDS packings or FIT_SECONDS.
+    Raises UserError where the widest steps do not suffice. Stops after FIT_ROUNDS packings.
     """
     limit, watch, best, doublings, slope = cfg.artifact_limit_bytes, Stopwatch(), None, 0.0, -weights / 8
     limit -= int(limit * TUNE_ROOM) if cfg.tune_steps else 0
@@ -3293,7 +3292,7 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
                f"time:{watch.elapsed():.1f}s", "size_fit", total=total, limit=limit, widen=2 ** doublings)
         if total <= limit and (best is None or total > best[2]):
             best = settings, artifact, total
-        if limit * (1 - FIT_WINDOW) <= total <= limit or watch.elapsed() > FIT_SECONDS:
+        if limit * (1 - FIT_WINDOW) <= total <= limit:
             break
         slope = min((total - size_before) / (doublings - before), -weights / 64)  # no slope is flatter than 1/8 bit
     if best is None:
@@ -4278,6 +4277,10 @@ class Scored:
         self.require_scored_once(self.rt.sum_(self.times[first:first + count].clone()))
         return self.tokens[first:first + count + 1]
 
+    def training_rows(self, numbers: Tensor, wanted: Tensor) -> Tensor:
+        """Which of the wanted targets were scored once; the others are left out, so that no device is waited for."""
+        return wanted & (self.times[numbers.clamp(max=len(self.times) - 1)] == 1)
+
     def training_documents(self, documents: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 [n] each, of documents [n, 2] end to end. Raises IllegalScore likewise."""
         numbers = torch.cat([torch.arange(first, end) for first, end in documents.tolist()]).to(self.tokens.device)
@@ -4308,12 +4311,12 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
         if chunk.resets:
             adapter.reset(chunk.keeps_a)
         for windows in chunk.batches:
-            ids, targets, numbers, counted = windows.read(val.tokens)
+            ids, targets, places, counted = windows.read(val.tokens)
             rescore = functools.partial(score_fn, ids, targets, temperature, hook)
             with torch.set_grad_enabled(rows > 0 and clock.most > 0):  # to the end: other graphs would have to compile
                 nll = rescore()
             chosen = torch.nonzero_static(counted, size=windows.count).unbind(1)  # a mask's count would be waited for
-            numbers, values = numbers[chosen], nll.detach()[chosen]
+            numbers, values = places[chosen], nll.detach()[chosen]
             scored.commit(numbers, values)
             if observe:
                 observe(numbers, values)
@@ -4324,9 +4327,10 @@ def evaluate(name: str, score_fn, val: ValData, cfg: Hyperparameters, rt: Runtim
         if epochs and phase:
             adapter.train_weights(*scored.training_documents(chunk.finished), val.bos_id)
             rt.log(f"ttpr: documents:{len(chunk.finished)} t:{time.perf_counter() - start_s:.1f}s")
-        elif epochs and rows:  # from the scores just committed, and not in documents that have no more to score
+        elif epochs and rows:  # not in documents that have no more to score
             _, _, high, end = windows.bounds
-            adapter.learn_rows(nll, counted & (high < end)[:, None], epochs, rescore)
+            lesson = scored.training_rows(places, counted & (high < end)[:, None])
+            adapter.learn_rows(nll, lesson, epochs, rescore)
         elif epochs:
             adapter.learn(scored.training_tokens(chunk.first, chunk.train_tokens), chunk.progress, epochs)
         clock.lap("learn", None if phase else chunk.resets, chunk.train_tokens, epochs)
@@ -4473,7 +4477,7 @@ def model_variables(path: str) -> tuple[dict[str, str], str]:
     bits = {s.stream: s.bits for s in stored}
     rounding = {f.bits.upper(): str(bits[f.name]) for f in FAMILIES if f.name in ("mlp", "attn") and f.name in bits}
     if WATER_BITS in bits.values():
-        rounding = {"CLIP_RULE": "waterfill", "GPTQ_ENABLED": "1", "LATE_QAT": "0", "QAT_ENABLED": "0"}
+        rounding = {"CLIP_RULE": "waterfill"}
     return model_settings(cfg) | rounding, tokenizer_sha256
 
 
@@ -4574,7 +4578,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
         if len(tuned.blob) <= max(limit - code_bytes, len(artifact.blob)):
             artifact = tuned
         else:
-            rt.log(f"warning: the artifact is not fine-tuned: {len(tuned.blob) + code_bytes - limit} bytes too many")
+            rt.log("warning: the artifact is not fine-tuned, which would take more than the limit")
     total = len(artifact.blob) + code_bytes
     if rt.rank == 0:
         path = write_artifact(rt, path, artifact)

@@ -336,6 +336,8 @@ def test_what_is_not_scored_once_is_no_result_and_no_lesson(setting, rt):
     scored.commit(torch.arange(12, 20), torch.ones(8))
     assert scored.result("test", 0.0).tokens == 20 and len(scored.training_tokens(0, 20)) == 21
     scored.commit(torch.tensor([7]), torch.ones(1))
+    asked = torch.tensor([[6, 7, 8, 25]])
+    assert scored.training_rows(asked, asked < 8).tolist() == [[True, False, False, False]]
     for act in (lambda: scored.training_tokens(0, 20), lambda: scored.result("test", 0.0)):
         with pytest.raises(tg.IllegalScore, match="1 of 20 tokens"):
             act()
