@@ -232,8 +232,8 @@ class Hyperparameters:
     lawa_enabled: bool = env_field(False, "export the mean of the last LAWA_K snapshots instead")
     lawa_k: int = env_field(10, "snapshots of LAWA", lo=1)
     lawa_freq: int = env_field(100, "steps between them", lo=1)
-    # Quantisation and artifact
-    qat_enabled: bool = env_field(False, "fake quantisation from the first step", section="Quantisation and artifact")
+    # Quantisation
+    qat_enabled: bool = env_field(False, "fake quantisation from the first step", section="Quantisation")
     late_qat: bool = env_field(True, "fake quantisation late in training: LATE_QAT_THRESHOLD or LATE_QAT_FRAC")
     late_qat_threshold: float = env_field(0.15, "it starts when the learning-rate scale falls below", lo=0, hi=1)
     late_qat_frac: float = env_field(0.0, "instead: at this fraction of the budget; 0: off", lo=0, hi=1)
@@ -248,22 +248,25 @@ class Hyperparameters:
     clip_rule: str = env_field("percentile", "clip of each row: the best of five percentiles, the largest weight, k "
                                "standard deviations, or none: steps of rows and columns by water-filling (needs GPTQ; "
                                "bits do not matter then)", choices="percentile amax sdclip waterfill")
-    waterfill_nats: float = env_field(0.01, "nats per token that water-filling's steps cost by its own estimate; "
-                                      "SIZE_FIT moves it, both ways", lo=1e-9, hi=100)
-    waterfill_exponent: float = env_field(0.75, "a: its steps are in proportion to (second derivative of the loss)^"
-                                          "(-a/2); 1 is best for fine steps, less for coarse ones", lo=0, hi=1)
-    tune_steps: int = env_field(0, "optimiser steps after rounding, on the rows' steps and on all that is not rounded, "
-                                "towards the float model's distribution; of waterfill only", lo=0)
     mlp_clip_sigmas: float = env_field(12.85, "k of sdclip, MLP banks", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     attn_clip_sigmas: float = env_field(12.85, "k of sdclip, attention", lo=0.1, hi=1000, group="MATRIX_CLIP_SIGMAS")
     embed_clip_sigmas: float = env_field(20.0, "k of sdclip, all tables", lo=0.1, hi=1000)
     clip_widen: float = env_field(1.0, "widens the steps of the banks; SIZE_FIT moves it", lo=1, hi=100)
     fp16_keep_name_patterns: str = env_field("", "stored as fp16, not rounded: parts of names, comma-separated")
     int8_keep_float_fp32_name_patterns: str = env_field("", "stored as fp32: parts of names, comma-separated")
-    gptq_enabled: bool = env_field(False, "round so that each layer's output changes least (GPTQ), not to the nearest")
+
+    # Export: what follows training
+    gptq_enabled: bool = env_field(False, "round so that each layer's output changes least (GPTQ), not to the nearest",
+                                   section="Export")
     gptq_calibration: str = env_field("train", "calibrate on training batches or generated text", choices="train self")
     gptq_calibration_batches: int = env_field(16, "batches of it: TRAIN_BATCH_TOKENS each, or 4 sequences", lo=1)
     gptq_reserve_seconds: float = env_field(0.0, "calibration's part of MAX_WALLCLOCK_SECONDS; 0: 2 %", lo=0, hi=1e7)
+    waterfill_nats: float = env_field(0.01, "nats per token that water-filling's steps cost by its own estimate; "
+                                      "SIZE_FIT moves it, both ways", lo=1e-9, hi=100)
+    waterfill_exponent: float = env_field(0.75, "a: its steps are in proportion to (second derivative of the loss)^"
+                                          "(-a/2); 1 is best for fine steps, less for coarse ones", lo=0, hi=1)
+    tune_steps: int = env_field(0, "optimiser steps after rounding, on the rows' steps and on all that is not rounded, "
+                                "towards the float model's distribution; of waterfill only", lo=0)
     prune_frac: float = env_field(0.0, "zero this share of each matrix's smallest weights (PR 1216)", lo=0, hi=0.99)
     compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range, or lzma "
                               "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
@@ -2886,10 +2889,9 @@ def resumable_settings(cfg: Hyperparameters) -> dict:
     """The settings a checkpoint must share with the run that resumes from it."""
     free = {"resume", "run_id", "device", "compile", "attention", "kernels", "checkpoint_every", "checkpoint_seconds",
             "train_log_every", "val_loss_every", "val_batch_size", "micro_batch_tokens", "profile", "iterations",
-            "max_wallclock_seconds", "code_bytes", "size_fit"}
-    late = ("eval_", "ttt_", "phased_ttt_", "global_ttt_", "hash_embed_", "ngram_", "compress", "artifact_", "gptq_",
-            "waterfill_")
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free and not k.startswith(late)}
+            "artifact_dir", "max_wallclock_seconds"}
+    late = {f.name for section in ("Export", "Evaluation") for f in settings_by_section()[section]}
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free | late}
 
 
 def save_checkpoint(cfg: Hyperparameters, rt: Runtime, state: TrainState) -> None:
@@ -3276,12 +3278,12 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
     Raises UserError where the widest steps do not suffice. Stops after FIT_ROUNDS packings.
     """
     limit, watch, best, doublings, slope = cfg.artifact_limit_bytes, Stopwatch(), None, 0.0, -weights / 8
-    limit -= int(limit * TUNE_ROOM) if cfg.tune_steps else 0
+    most = limit * (1 - TUNE_ROOM) if cfg.tune_steps and cfg.clip_rule == "waterfill" else limit
     finest, coarsest = (-FILL_DOUBLINGS, FILL_DOUBLINGS) if cfg.clip_rule == "waterfill" else (0.0, FIT_DOUBLINGS)
     rt.log(f"size_fit:start total:{total} limit:{limit} over:{total / limit - 1:.2%}")
     for _ in range(FIT_ROUNDS):
         before, size_before = doublings, total
-        doublings = min(max(doublings + (limit * (1 - FIT_WINDOW / 2) - total) / slope, finest), coarsest)
+        doublings = min(max(doublings + (most - limit * FIT_WINDOW / 2 - total) / slope, finest), coarsest)
         if doublings == before:  # at an end
             break
         settings = dataclasses.replace(cfg, clip_widen=cfg.clip_widen * 2 ** doublings,
@@ -3290,9 +3292,9 @@ def fit_size(cfg: Hyperparameters, rt: Runtime, weights: int, make, total: int, 
         total = len(artifact.blob) + code_bytes
         rt.log(f"size_fit:total:{total} ({total / limit:.2%} of the limit) steps x{2 ** doublings:.3f} "
                f"time:{watch.elapsed():.1f}s", "size_fit", total=total, limit=limit, widen=2 ** doublings)
-        if total <= limit and (best is None or total > best[2]):
+        if total <= most and (best is None or total > best[2]):
             best = settings, artifact, total
-        if limit * (1 - FIT_WINDOW) <= total <= limit:
+        if limit * (1 - FIT_WINDOW) <= total <= most:
             break
         slope = min((total - size_before) / (doublings - before), -weights / 64)  # no slope is flatter than 1/8 bit
     if best is None:

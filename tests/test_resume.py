@@ -327,7 +327,7 @@ def test_a_resumed_run_validates_the_model_that_was_saved(run, killed):
 @pytest.mark.parametrize("variables, steps", [
     ({"NGRAM_ORDERS": "1,2"}, 0), ({"EVAL_STRIDE": 16, "TTT_LR": 0.1, "TRAIN_LOG_EVERY": 0}, 0),
     ({"PHASED_TTT_PREFIX_DOCS": 5, "GLOBAL_TTT_LR": 0.1}, 0),
-    ({"COMPRESS": "range"}, 0), ({"GPTQ_CALIBRATION_BATCHES": 1}, 0), ({"CODE_BYTES": 99}, 0), ({"ITERATIONS": 6}, 2),
+    ({"TUNE_STEPS": 5, "PRUNE_FRAC": 0.1}, 0), ({"COMPRESS": "range"}, 0), ({"GPTQ_CALIBRATION_BATCHES": 1}, 0), ({"CODE_BYTES": 99}, 0), ({"ITERATIONS": 6}, 2),
     ({"artifact": b"another"}, 0), ({"checkpoint": ".before"}, 2)], ids=str)
 def test_a_finished_run_goes_on_with_other_settings(run, monkeypatch, variables, steps):
     settings = {**WHOLE, "TTT_ENABLED": 0, "CHECKPOINT_EVERY": 2}
