@@ -265,8 +265,8 @@ class Hyperparameters:
                                       "SIZE_FIT moves it, both ways", lo=1e-9, hi=100)
     waterfill_exponent: float = env_field(0.75, "a: its steps are in proportion to (second derivative of the loss)^"
                                           "(-a/2); 1 is best for fine steps, less for coarse ones", lo=0, hi=1)
-    tune_steps: int = env_field(0, "optimiser steps after rounding, on the rows' steps and on all that is not rounded, "
-                                "towards the float model's distribution; of waterfill only", lo=0)
+    tune_steps: int = env_field(0, "optimiser steps that move codes after rounding, towards the float model's "
+                                "distribution; of waterfill only", lo=0)
     prune_frac: float = env_field(0.0, "zero this share of each matrix's smallest weights (PR 1216)", lo=0, hi=0.99)
     compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range, or lzma "
                               "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
@@ -1586,8 +1586,7 @@ SCALE_FLOOR = 2.0 ** -20  # for rows of zeros; below any trained row (PR 1092's 
 GPTQ_BLOCK = 128      # columns rounded before their errors are passed on to the rest of the matrix
 GPTQ_DAMPING = 0.01   # of a Hessian's mean diagonal; ten times and a hundred times that where it is not enough
 WATER_BITS = 13       # of the codes under water-filling: so many that hardly a weight is clipped
-STEPS_PER_OCTAVE, STEP_LIMIT = 32, 1024  # their steps are 2**(k/32); the row's and the column's part of k is 1024 at most
-COLUMN_GRID = 8       # the column's part is a multiple of this; the row's has to be finer for fine_tune
+STEPS_PER_OCTAVE, STEP_LIMIT = 4, 128  # their steps are 2**(k/4); the row's and the column's part of k is 128 at most
 CURVATURE_FLOOR = 0.03  # of a matrix's mean, for rows that calibration hardly reaches
 
 
@@ -1607,7 +1606,7 @@ class QuantSpec:
 
 
 class Steps(NamedTuple):
-    """The steps of water-filling, as a file holds them: 2**((row + column) / 32)."""
+    """The steps of water-filling, as a file holds them: 2**((row + column) / 4)."""
 
     rows: Tensor     # int16 [..., rows, 1]
     columns: Tensor  # int16 [..., 1, columns]
@@ -1629,7 +1628,7 @@ def upper_quantiles(magnitudes: Tensor, shares: tuple[float, ...]) -> Tensor:
     return torch.stack([quantile(share) for share in shares])
 
 
-def round_to(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+def round_to(weight: Tensor, scale: Tensor | float, spec: QuantSpec) -> Tensor:
     """The one rounding: nearest code, ties to even, clipped.  # float, same shape as weight"""
     return (weight / scale).round_().clamp_(-spec.max_code, spec.max_code)
 
@@ -1791,9 +1790,9 @@ def water_fill(factors: dict[str, tuple[Tensor, Tensor]], nats: float, exponent:
                for rows, columns in factors.values())
     level = math.log2(24 * nats / cost) / 2
 
-    def stored(exponents: Tensor, grid: int) -> Tensor:
-        return exponents.mul(STEPS_PER_OCTAVE / grid).round().mul(grid).clamp(-STEP_LIMIT, STEP_LIMIT).short()
-    return {name: Steps(stored(level - exponent / 2 * rows.log2(), 1), stored(-exponent / 2 * columns.log2(), COLUMN_GRID))
+    def stored(exponents: Tensor) -> Tensor:
+        return exponents.mul(STEPS_PER_OCTAVE).round().clamp(-STEP_LIMIT, STEP_LIMIT).short()
+    return {name: Steps(stored(level - exponent / 2 * rows.log2()), stored(-exponent / 2 * columns.log2()))
             for name, (rows, columns) in factors.items()}
 
 
@@ -3093,8 +3092,9 @@ SELF_TEXT_ROWS, SELF_TEXT_TEMPERATURE = 4, 0.8   # PR 1019; its 64 sequences are
 FIT_WINDOW, FIT_ROUNDS = 0.005, 6        # share of the limit that may stay unused; packings
 FIT_DOUBLINGS, FILL_DOUBLINGS = 4.0, 8.0  # of the step, at most: 6-bit weights then have 2 bits left; by water-filling
 GRADIENT_PIECES, GRADIENT_TOKENS = 256, 256  # pieces of text, over all ranks, and tokens in each
-TUNE_RATE, TUNE_TOKENS = 4e-3, 16_384  # of a relative change, falling to 5 %; tokens of a rank at most, in each step
+TUNE_RATE, TUNE_TOKENS = 3e-3, 16_384  # of Adam, falling to 5 %; tokens of a rank at most, in each step
 TUNE_ROOM = 0.001  # share of the limit that is left for what moves
+TUNE_REACH = 0.49  # from its code, in steps, a latent weight starts at most; at 0.5 is the next code's cell
 
 
 class HessianSums:
@@ -3222,49 +3222,44 @@ def divergence(model: GPT, wanted: GPT, ids: Tensor) -> Tensor:
 
 def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data: TrainData, step: int,
               left_s: float) -> dict[str, tuple[Tensor, Steps]]:
-    """Move what rounding left continuous, so that the rounded model's distribution comes nearer to that of `model`.
+    """Move codes so that the distribution of the rounded model comes nearer to that of `model`, which stays as it is.
 
-    These are the parameters that are not rounded and, under the same codes, the steps of the rows: TUNE_STEPS steps of
-    Adam on the KL divergence over training text from `step` on, or fewer in `left_s` seconds (after WaterSIC-FT, arXiv
-    2603.04956). Returns `rounded` with the new steps and leaves the result in `model`; neither changes if the divergence
-    on the first piece of text has not fallen.
+    TUNE_STEPS steps of Adam on the KL divergence over training text from `step` on, or fewer in `left_s` seconds. Each
+    code is the rounding of a latent weight, which takes the gradient of the rounded weight (straight-through, arXiv
+    1308.3432) and starts as the float weight in units of its step, but within the cell of the code that `rounded` has:
+    codes near a border cross it first. Returns `rounded` with the new codes, or as it was if the divergence on the
+    first piece of text has not fallen.
     """
-    params, watch, float_model = dict(model.named_parameters()), Stopwatch(), copy.deepcopy(model)
-    weights, untuned = [params[name] for name in rounded], list(itertools.starmap(dequantise, rounded.values()))
-    gains = [torch.zeros_like(weight[..., :1]) for weight in untuned]  # logarithms of what the rows are multiplied by
-    floats = [p for name, p in params.items() if name not in rounded and not name.startswith("mtp_heads")]
-    adam = torch.optim.Adam(gains + floats, TUNE_RATE, betas=(0.9, 0.99))
+    tried, watch, specs = copy.deepcopy(model), Stopwatch(), quant_specs(cfg, dict(model.named_parameters()))
+    weights = [tried.get_parameter(name) for name in rounded]
+    latents = [codes + (weight.detach() / steps.float() - codes).clamp(-TUNE_REACH, TUNE_REACH)
+               for weight, (codes, steps) in zip(weights, rounded.values())]
+    adam = torch.optim.Adam(latents, betas=(0.9, 0.99))
     pieces = (piece for i in itertools.count(step) for ids, _ in data.batch(i)
               for piece in ids.split(max(TUNE_TOKENS // ids.size(1), 1)))
     first, before = next(pieces), None
     for done, ids in enumerate(itertools.chain([first], pieces)):
+        tuned = {name: (round_to(latent, 1.0, specs[name]).to(codes.dtype), steps)
+                 for latent, (name, (codes, steps)) in zip(latents, rounded.items())}
         with torch.no_grad():
-            torch._foreach_copy_(weights, [weight * gain.exp() for weight, gain in zip(untuned, gains)])
-        loss = divergence(model, float_model, ids)
+            torch._foreach_copy_(weights, list(itertools.starmap(dequantise, tuned.values())))
+        loss = divergence(tried, model, ids)
         before = rt.agree(loss.item()) if before is None else before
         rt.synchronize()
         share = max(done / cfg.tune_steps, rt.agree(watch.elapsed() / max(left_s, 1e-9)))
         if share >= 1:
             break
-        grads = list(torch.autograd.grad(loss, weights + floats, materialize_grads=True))
-        with torch.no_grad():
-            grads[:len(gains)] = [(grad * weight).sum(-1, keepdim=True) for grad, weight in zip(grads, weights)]
-            for p, grad in zip(gains + floats, rt.sum_many_(grads)):
-                p.grad = grad  # Adam does not mind that it is a sum over ranks
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        for latent, gradient in zip(latents, rt.sum_many_(list(gradients))):
+            latent.grad = gradient  # neither its unit nor the number of ranks matters to Adam
         adam.param_groups[0]["lr"] = TUNE_RATE * (1 - 0.95 * share)
         adam.step()
-    tuned = {}
-    for (name, (codes, steps)), gain in zip(rounded.items(), gains):
-        rows = steps.rows + gain * (STEPS_PER_OCTAVE / math.log(2))
-        tuned[name] = codes, Steps(rows.round().clamp(-STEP_LIMIT, STEP_LIMIT).short(), steps.columns)
     with torch.no_grad():
-        torch._foreach_copy_(weights, list(itertools.starmap(dequantise, tuned.values())))
-        after = rt.agree(divergence(model, float_model, first).item())
+        after = rt.agree(divergence(tried, model, first).item())
     rt.log(f"fine_tune:steps:{done} kl:{before:.6f}->{after:.6f} time:{watch.elapsed():.1f}s")
     if after < before:
         return tuned
     rt.log("warning: fine-tuning gained nothing and is undone")
-    model.load_state_dict(float_model.state_dict())
     return rounded
 
 
@@ -3371,7 +3366,7 @@ def stored_parameters(cfg: Hyperparameters, model: GPT, rounded: dict) -> list[S
 # | header: LZMA of JSON (see header_bytes) | the packed streams | first 16 bytes of the SHA-256 of all before.
 # Nothing in it is executed. Names, shapes and streams of the parameters follow from the model settings in the header;
 # their sizes are bounded before memory of that size is allocated.
-ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES, ARTIFACT_HEADER_LIMIT = b"PGOLF", 6, 16, 2 ** 20
+ARTIFACT_NAME, ARTIFACT_VERSION, ARTIFACT_DIGEST_BYTES, ARTIFACT_HEADER_LIMIT = b"PGOLF", 7, 16, 2 ** 20
 ARTIFACT_MAGIC = ARTIFACT_NAME + bytes([ARTIFACT_VERSION]) + b"\r\n"
 ARTIFACT_NUMBERS = struct.Struct("<QII")
 FOREIGN = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle", b"\xfd7zXZ": "an xz file",
@@ -3521,7 +3516,7 @@ def finer_sixteenths(steps: Steps | None, shape: tuple[int, ...]) -> np.ndarray:
         return np.broadcast_to(np.int16(0), shape)
     rows, columns = (t.numpy() for t in steps)
     mean = int(rows.sum()) // rows.size + int(columns.sum()) // columns.size
-    return ((mean - rows - columns) // (STEPS_PER_OCTAVE // 16)).clip(-96, 96)
+    return (16 // STEPS_PER_OCTAVE * (mean - rows - columns)).clip(-96, 96)
 
 
 def code_block(block, histograms: SpreadHistograms, average: int, column, fineness, scale):
@@ -4558,7 +4553,7 @@ def export(cfg: Hyperparameters, rt: Runtime, model: GPT, val: ValData, hessians
     """Write the float model and the artifact, and hold the artifact against its limit. Returns the artifact's path.
 
     Raises UserError above the limit, after the table of what took the bytes; with SIZE_FIT=1 it rounds more coarsely
-    instead, or by water-filling also more finely. `tune(settings, rounded)` is `fine_tune`, which changes the model.
+    instead, or by water-filling also more finely. `tune(settings, rounded)` is `fine_tune`.
     """
     path, code_bytes, limit = rt.run_folder / "final_model.ptz", submitted_code_bytes(cfg), cfg.artifact_limit_bytes
     rounded_by = lambda settings: round_model(settings, model, hessians, factors)

@@ -218,7 +218,7 @@ class Bomb:
     (lambda blob: zipped(), "a zip file"),
     (lambda blob: pickle.dumps(Bomb()), "a pickle"),
     (lambda blob: b"just some text, long enough to be one", "not an artifact of this program; nothing"),
-    (lambda blob: blob[:5] + b"\1" + blob[6:], "version 1; this program reads version 6"),
+    (lambda blob: blob[:5] + b"\1" + blob[6:], "version 1; this program reads version 7"),
     (lambda blob: blob.replace(b"\r\n", b"\n", 1), "damaged in its first bytes"),
     (lambda blob: blob[:-40] + bytes([blob[-40] ^ 1]) + blob[-39:], "checksum does not match"),
     (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), "checksum does not match"),
@@ -411,7 +411,7 @@ def test_water_filled_weights_are_read_back_exactly(config, rt, codec, nats):
 def test_contexts_that_know_the_steps_save_bytes(config):
     """Codes of Gaussian weights on steps that differ by row and column, against the same codes without their steps."""
     rng = np.random.default_rng(0)
-    steps = tg.Steps(*(torch.from_numpy(8 * rng.integers(-8, 8, size)).short() for size in ((4, 60, 1), (4, 1, 90))))
+    steps = tg.Steps(*(torch.from_numpy(rng.integers(-8, 8, size)).short() for size in ((4, 60, 1), (4, 1, 90))))
     codes = np.rint(rng.normal(size=(4, 60, 90)) / steps.float().numpy()).astype(np.int16)
     known, unknown = (tg.pack_stream("range", [(codes, tg.WATER_BITS, *extra)]) for extra in ((lambda: steps,), ()))
     assert len(known) < 0.95 * len(unknown)

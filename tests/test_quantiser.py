@@ -492,7 +492,7 @@ def test_steps_of_water_filling_cost_what_was_asked_for(exponent):
     assert all(torch.equal(coarser[name].rows, steps[name].rows + 2 * tg.STEPS_PER_OCTAVE) for name in steps)
     if exponent == 1:
         for cost in costs.values():
-            assert cost.max() / cost.min() < 2 ** (2 * (tg.COLUMN_GRID + 1) / tg.STEPS_PER_OCTAVE) * 1.001
+            assert cost.max() / cost.min() < 2 ** (4 / tg.STEPS_PER_OCTAVE) * 1.001
     if exponent == 0:
         assert len({float(size) for s in steps.values() for size in (s.float().max(), s.float().min())}) == 1
 

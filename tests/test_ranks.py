@@ -156,8 +156,7 @@ def fine_tuned(cfg, rt, patch):
     hessians = tg.calibrate(cfg, rt, model, data, 6, math.inf)
     factors = tg.loss_curvature(cfg, rt, model, data, 6, hessians, math.inf)
     tuned = tg.fine_tune(cfg, tg.round_model(cfg, model, hessians, factors), rt, model, data, 8, 100.0 * (1 + rt.rank))
-    rows = sum(int(steps.rows.sum()) for _, steps in tuned.values())
-    return [digest(model), rows, [float(p.detach().double().sum()) for p in model.parameters()]]
+    return torch.cat([codes.flatten() for codes, _ in tuned.values()]).tolist()
 
 
 def digest(model):
@@ -257,8 +256,8 @@ def test_all_ranks_hear_of_the_limit(ranks):
 def test_fine_tuning_is_that_of_one_rank_with_all_the_text(ranks, config, rt):
     first, second = ranks[1]["fine_tuned"]
     assert first == second
-    _, rows, sums = fine_tuned(config(), rt, None)
-    assert abs(rows - first[1]) < 200 and sums == pytest.approx(first[2], rel=1e-3, abs=1e-3)
+    codes = fine_tuned(config(), rt, None)
+    assert sum(a != b for a, b in zip(codes, first, strict=True)) < 0.002 * len(codes)
 
 
 def test_all_ranks_score_what_the_first_one_wrote(ranks, run):

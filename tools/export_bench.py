@@ -106,7 +106,7 @@ def measure(environ: dict, rt: tg.Runtime, model: tg.GPT, data: tg.TrainData, id
             rounded = tg.round_model(changed, tried, hessians if changed.gptq_enabled else {},
                                      factors if changed.clip_rule == "waterfill" else None)
             if changed.tune_steps:
-                rounded = tg.fine_tune(changed, rounded, rt, tried, data, step + cfg.gptq_calibration_batches, math.inf)
+                rounded = tg.fine_tune(changed, rounded, rt, model, data, step + cfg.gptq_calibration_batches, math.inf)
             size_bytes = len(tg.pack(changed, tried, "0" * 64, rounded).blob)
             seconds = time.perf_counter() - begun
             with using_rounded_weights(tried, rounded):
