@@ -3230,8 +3230,8 @@ def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data
     codes near a border cross it first. Returns `rounded` with the new codes, or as it was if the divergence on the
     first piece of text has not fallen.
     """
-    tried, watch, specs = copy.deepcopy(model), Stopwatch(), quant_specs(cfg, dict(model.named_parameters()))
-    weights = [tried.get_parameter(name) for name in rounded]
+    student, watch, specs = copy.deepcopy(model), Stopwatch(), quant_specs(cfg, dict(model.named_parameters()))
+    weights = [student.get_parameter(name) for name in rounded]
     latents = [codes + (weight.detach() / steps.float() - codes).clamp(-TUNE_REACH, TUNE_REACH)
                for weight, (codes, steps) in zip(weights, rounded.values())]
     adam = torch.optim.Adam(latents, betas=(0.9, 0.99))
@@ -3243,7 +3243,7 @@ def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data
                  for latent, (name, (codes, steps)) in zip(latents, rounded.items())}
         with torch.no_grad():
             torch._foreach_copy_(weights, list(itertools.starmap(dequantise, tuned.values())))
-        loss = divergence(tried, model, ids)
+        loss = divergence(student, model, ids)
         before = rt.agree(loss.item()) if before is None else before
         rt.synchronize()
         share = max(done / cfg.tune_steps, rt.agree(watch.elapsed() / max(left_s, 1e-9)))
@@ -3255,7 +3255,7 @@ def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data
         adam.param_groups[0]["lr"] = TUNE_RATE * (1 - 0.95 * share)
         adam.step()
     with torch.no_grad():
-        after = rt.agree(divergence(tried, model, first).item())
+        after = rt.agree(divergence(student, model, first).item())
     rt.log(f"fine_tune:steps:{done} kl:{before:.6f}->{after:.6f} time:{watch.elapsed():.1f}s")
     if after < before:
         return tuned

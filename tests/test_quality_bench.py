@@ -46,18 +46,18 @@ def test_a_published_log(tmp_path):
     path = tmp_path / "log"
     path.write_text(LOG)
     assert quality_bench.read_published("PR 1855", path) == {
-        "pre_quant_bpb": 2.0045, "roundtrip_bpb": 2.014, "ttt_bpb": 1.9697, "bytes": 700000.0,
-        "train_tokens_per_s": pytest.approx(2000)}
+        "pre_quant_bpb": 2.0045, "roundtrip_bpb": 2.014, "ttt_bpb": 1.9697, "ngram_bpb": None,
+        "bytes": 700000.0, "train_tokens_per_s": pytest.approx(2000)}
     path.write_text("step:1/2\n")
     with pytest.raises(quality_bench.BenchError, match="has no line"):
         quality_bench.read_published("PR 1855", path)
 
 
 def test_the_table_has_medians_and_the_ratio_to_the_first():
-    run = dict(pre_quant_bpb=2.0, roundtrip_bpb=2.1, ttt_bpb=None, bytes=1000, train_tokens_per_s=50.0)
+    run = dict(pre_quant_bpb=2.0, roundtrip_bpb=2.1, ttt_bpb=None, ngram_bpb=2.05, bytes=1000, train_tokens_per_s=50.0)
     lines = quality_bench.table({"a": [run, run | {"pre_quant_bpb": 4.0}, run], "b": [run | {"pre_quant_bpb": 1.0}]})
-    assert lines.splitlines()[2:] == ["| a | 3 | 2.0000 | 1.0000 | 2.1000 | - | 1,000 | 50 |",
-                                      "| b | 1 | 1.0000 | 0.5000 | 2.1000 | - | 1,000 | 50 |"]
+    assert lines.splitlines()[2:] == ["| a | 3 | 2.0000 | 1.0000 | 2.1000 | - | 2.0500 | 1,000 | 50 |",
+                                      "| b | 1 | 1.0000 | 0.5000 | 2.1000 | - | 2.0500 | 1,000 | 50 |"]
 
 
 def test_two_steps_of_a_system(corpus, tmp_path, capsys):

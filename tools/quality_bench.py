@@ -34,8 +34,8 @@ SIZES = dict(
     DEVICE="cpu", DTYPE="fp32", COMPILE=0)
 WHERE_ON = {"NUM_LOOPS": dict(LOOP_START=1, LOOP_END=2), "PARALLEL_START_LAYER": dict(PARALLEL_START_LAYER=3),
             "VE_ENABLED": dict(VE_LAYERS="3,4"), "WARMDOWN_ITERS": dict(WARMDOWN_ITERS=200)}  # if a profile has it
-COLUMNS = {"pre_quant_bpb": ".4f", "roundtrip_bpb": ".4f", "ttt_bpb": ".4f", "bytes": ",.0f",
-           "train_tokens_per_s": ",.0f"}
+COLUMNS = {"pre_quant_bpb": ".4f", "roundtrip_bpb": ".4f", "ttt_bpb": ".4f", "ngram_bpb": ".4f",
+           "bytes": ",.0f", "train_tokens_per_s": ",.0f"}
 
 
 def settings_of(system: str, given: dict[str, str]) -> dict[str, str]:
@@ -59,7 +59,7 @@ def run(system: str, environ: dict[str, str], seed: int) -> dict[str, float]:
         if code:
             raise BenchError(f"{system} ended with code {code}: {benchlib.last_line(text)}")
         summary = json.loads(Path(folder, "runs/quality/summary.json").read_text())
-    found = {f"{key}_bpb": summary[f"val_bpb_{key}"] for key in ("pre_quant", "roundtrip", "ttt")}
+    found = {f"{key}_bpb": summary[f"val_bpb_{key}"] for key in ("pre_quant", "roundtrip", "ttt", "ngram")}
     return found | {"bytes": summary["artifact_bytes"],
                     "train_tokens_per_s": summary["tokens"] / summary["seconds"]["train"]}
 
@@ -79,8 +79,8 @@ def table(rows: dict[str, list[dict]]) -> str:
     middle = {name: {key: statistics.median(run[key] for run in runs) if runs[0][key] is not None else None
                      for key in COLUMNS} for name, runs in rows.items()}
     first = next(iter(middle.values()))["pre_quant_bpb"]
-    lines = ["| system | seeds | bpb before quantisation | ratio | after | after TTT | bytes | training, tokens/s |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| system | seeds | bpb before quantisation | ratio | after | after TTT | with counts | bytes | training, tokens/s |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for name, row in middle.items():
         cells = [format(row[key], form) if row[key] is not None else "-" for key, form in COLUMNS.items()]
         cells.insert(1, f"{row['pre_quant_bpb'] / first:.4f}")
