@@ -312,6 +312,18 @@ def test_codes_stay_in_their_range(config, rt, monkeypatch):
     assert len(seen) == 4 * len(before) and max(seen) == 4095
 
 
+def test_what_fine_tuning_makes_too_large_is_not_taken(run, monkeypatch):
+    monkeypatch.setattr(tg, "fine_tune", lambda cfg, rounded, **_: {n: (8 * codes, s) for n, (codes, s) in rounded.items()})
+    settings = {"CLIP_RULE": "waterfill", "GPTQ_ENABLED": 1, "LATE_QAT": 0, "ITERATIONS": 2, "GPTQ_CALIBRATION_BATCHES": 1,
+                "CODE_BYTES": 1000, "WATERFILL_NATS": 0.1, **BRIEF}
+    plain = run(TUNE_STEPS=0, **settings)
+    tight = run(TUNE_STEPS=1, ARTIFACT_LIMIT_BYTES=plain.summary["total_bytes"] + 10, **settings)
+    assert tight.code == 0 and "warning: the artifact is not fine-tuned, which would take more than the limit" in tight.out
+    assert tight.summary["artifact_bytes"] == plain.summary["artifact_bytes"]
+    ample = run(TUNE_STEPS=1, ARTIFACT_LIMIT_BYTES=10 ** 6, **settings)
+    assert "not fine-tuned" not in ample.out and ample.summary["artifact_bytes"] > plain.summary["artifact_bytes"] + 10
+
+
 def test_a_run_that_is_fine_tuned_fits_and_is_scored_again(run):
     """And can be scored by itself, whatever the other settings say."""
     settings = {"CLIP_RULE": "waterfill", "GPTQ_ENABLED": 1, "LATE_QAT": 0, "SIZE_FIT": 1, "ARTIFACT_LIMIT_BYTES": 20_000,
