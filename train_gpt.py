@@ -3093,8 +3093,8 @@ FIT_WINDOW, FIT_ROUNDS = 0.005, 6        # share of the limit that may stay unus
 FIT_DOUBLINGS, FILL_DOUBLINGS = 4.0, 8.0  # of the step, at most: 6-bit weights then have 2 bits left; by water-filling
 GRADIENT_PIECES, GRADIENT_TOKENS = 256, 256  # pieces of text, over all ranks, and tokens in each
 TUNE_RATE, TUNE_TOKENS = 3e-3, 16_384  # of Adam, falling to 5 %; tokens of a rank at most, in each step
-TUNE_ROOM = 0.001  # share of the limit that is left for what moves
 TUNE_REACH = 0.49  # from its code, in steps, a latent weight starts at most; at 0.5 is the next code's cell
+TUNE_HELD, TUNE_ROOM = 4, 0.001  # pieces of text that decide whether it gained; share of the limit left for what moves
 
 
 class HessianSums:
@@ -3227,8 +3227,8 @@ def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data
     TUNE_STEPS steps of Adam on the KL divergence over training text from `step` on, or fewer in `left_s` seconds. Each
     code is the rounding of a latent weight, which takes the gradient of the rounded weight (straight-through, arXiv
     1308.3432) and starts as the float weight in units of its step, but within the cell of the code that `rounded` has:
-    codes near a border cross it first. Returns `rounded` with the new codes, or as it was if the divergence on the
-    first piece of text has not fallen.
+    codes near a border cross it first. Returns `rounded` with the new codes, or as it was if the divergence on
+    TUNE_HELD pieces of other text has not fallen.
     """
     student, watch, specs = copy.deepcopy(model), Stopwatch(), quant_specs(cfg, dict(model.named_parameters()))
     weights = [student.get_parameter(name) for name in rounded]
@@ -3237,25 +3237,31 @@ def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data
     adam = torch.optim.Adam(latents, betas=(0.9, 0.99))
     pieces = (piece for i in itertools.count(step) for ids, _ in data.batch(i)
               for piece in ids.split(max(TUNE_TOKENS // ids.size(1), 1)))
-    first, before = next(pieces), None
-    for done, ids in enumerate(itertools.chain([first], pieces)):
-        tuned = {name: (round_to(latent, 1.0, specs[name]).to(codes.dtype), steps)
-                 for latent, (name, (codes, steps)) in zip(latents, rounded.items())}
-        with torch.no_grad():
-            torch._foreach_copy_(weights, list(itertools.starmap(dequantise, tuned.values())))
-        loss = divergence(student, model, ids)
-        before = rt.agree(loss.item()) if before is None else before
+    held = list(itertools.islice(pieces, TUNE_HELD))
+
+    @torch.no_grad()
+    def put(codes_and_steps: dict) -> dict:
+        torch._foreach_copy_(weights, list(itertools.starmap(dequantise, codes_and_steps.values())))
+        return codes_and_steps
+
+    @torch.no_grad()
+    def held_divergence() -> float:
+        return rt.sum_(sum(divergence(student, model, ids) for ids in held)).item() / len(held) / rt.world_size
+    tuned = put(rounded)
+    before = held_divergence()
+    for done, ids in enumerate(pieces):
         rt.synchronize()
         share = max(done / cfg.tune_steps, rt.agree(watch.elapsed() / max(left_s, 1e-9)))
         if share >= 1:
             break
-        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        gradients = torch.autograd.grad(divergence(student, model, ids), weights, materialize_grads=True)
         for latent, gradient in zip(latents, rt.sum_many_(list(gradients))):
             latent.grad = gradient  # neither its unit nor the number of ranks matters to Adam
         adam.param_groups[0]["lr"] = TUNE_RATE * (1 - 0.95 * share)
         adam.step()
-    with torch.no_grad():
-        after = rt.agree(divergence(student, model, first).item())
+        tuned = put({name: (round_to(latent, 1.0, specs[name]).to(codes.dtype), steps)
+                     for latent, (name, (codes, steps)) in zip(latents, rounded.items())})
+    after = held_divergence()
     rt.log(f"fine_tune:steps:{done} kl:{before:.6f}->{after:.6f} time:{watch.elapsed():.1f}s")
     if after < before:
         return tuned

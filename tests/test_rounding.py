@@ -266,7 +266,7 @@ def test_only_codes_near_a_border_move_and_against_their_gradient(tuned, rt, mon
     with torch.enable_grad():
         after = tg.fine_tune(cfg, before, rt, model, data, 8, math.inf)
     assert after is not before
-    rounded, ids, checked = with_codes(model, before), next(data.batch(8))[0], 0
+    rounded, ids, checked = with_codes(model, before), next(data.batch(8 + tg.TUNE_HELD))[0], 0
     for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "tok_emb.weight"):
         old, new = before[name][0].int(), after[name][0].int()
         step, weight = before[name][1].float(), rounded.get_parameter(name)
