@@ -265,8 +265,8 @@ class Hyperparameters:
                                       "SIZE_FIT moves it, both ways", lo=1e-9, hi=100)
     waterfill_exponent: float = env_field(0.75, "a: its steps are in proportion to (second derivative of the loss)^"
                                           "(-a/2); 1 is best for fine steps, less for coarse ones", lo=0, hi=1)
-    tune_steps: int = env_field(0, "optimiser steps that move codes after rounding, towards the float model's "
-                                "distribution; of waterfill only", lo=0)
+    tune_steps: int = env_field(0, "optimiser steps that move codes after rounding, so that it costs less loss; of "
+                                "waterfill only", lo=0)
     prune_frac: float = env_field(0.0, "zero this share of each matrix's smallest weights (PR 1216)", lo=0, hi=0.99)
     compress: str = env_field("auto", "entropy coder; range: ours for codes, LZMA for floats; auto: range, or lzma "
                               "without package constriction", choices="auto range lzma zstd", alias="COMPRESSOR")
@@ -3093,6 +3093,7 @@ FIT_WINDOW, FIT_ROUNDS = 0.005, 6        # share of the limit that may stay unus
 FIT_DOUBLINGS, FILL_DOUBLINGS = 4.0, 8.0  # of the step, at most: 6-bit weights then have 2 bits left; by water-filling
 GRADIENT_PIECES, GRADIENT_TOKENS = 256, 256  # pieces of text, over all ranks, and tokens in each
 TUNE_RATE, TUNE_TOKENS = 3e-3, 16_384  # of Adam, falling to 5 %; tokens of a rank at most, in each step
+TUNE_HARD = 0.1    # part of the loss on the text itself; without it the float model's errors are learnt as well
 TUNE_REACH = 0.49  # from its code, in steps, a latent weight starts at most; at 0.5 is the next code's cell
 TUNE_HELD, TUNE_ROOM = 4, 0.001  # pieces of text that decide whether it gained; share of the limit left for what moves
 
@@ -3212,31 +3213,34 @@ def round_model(cfg: Hyperparameters, model: GPT, hessians: dict[str, Tensor],
                            hessians.get(name), name) for name, spec in quant_specs(cfg, params).items()}
 
 
-def divergence(model: GPT, wanted: GPT, ids: Tensor) -> Tensor:
-    """KL divergence of a model's distribution from the wanted one's, in nats per token of ids [batch, T]."""
+def rounding_cost(rounded: GPT, model: GPT, ids: Tensor, targets: Tensor, hard: float = TUNE_HARD) -> Tensor:
+    """What rounding costs in nats per token of ids [batch, T]: the KL divergence from the model's distribution, and for
+    the part `hard` of it the loss that it adds on the targets (soft and hard targets: arXiv 1503.02531)."""
     with torch.no_grad():
-        target = wanted.logits(wanted.hidden(ids)).log_softmax(-1)
-    own = model.logits(model.hidden(ids)).log_softmax(-1)
-    return F.kl_div(own, target, reduction="sum", log_target=True) / ids.numel()
+        wanted = model.logits(model.hidden(ids)).log_softmax(-1)
+    own, targets = rounded.logits(rounded.hidden(ids)).log_softmax(-1), targets.flatten()
+    divergence = F.kl_div(own, wanted, reduction="sum", log_target=True) / ids.numel()
+    added = F.nll_loss(own.flatten(0, 1), targets) - F.nll_loss(wanted.flatten(0, 1), targets)
+    return torch.lerp(divergence, added, hard)
 
 
 def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data: TrainData, step: int,
               left_s: float) -> dict[str, tuple[Tensor, Steps]]:
-    """Move codes so that the distribution of the rounded model comes nearer to that of `model`, which stays as it is.
+    """Move codes so that rounding costs less than by `rounded`; `model`, from which they come, stays as it is.
 
-    TUNE_STEPS steps of Adam on the KL divergence over training text from `step` on, or fewer in `left_s` seconds. Each
+    TUNE_STEPS steps of Adam on `rounding_cost` over training text from `step` on, or fewer in `left_s` seconds. Each
     code is the rounding of a latent weight, which takes the gradient of the rounded weight (straight-through, arXiv
     1308.3432) and starts as the float weight in units of its step, but within the cell of the code that `rounded` has:
-    codes near a border cross it first. Returns `rounded` with the new codes, or as it was if the divergence on
-    TUNE_HELD pieces of other text has not fallen.
+    codes near a border cross it first. Returns `rounded` with the new codes, or as it was if the cost of TUNE_HELD
+    pieces of other text has not fallen.
     """
     student, watch, specs = copy.deepcopy(model), Stopwatch(), quant_specs(cfg, dict(model.named_parameters()))
     weights = [student.get_parameter(name) for name in rounded]
     latents = [codes + (weight.detach() / steps.float() - codes).clamp(-TUNE_REACH, TUNE_REACH)
                for weight, (codes, steps) in zip(weights, rounded.values())]
     adam = torch.optim.Adam(latents, betas=(0.9, 0.99))
-    pieces = (piece for i in itertools.count(step) for ids, _ in data.batch(i)
-              for piece in ids.split(max(TUNE_TOKENS // ids.size(1), 1)))
+    pieces = (piece for i in itertools.count(step) for batch in data.batch(i)
+              for piece in zip(*(t.split(max(TUNE_TOKENS // t.size(1), 1)) for t in batch)))
     held = list(itertools.islice(pieces, TUNE_HELD))
 
     @torch.no_grad()
@@ -3245,24 +3249,24 @@ def fine_tune(cfg: Hyperparameters, rounded: dict, rt: Runtime, model: GPT, data
         return codes_and_steps
 
     @torch.no_grad()
-    def held_divergence() -> float:
-        return rt.sum_(sum(divergence(student, model, ids) for ids in held)).item() / len(held) / rt.world_size
+    def held_cost() -> float:
+        return rt.sum_(sum(rounding_cost(student, model, *piece) for piece in held)).item() / len(held) / rt.world_size
     tuned = put(rounded)
-    before = held_divergence()
-    for done, ids in enumerate(pieces):
+    before = held_cost()
+    for done, piece in enumerate(pieces):
         rt.synchronize()
         share = max(done / cfg.tune_steps, rt.agree(watch.elapsed() / max(left_s, 1e-9)))
         if share >= 1:
             break
-        gradients = torch.autograd.grad(divergence(student, model, ids), weights, materialize_grads=True)
+        gradients = torch.autograd.grad(rounding_cost(student, model, *piece), weights, materialize_grads=True)
         for latent, gradient in zip(latents, rt.sum_many_(list(gradients))):
             latent.grad = gradient  # neither its unit nor the number of ranks matters to Adam
         adam.param_groups[0]["lr"] = TUNE_RATE * (1 - 0.95 * share)
         adam.step()
         tuned = put({name: (round_to(latent, 1.0, specs[name]).to(codes.dtype), steps)
                      for latent, (name, (codes, steps)) in zip(latents, rounded.items())})
-    after = held_divergence()
-    rt.log(f"fine_tune:steps:{done} kl:{before:.6f}->{after:.6f} time:{watch.elapsed():.1f}s")
+    after = held_cost()
+    rt.log(f"fine_tune:steps:{done} nats:{before:.6f}->{after:.6f} time:{watch.elapsed():.1f}s")
     if after < before:
         return tuned
     rt.log("warning: fine-tuning gained nothing and is undone")

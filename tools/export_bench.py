@@ -68,8 +68,9 @@ def loss_on(model: tg.GPT, ids: torch.Tensor, seq_len: int) -> float:
 @torch.no_grad()
 def divergence_on(model: tg.GPT, wanted: tg.GPT, ids: torch.Tensor, seq_len: int) -> float:
     """From the wanted model, in nats per token: what is added to the loss, but for the chance of which tokens follow."""
-    batches = ids[:-1].view(-1, seq_len).split(16)
-    return sum(float(tg.divergence(model, wanted, batch)) * len(batch) for batch in batches) * seq_len / (len(ids) - 1)
+    costs = [tg.rounding_cost(model, wanted, batch, batch, hard=0.0) * len(batch)  # no part of which are targets
+             for batch in ids[:-1].view(-1, seq_len).split(16)]
+    return float(sum(costs)) * seq_len / (len(ids) - 1)
 
 
 @contextlib.contextmanager
