@@ -4474,8 +4474,8 @@ def settings_from(environ) -> Hyperparameters:
 
 
 def model_variables(path: str) -> tuple[dict[str, str], str]:
-    """An artifact's model settings as variables, with those of rounding that its log lines are named after, and the
-    sha256 of its tokenizer. Raises UserError."""
+    """An artifact's model settings as variables, with those of rounding that its log lines are named after and a batch of
+    training that goes with any, and the sha256 of its tokenizer. Raises UserError."""
     blob = read_file(path)
     try:
         cfg, tokenizer_sha256, stored = read_artifact(blob, values=False)
@@ -4485,7 +4485,8 @@ def model_variables(path: str) -> tuple[dict[str, str], str]:
     rounding = {f.bits.upper(): str(bits[f.name]) for f in FAMILIES if f.name in ("mlp", "attn") and f.name in bits}
     if WATER_BITS in bits.values():
         rounding = {"CLIP_RULE": "waterfill"}
-    return model_settings(cfg) | rounding, tokenizer_sha256
+    batch = {"TRAIN_BATCH_TOKENS": str(cfg.train_seq_len), "TRAIN_SEQ_SCHEDULE": ""}
+    return model_settings(cfg) | rounding | batch, tokenizer_sha256
 
 
 def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:

@@ -46,7 +46,8 @@ def without_training_shards(corpus, folder):
 def test_an_artifact_scores_as_in_its_run(made, corpus, tmp_path):
     shards = without_training_shards(corpus, tmp_path / "shards")
     weights = (made.folder / "final_model.ptz").read_bytes()
-    again = made.again(DATA_PATH=shards, NUM_LAYERS=9, MODEL_DIM=64, VE_LAYERS="8", MLP_QUANT_BITS=8, RUN_ID="again")
+    again = made.again(DATA_PATH=shards, NUM_LAYERS=9, MODEL_DIM=64, VE_LAYERS="8", MLP_QUANT_BITS=8, RUN_ID="again",
+                       TRAIN_SEQ_SCHEDULE="1024:0.1,4096:1", TRAIN_BATCH_TOKENS=12_345)
     assert again.code == 0, again.err
     assert [again.summary[key] for key in SCORES] == [made.summary[key] for key in SCORES]
     assert set(again.summary) == set(made.summary)
