@@ -172,3 +172,20 @@ def test_rules_are_held_against_each_other_at_equal_loss_and_at_equal_bytes(caps
     assert ratios[0] == ["0.08000", "x0.850", f"x{2 ** -1.5:.3f}"]
     assert ratios[2] == ["0.02000", "x0.875", "-"] and ratios[3][1:] == ["-", "-"]
     assert export_bench.main(["nowhere.pt"]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_table_of_a_tiny_model(run, monkeypatch, capsys):
+    done = run(ITERATIONS=2, TTT_ENABLED=0, EVAL_STRIDE=0)
+    model = str(done.folder / "final_model.pt")
+    theirs, *_, tuned = export_bench.RULES
+    rules = (*theirs[:3], (1.0,)), (tuned[0], tuned[1] | {"TUNE_STEPS": 2}, tuned[2], (0.1,))
+    monkeypatch.setattr(export_bench, "RULES", rules)
+    assert export_bench.main([model, "--tokens", "512", "RUN_ID=table"]) == 0
+    out = capsys.readouterr().out
+    for rule in ("PR 1855, sigmas 1 ", "water-filling, tuned, nats 0.1 "):
+        row = next(line for line in out.splitlines() if line.startswith(rule))
+        *_, divergence, size, bits, _ = row.split()
+        assert float(divergence) > 0 and int(size.replace(",", "")) > 1000 and 0 < float(bits) < 16
+    assert "fine_tune:steps:2 nats:" in out
+    assert export_bench.main([model, "CLIP_RULE=waterfill", "GPTQ_ENABLED=1", "LATE_QAT=0", "--packers"]) == 2
+    assert "--packers rounds to the nearest code" in capsys.readouterr().err

@@ -239,6 +239,8 @@ def main(argv: list[str]) -> int:
         if not args.packers:
             environ |= {"GPTQ_ENABLED": "1", "LATE_QAT": "0", "SIZE_FIT": "0", "TUNE_STEPS": "0"}
         cfg = tg.Hyperparameters.from_env(environ)
+        if args.packers and cfg.clip_rule == "waterfill":
+            raise tg.UserError("--packers rounds to the nearest code: CLIP_RULE=waterfill needs Hessians; name another")
         rt = tg.Runtime.open(cfg)
         model = load(args.model, cfg, rt)
         if args.packers:
