@@ -462,8 +462,9 @@ class Hyperparameters:
         return tuple(zip(orders, itertools.cycle(weights)))
 
     @classmethod
-    def from_env(cls, environ) -> Hyperparameters:
-        """Settings from a mapping of variables. Raises UserError on a bad value, a misspelt name or a contradiction."""
+    def from_env(cls, environ, rules=None) -> Hyperparameters:
+        """Settings from a mapping of variables. Raises UserError on a bad value, a misspelt name or a contradiction by
+        the rules (None: all)."""
         refuse_near_misses(environ)
         values = {}
         for f in dataclasses.fields(cls):
@@ -475,7 +476,7 @@ class Hyperparameters:
             if given:
                 values[f.name] = parsed[given[0]]
         cfg = cls(**values)
-        check_combinations(cfg)
+        check_combinations(cfg, rules or combination_rules)
         return cfg
 
     def non_defaults(self) -> dict:
@@ -561,24 +562,19 @@ def refuse_near_misses(environ) -> None:
             raise UserError(f"{name} is not a setting; did you mean {near}? (python train_gpt.py --help lists all)")
 
 
-def check_combinations(cfg: Hyperparameters) -> None:
+def check_combinations(cfg: Hyperparameters, rules) -> None:
     """Raise UserError where settings contradict each other."""
     shown = {f.name: f"{f.name.upper()}={getattr(cfg, f.name)!r}".removesuffix(".0") for f in dataclasses.fields(cfg)}
-    for holds, message in combination_rules(cfg):
+    for holds, message in rules(cfg):
         if not holds:
             raise UserError(message.format(**shown, head_dim=cfg.head_dim, window=cfg.window, last=cfg.num_layers - 1,
                                            scored=cfg.stride, context=cfg.doc_context))
 
 
-def combination_rules(cfg: Hyperparameters):
+def model_rules(cfg: Hyperparameters):
     """Yields (holds, message) of each rule, which may rely on those before it; {model_dim} becomes MODEL_DIM=512."""
     yield cfg.model_dim % cfg.num_heads == 0, "{model_dim} is not divisible by {num_heads}"
     yield cfg.num_heads % cfg.num_kv_heads == 0, "{num_heads} is not divisible by {num_kv_heads}"
-    yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
-    lengths = [length for length, _ in cfg.seq_stages]
-    yield max(lengths) == cfg.train_seq_len, "the longest of {train_seq_schedule} is not {train_seq_len}"
-    yield cfg.train_batch_tokens % cfg.seq_unit == 0, (
-        f"{{train_batch_tokens}} is not divisible by {cfg.seq_unit}, the least that {{train_seq_schedule}} divides")
     yield cfg.mlp_dim >= 1, "{mlp_mult} of {model_dim} leaves an MLP of no width"
     yield cfg.rope_dims <= cfg.head_dim, "{rope_dims} is more than a head's {head_dim} dimensions"
     yield (cfg.rope_dims or cfg.head_dim) % 2 == 0, "{rope_dims} of {head_dim} (0: all) is odd; rotation works on pairs"
@@ -594,22 +590,38 @@ def combination_rules(cfg: Hyperparameters):
             "{loop_end} is in the parallel part, {parallel_start_layer}: a loop cannot join two lanes")
     yield cfg.parallel_start_layer < cfg.num_layers, "{parallel_start_layer} is outside 0..{last}"
     yield not (cfg.two_lanes and cfg.dtg_enabled), "{dtg_enabled} gates one stream; {parallel_form} has two"
-    yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
     yield cfg.attention_window != 1, "{attention_window} is too short to attend; use 0 or at least 2"
-    yield cfg.attention_window <= min(*lengths, cfg.window), (
-        f"{{attention_window}} is longer than the training sequences of {min(lengths)} or the windows of {{window}}")
+
+
+def combination_rules(cfg: Hyperparameters):
+    """All rules of a run."""
+    yield from model_rules(cfg)
+    yield cfg.eval_stride <= cfg.window, "{eval_stride} is longer than a window of {window}"
+    yield cfg.attention_window <= cfg.window, "{attention_window} is longer than a window of {window}"
+    yield from training_rules(cfg) if not cfg.eval_artifact else ()
     yield from adaptation_rules(cfg) if cfg.ttt_enabled else ()
     yield all(1 <= length <= 10_000 for (_, length), _ in cfg.ngrams), (
         "{ngram_orders} has contexts that are not 1 to 10,000 tokens long")
-    yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
-        "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
-    if cfg.clip_rule == "waterfill" and not cfg.eval_artifact:
-        yield cfg.gptq_enabled, "{clip_rule} rounds by GPTQ's Hessians; {gptq_enabled}"
-        yield not (cfg.qat_enabled or cfg.late_qat), (
-            "{clip_rule} has no steps before the end of training: {late_qat}, {qat_enabled}")
     yield cfg.iterations or not cfg.resume, "RESUME=1 with {iterations}: nothing to resume"
     yield cfg.run_id or not cfg.resume, "RESUME=1 needs the RUN_ID of the run to resume"
     yield re.fullmatch(r"(?!\.)[\w.+-]*", cfg.run_id), "{run_id} names files: letters, digits, _ + -, later dots"
+
+
+def training_rules(cfg: Hyperparameters):
+    """The rules of what an artifact that is there already no longer needs."""
+    yield cfg.train_batch_tokens % cfg.train_seq_len == 0, "{train_batch_tokens} is not divisible by {train_seq_len}"
+    lengths = [length for length, _ in cfg.seq_stages]
+    yield max(lengths) == cfg.train_seq_len, "the longest of {train_seq_schedule} is not {train_seq_len}"
+    yield cfg.train_batch_tokens % cfg.seq_unit == 0, (
+        f"{{train_batch_tokens}} is not divisible by {cfg.seq_unit}, the least that {{train_seq_schedule}} divides")
+    yield cfg.attention_window <= min(lengths), (
+        f"{{attention_window}} is longer than the training sequences of {min(lengths)}")
+    yield not cfg.max_wallclock_seconds or cfg.train_seconds > 0, (
+        "{gptq_reserve_seconds} leaves nothing of {max_wallclock_seconds} for training")
+    if cfg.clip_rule == "waterfill":
+        yield cfg.gptq_enabled, "{clip_rule} rounds by GPTQ's Hessians; {gptq_enabled}"
+        yield not (cfg.qat_enabled or cfg.late_qat), (
+            "{clip_rule} has no steps before the end of training: {late_qat}, {qat_enabled}")
 
 
 def adaptation_rules(cfg: Hyperparameters):
@@ -1154,7 +1166,7 @@ class Runtime:
         return tensor
 
     def sum_many_(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Sum each of many small tensors over ranks, in place, in one collective."""
+        """Sum each of many tensors over ranks, in place, in one collective."""
         if self.world_size > 1:
             flat = self.sum_(torch.cat([t.reshape(-1) for t in tensors])).split([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat, tensors)])
@@ -3731,7 +3743,7 @@ def read_artifact(blob: bytes, values: bool = True) -> tuple[Hyperparameters, st
         header = json.loads(text)
         tokenizer_sha256, rows = header["tokenizer"], header["streams"]
         try:
-            cfg = Hyperparameters.from_env(header["config"])
+            cfg = Hyperparameters.from_env(header["config"], model_rules)
         except UserError as error:
             raise ValueError(error) from None
         stored = blank_parameters(cfg, header["precision"], 2 ** 16 + 16 * len(blob))
@@ -4474,8 +4486,8 @@ def settings_from(environ) -> Hyperparameters:
 
 
 def model_variables(path: str) -> tuple[dict[str, str], str]:
-    """An artifact's model settings as variables, with those of rounding that its log lines are named after and a batch of
-    training that goes with any, and the sha256 of its tokenizer. Raises UserError."""
+    """An artifact's model settings as variables, with those of rounding that its log lines are named after, and the
+    sha256 of its tokenizer. Raises UserError."""
     blob = read_file(path)
     try:
         cfg, tokenizer_sha256, stored = read_artifact(blob, values=False)
@@ -4485,8 +4497,7 @@ def model_variables(path: str) -> tuple[dict[str, str], str]:
     rounding = {f.bits.upper(): str(bits[f.name]) for f in FAMILIES if f.name in ("mlp", "attn") and f.name in bits}
     if WATER_BITS in bits.values():
         rounding = {"CLIP_RULE": "waterfill"}
-    batch = {"TRAIN_BATCH_TOKENS": str(cfg.train_seq_len), "TRAIN_SEQ_SCHEDULE": ""}
-    return model_settings(cfg) | rounding | batch, tokenizer_sha256
+    return model_settings(cfg) | rounding, tokenizer_sha256
 
 
 def log_settings(cfg: Hyperparameters, rt: Runtime) -> None:

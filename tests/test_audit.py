@@ -43,7 +43,7 @@ def audit(config, tmp_path):
     def start(positions=2, dtype=torch.float32, compiles=False, **changes):
         cfg = config(**{"num_layers": 2, "ve_layers": "1", "ttt_batch_seqs": 2, "ttt_chunk_tokens": 128,
                         "eval_batch_seqs": 32, **changes})
-        tg.check_combinations(cfg)
+        tg.check_combinations(cfg, tg.combination_rules)
         rt, path = make_runtime(tmp_path, dtype=dtype, compiles=compiles), tmp_path / "model.ptz"
         val = tg.ValData.open(cfg, rt)
         torch.manual_seed(0)

@@ -69,7 +69,7 @@ MODES = {  # name: (stride, changes to the settings; None: no adapter)
 def score(cfg, val, model, stride, changes, rt, clock=None):
     """(result, scores) of a walk; with changes, {} included, something adapts."""
     cfg = dataclasses.replace(cfg, **changes or {})
-    tg.check_combinations(cfg)
+    tg.check_combinations(cfg, tg.combination_rules)
     scores = Scores(len(val.tokens) - 1)
     adapter = None if changes is None else tg.adapter_for(model, cfg, rt)
     plan = tg.plan_evaluation(val, cfg, rt, stride, cfg.eval_batch_seqs, bool(adapter))

@@ -47,7 +47,8 @@ def test_an_artifact_scores_as_in_its_run(made, corpus, tmp_path):
     shards = without_training_shards(corpus, tmp_path / "shards")
     weights = (made.folder / "final_model.ptz").read_bytes()
     again = made.again(DATA_PATH=shards, NUM_LAYERS=9, MODEL_DIM=64, VE_LAYERS="8", MLP_QUANT_BITS=8, RUN_ID="again",
-                       TRAIN_SEQ_SCHEDULE="1024:0.1,4096:1", TRAIN_BATCH_TOKENS=12_345)
+                       TRAIN_SEQ_SCHEDULE="1024:0.1,4096:1", TRAIN_BATCH_TOKENS=12_345, MAX_WALLCLOCK_SECONDS=5,
+                       GPTQ_RESERVE_SECONDS=9)
     assert again.code == 0, again.err
     assert [again.summary[key] for key in SCORES] == [made.summary[key] for key in SCORES]
     assert set(again.summary) == set(made.summary)
@@ -55,6 +56,16 @@ def test_an_artifact_scores_as_in_its_run(made, corpus, tmp_path):
     assert again.summary["artifact_bytes"] == len(weights) == os.path.getsize(again.summary["artifact_path"])
     assert "final_int5mlp+int6attn_roundtrip" in again.out and "final_model.pt," not in again.out
     assert json.loads((made.folder / "logs/again.summary.json").read_text()) == again.summary
+
+
+def test_a_model_of_any_length_is_read_back(run):
+    """Its sequences divide no batch of the defaults, and its attention is longer than the default's windows."""
+    done = run(ITERATIONS=1, TRAIN_SEQ_LEN=100, TRAIN_BATCH_TOKENS=400, EVAL_SEQ_LEN=100, EVAL_STRIDE=0, TTT_ENABLED=0)
+    assert done.code == 0, done.err
+    for settings in ({"TRAIN_SEQ_LEN": "40000", "ATTENTION_WINDOW": "5000"}, {"TRAIN_SEQ_LEN": "7"}):
+        assert tg.Hyperparameters.from_env(settings, tg.model_rules).train_seq_len == int(settings["TRAIN_SEQ_LEN"])
+    with pytest.raises(tg.UserError, match="MODEL_DIM=510 is not divisible by NUM_HEADS=8"):
+        tg.Hyperparameters.from_env({"MODEL_DIM": "510"}, tg.model_rules)
 
 
 def test_lora_adapts_as_in_its_run(run):
